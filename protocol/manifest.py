@@ -1,0 +1,341 @@
+"""What an artifact folder says of itself: ``manifest.json``, parsed and checked.
+
+An artifact is a folder of ONNX graphs without weights. This module holds its description only; files are written by
+the exporter and read by the board runtime.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ArtifactError
+from .layout import Layout
+from .quantiles import gaussian_table
+from .streams import Purpose, uint16s, uint64s
+
+__all__ = ["FORMAT", "GRAPHS", "Golden", "GraphFile", "GraphMemory", "Manifest", "UnitLayer", "golden_batch"]
+
+FORMAT = 1
+GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_GRAPH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """One graph of the artifact.
+
+    Attributes:
+        name: File name, one of :data:`GRAPHS`.
+        sha256: Hash of its bytes, 32 bytes.
+        size: Its length in bytes.
+    """
+
+    name: str
+    sha256: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """Live tensor bytes of one graph in execution order.
+
+    At batch ``B`` the largest live set is ``max(fixed + per_sample * B for fixed, per_sample in envelope)``, without
+    the feeds and without the copies of the surviving weights and their indices.
+
+    Attributes:
+        name: The graph.
+        envelope: Pairs ``(fixed_bytes, bytes_per_sample)``.
+    """
+
+    name: str
+    envelope: tuple[tuple[int, int], ...]
+
+    def live_bytes(self, batch: int) -> int:
+        """Largest live set at ``batch`` samples."""
+        return max(fixed + per_sample * batch for fixed, per_sample in self.envelope)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayer:
+    """One layer whose output units (rows or channels) are shifted for the saliency.
+
+    Attributes:
+        parameter: Name of its weight, shape ``(n_units, ...)``.
+        n_units: Output units or channels.
+        groups: Groups of a convolution.
+        shift_offset: Where its units lie in the ``shift`` input of ``saliency.onnx``.
+        moment_offset: Where its input second moments lie in the output of ``moments.onnx``.
+        n_moments: ``groups * prod(weight.shape[1:])``.
+        is_output: The layer yields the logits, so its sensitivities are 1 and need no pass.
+    """
+
+    parameter: str
+    n_units: int
+    groups: int
+    shift_offset: int
+    moment_offset: int
+    n_moments: int
+    is_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A known answer: loss of the dense initial weights on the seeded batch of :func:`golden_batch`.
+
+    Attributes:
+        seed: Of the batch.
+        batch: Its number of samples.
+        mean_loss: Mean cross-entropy in float64.
+        tolerance: Largest allowed absolute difference.
+    """
+
+    seed: int
+    batch: int
+    mean_loss: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artifact's description.
+
+    Attributes:
+        model: Name of the architecture, ``lenet5`` or ``module:function``.
+        input_shape: Shape of one sample, without the batch axis.
+        n_classes: Number of logits.
+        seed: Seed of the initial weights.
+        sparsity: Target fraction of maskable weights to remove, ``0 <= sparsity < 1``.
+        layout: The flat vector.
+        units: Layers that the saliency shifts, in the order of the layout.
+        graphs: Files with hashes.
+        memory: Live sets of the graphs.
+        golden: Known answer of the probe graph.
+        producer: Exporter name and version.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    n_classes: int
+    seed: int
+    sparsity: float
+    layout: Layout
+    units: tuple[UnitLayer, ...]
+    graphs: tuple[GraphFile, ...]
+    memory: tuple[GraphMemory, ...]
+    golden: Golden
+    producer: str
+
+    def __post_init__(self) -> None:
+        if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
+            raise ArtifactError(f"the manifest has the impossible input shape {self.input_shape}")
+        if not 2 <= self.n_classes <= 1 << 20:
+            raise ArtifactError(f"the manifest has {self.n_classes} classes")
+        if not 0 <= self.seed < 1 << 64:
+            raise ArtifactError(f"the manifest's seed {self.seed} is not an unsigned 64-bit number")
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ArtifactError(f"the manifest's sparsity {self.sparsity} is not in [0, 1)")
+        shift = moment = 0
+        for unit in self.units:
+            shape = self.layout.parameters[self.layout.position_of(unit.parameter)].shape
+            if (
+                unit.groups < 1
+                or unit.n_units % unit.groups
+                or shape[0] != unit.n_units
+                or unit.n_moments != unit.groups * math.prod(shape[1:])
+                or (unit.shift_offset, unit.moment_offset) != (shift, moment)
+            ):
+                raise ArtifactError(f"the unit layer {unit.parameter!r} does not match the layout")
+            shift, moment = shift + unit.n_units, moment + unit.n_moments
+
+    @property
+    def n_units(self) -> int:
+        """Length of the ``shift`` input."""
+        return sum(u.n_units for u in self.units)
+
+    @property
+    def n_moments(self) -> int:
+        """Length of the ``moments`` output."""
+        return sum(u.n_moments for u in self.units)
+
+    def graph(self, name: str) -> GraphFile:
+        """The file called ``name``.
+
+        Raises:
+            ArtifactError: The artifact has none.
+        """
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
+        raise ArtifactError(f"the artifact has no {name}")
+
+    def live_bytes(self, name: str, batch: int) -> int:
+        """Largest live set of graph ``name`` at ``batch`` samples."""
+        for memory in self.memory:
+            if memory.name == name:
+                return memory.live_bytes(batch)
+        raise ArtifactError(f"the artifact has no memory plan for {name}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "input_shape": list(self.input_shape),
+            "n_classes": self.n_classes,
+            "seed": self.seed,
+            "sparsity": self.sparsity,
+            "layout": self.layout.to_json(),
+            "layout_digest": self.layout.digest.hex(),
+            "units": [
+                {
+                    "parameter": u.parameter,
+                    "n_units": u.n_units,
+                    "groups": u.groups,
+                    "shift_offset": u.shift_offset,
+                    "moment_offset": u.moment_offset,
+                    "n_moments": u.n_moments,
+                    "is_output": u.is_output,
+                }
+                for u in self.units
+            ],
+            "graphs": {g.name: {"sha256": g.sha256.hex(), "size": g.size} for g in self.graphs},
+            "memory": {m.name: [list(pair) for pair in m.envelope] for m in self.memory},
+            "golden": {
+                "seed": self.golden.seed,
+                "batch": self.golden.batch,
+                "mean_loss": self.golden.mean_loss,
+                "tolerance": self.golden.tolerance,
+            },
+            "producer": self.producer,
+        }
+
+    def encode(self) -> bytes:
+        """The bytes of ``manifest.json``."""
+        return (json.dumps(self.to_json(), indent=1) + "\n").encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """Parse and check ``manifest.json``.
+
+        Raises:
+            ArtifactError: The bytes are no manifest of this format.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"the manifest has {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+        try:
+            raw = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"the manifest is not JSON: {error}") from None
+        if not isinstance(raw, Mapping):
+            raise ArtifactError("the manifest is not a JSON object")
+        if raw.get("format") != FORMAT:
+            raise ArtifactError(
+                f"the artifact has format {raw.get('format')!r}, this fedzo reads {FORMAT}",
+                hint="export it again with the fedzo version that serves the run",
+            )
+        try:
+            manifest = _manifest(raw)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ArtifactError(f"the manifest is malformed: {error!r}") from None
+        if manifest.layout.digest.hex() != raw.get("layout_digest"):
+            raise ArtifactError("the manifest's layout does not have the digest that it names")
+        return manifest
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _count(value: object) -> int:
+    number = _integer(value)
+    if not 0 <= number < 1 << 48:
+        raise ValueError(f"{number} is out of range")
+    return number
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 256:
+        raise TypeError("a text is missing or too long")
+    return value
+
+
+def _sha256(value: object) -> bytes:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise TypeError(f"{value!r} is no SHA-256")
+    return bytes.fromhex(value)
+
+
+def _manifest(raw: Mapping[str, Any]) -> Manifest:
+    units = tuple(
+        UnitLayer(
+            _text(u["parameter"]),
+            _count(u["n_units"]),
+            _count(u["groups"]),
+            _count(u["shift_offset"]),
+            _count(u["moment_offset"]),
+            _count(u["n_moments"]),
+            bool(u["is_output"]),
+        )
+        for u in raw["units"]
+    )
+    graphs = []
+    for name, entry in raw["graphs"].items():
+        size = _count(entry["size"])
+        if name not in GRAPHS or not 0 < size <= MAX_GRAPH_BYTES:
+            raise ValueError(f"graph {name!r} of {size} bytes")
+        graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
+    memory = tuple(
+        GraphMemory(_text(name), tuple((_count(fixed), _count(per_sample)) for fixed, per_sample in pairs))
+        for name, pairs in raw["memory"].items()
+        if pairs
+    )
+    golden = raw["golden"]
+    return Manifest(
+        model=_text(raw["model"]),
+        input_shape=tuple(_count(n) for n in raw["input_shape"]),
+        n_classes=_count(raw["n_classes"]),
+        seed=_integer(raw["seed"]),
+        sparsity=_finite(raw["sparsity"]),
+        layout=Layout.from_json(raw["layout"]),
+        units=units,
+        graphs=tuple(graphs),
+        memory=memory,
+        golden=Golden(
+            _integer(golden["seed"]),
+            _count(golden["batch"]),
+            _finite(golden["mean_loss"]),
+            _finite(golden["tolerance"]),
+        ),
+        producer=_text(raw["producer"]),
+    )
+
+
+def golden_batch(
+    input_shape: tuple[int, ...], n_classes: int, seed: int, batch: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The seeded batch of the known answer: table normals and uniform labels.
+
+    Returns:
+        ``x float32[batch, *input_shape]`` and ``y int64[batch]``, owned by the caller.
+    """
+    bits = uint16s(seed, Purpose.GOLDEN, 0, 0, batch * math.prod(input_shape))
+    x = np.take(gaussian_table(), bits, mode="clip").reshape(batch, *input_shape)
+    labels = uint64s(seed, Purpose.GOLDEN, 0, 1, batch) % np.uint64(n_classes)
+    return x, labels.astype(np.int64)
