@@ -1,0 +1,247 @@
+"""From scalars to weights: every side replays the same log of updates and reaches the same bits.
+
+An update names positions of the walk over the directions and one coefficient each; the gradient estimate is
+``(1/n) sum_k c_k direction_k`` over its ``n`` positions, and one optimiser step follows. Weights never travel.
+
+Source: Zelikman et al., "Just One Byte (per gradient)", 2023, and Malladi et al., NeurIPS 2023, for the replay of
+scalars with seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .directions import Directions, Family, round_coefficients
+from .errors import ProtocolError
+from .layout import Layout, initial_weights
+from .mask import Mask
+from .messages import UpdateRecord
+from .optimisers import Optimiser, OptimiserConfig
+
+__all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estimate_gradient", "weights_digest"]
+
+DIGEST_BYTES = 16
+_SNAPSHOT = struct.Struct("<4sII16s16s16s")
+_SNAPSHOT_MAGIC = b"FZS1"
+
+
+def weights_digest(weights: NDArray[np.float32]) -> bytes:
+    """First 16 bytes of the SHA-256 of the little-endian ``float32`` values."""
+    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()[:DIGEST_BYTES]
+
+
+def chain_digest(parent: bytes, record: bytes) -> bytes:
+    """Head of the log after ``record``, its encoded bytes, was appended to the log with head ``parent``."""
+    return hashlib.sha256(parent + record).digest()[:DIGEST_BYTES]
+
+
+def empty_log_digest(
+    layout: Layout, mask: Mask, manifest_seed: int, run_seed: int, family: Family, optimiser: OptimiserConfig
+) -> bytes:
+    """Head of a log without records. It covers every setting of the replay, so that two sides whose settings differ
+    disagree from the first record on instead of drifting apart.
+
+    Returns:
+        16 bytes.
+    """
+    settings = {
+        "format": 1,
+        "layout": layout.digest.hex(),
+        "mask": mask.digest.hex(),
+        "manifest_seed": manifest_seed,
+        "run_seed": run_seed,
+        "family": family,
+        "optimiser": optimiser.to_json(),
+    }
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+
+def estimate_gradient(directions: Directions, record: UpdateRecord) -> NDArray[np.float32]:
+    """Mean of coefficient times direction over all positions of the record.
+
+    Returns:
+        ``float32[directions.size]``, owned by the caller.
+
+    Raises:
+        ProtocolError: A position is out of range.
+    """
+    total = directions.combine(record.round, record.positions(), record.coefficients)
+    return np.multiply(total, np.float32(1.0) / np.float32(record.coefficients.size), out=total)
+
+
+class Replica:
+    """The weights of a run as one side holds them: the initial weights plus a log of updates.
+
+    A call that raises changes nothing: weights, optimiser state and head are those of before (the step is undone
+    from copies, 4 bytes per survivor and array, held only during the call). A device whose update was refused can
+    therefore still answer for its old index, or fetch a snapshot. Not thread-safe.
+
+    Args:
+        layout: The flat vector.
+        mask: Its survivors.
+        manifest_seed: Seed of the initial weights.
+        run_seed: Seed of the directions.
+        family: Direction family.
+        optimiser_config: The optimiser, over the surviving weights.
+
+    Attributes:
+        weights: ``float32[n_survivors]``, a read-only view that the replica updates in place.
+        directions: The directions of the run, for probing.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        mask: Mask,
+        manifest_seed: int,
+        run_seed: int,
+        family: Family,
+        optimiser_config: OptimiserConfig,
+    ) -> None:
+        if mask.layout != layout:
+            raise ProtocolError("the mask belongs to another layout")
+        self._layout, self._mask, self._manifest_seed = layout, mask, manifest_seed
+        self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, family, optimiser_config)
+        self._weights = np.empty(mask.n_survivors, dtype=np.float32)
+        self._optimiser = Optimiser(optimiser_config, mask.n_survivors)
+        self.directions = Directions(family, run_seed, mask.n_survivors)
+        self.weights = self._weights.view()
+        self.weights.setflags(write=False)
+        self.restore_from_start()
+
+    @property
+    def index(self) -> int:
+        """Number of records applied, which is the index of the next one."""
+        return self._optimiser.steps
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of the weights, 16 bytes."""
+        return self._digest
+
+    @property
+    def head(self) -> bytes:
+        """Chain digest of the log so far, 16 bytes."""
+        return self._head
+
+    def restore_from_start(self) -> None:
+        """Go back to the initial weights and the empty log."""
+        np.copyto(self._weights, initial_weights(self._layout, self._manifest_seed)[self._mask.kept])
+        for part in self._optimiser.state:
+            part.fill(0.0)
+        self._optimiser.restore(0, self._optimiser.state)
+        self._digest, self._head = weights_digest(self._weights), self._start
+
+    def apply(self, record: UpdateRecord) -> None:
+        """Replay one update.
+
+        Raises:
+            ProtocolError: The record is not the next one, its parent is another log, or the weights after it do not
+                have its digest. Nothing has changed then.
+        """
+        self._check_index(record.index)
+        if record.parent != self._head:
+            raise ProtocolError(
+                f"update {record.index} continues the log {record.parent.hex()}, this one is {self._head.hex()}",
+                hint="the run was restarted with other settings: join it again",
+            )
+        self._step(record, record.digest)
+        self._head = chain_digest(record.parent, record.encode())
+
+    def prepare(
+        self,
+        index: int,
+        round_: int,
+        learning_rate: float,
+        segments: tuple[tuple[int, int], ...],
+        coefficients: NDArray[np.float32],
+    ) -> UpdateRecord:
+        """The server's side of :meth:`apply`: make the next record and apply it.
+
+        Args:
+            index: Must be :attr:`index`.
+            round_: Round whose directions were probed.
+            learning_rate: A float32 value.
+            segments: ``(first position, count)`` runs, ascending and disjoint.
+            coefficients: ``float32[sum of counts]`` from :func:`~.directions.round_coefficients`.
+
+        Returns:
+            The record, with parent and digest filled in.
+
+        Raises:
+            ProtocolError: The index is wrong, the record is malformed, a coefficient has more than 13 significant
+                bits, or the weights would no longer be finite. Nothing has changed then.
+        """
+        self._check_index(index)
+        if not np.array_equal(round_coefficients(coefficients.astype(np.float64)), coefficients):
+            raise ProtocolError(
+                "a coefficient has more than 13 significant bits", hint="pass them to round_coefficients"
+            )
+        draft = UpdateRecord(index, round_, learning_rate, segments, coefficients, self._head, bytes(DIGEST_BYTES))
+        self._step(draft, None)
+        record = dataclasses.replace(draft, digest=self._digest)
+        self._head = chain_digest(record.parent, record.encode())
+        return record
+
+    def _check_index(self, index: int) -> None:
+        if index != self.index:
+            raise ProtocolError(
+                f"update {index} was given, update {self.index} is next",
+                hint="ask for the missing records" if index > self.index else "drop it: it was applied before",
+            )
+
+    def _step(self, record: UpdateRecord, expected: bytes | None) -> None:
+        """One optimiser step, undone when the weights are not finite or do not have the expected digest."""
+        weights, state = self._weights.copy(), tuple(part.copy() for part in self._optimiser.state)
+        with np.errstate(over="ignore", invalid="ignore"):
+            gradient = estimate_gradient(self.directions, record)
+            self._optimiser.step(self._weights, gradient, np.float32(record.learning_rate))
+        digest = weights_digest(self._weights)
+        finite = bool(np.isfinite(self._weights).all())
+        if finite and expected in (None, digest):
+            self._digest = digest
+            return
+        np.copyto(self._weights, weights)
+        self._optimiser.restore(record.index, state)
+        if not finite:
+            raise ProtocolError(
+                f"update {record.index} makes weights that are not finite", hint="lower the learning rate"
+            )
+        raise ProtocolError(
+            f"after update {record.index} the weights have the digest {digest.hex()}, the server's have "
+            f"{record.digest.hex()}",
+            hint="run the self-test (fedzo-device doctor), then fetch a snapshot",
+        )
+
+    def snapshot(self) -> bytes:
+        """Everything that :meth:`restore` needs, about ``4 * n_survivors`` bytes per array, little-endian."""
+        arrays = (self._weights, *self._optimiser.state)
+        header = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, self._weights.size, self.index, self._start, self._head, self._digest)
+        return header + b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays)
+
+    def restore(self, snapshot: bytes) -> None:
+        """Go to the state of a :meth:`snapshot` of the same run, whether behind or ahead.
+
+        Raises:
+            ProtocolError: The bytes are no snapshot of a run with these settings. Nothing has changed then.
+        """
+        arrays = 1 + len(self._optimiser.state)
+        size = self._weights.size
+        if len(snapshot) != _SNAPSHOT.size + 4 * arrays * size:
+            raise ProtocolError(f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries")
+        magic, found, index, start, head, digest = _SNAPSHOT.unpack_from(snapshot)
+        if magic != _SNAPSHOT_MAGIC or found != size or start != self._start:
+            raise ProtocolError("the snapshot belongs to a run with other settings")
+        values = np.frombuffer(snapshot, dtype="<f4", offset=_SNAPSHOT.size).reshape(arrays, size)
+        if weights_digest(values[0]) != digest or not np.isfinite(values).all():
+            raise ProtocolError("the snapshot's arrays are damaged")
+        np.copyto(self._weights, values[0])
+        self._optimiser.restore(index, tuple(values[1:]))
+        self._digest, self._head = digest, head
