@@ -47,8 +47,13 @@ def uint64s(seed: int, purpose: Purpose, round_: int, index: int, count: int) ->
 
     Returns:
         ``uint64[count]``, owned by the caller.
+
+    Raises:
+        OverflowError: A number is negative or needs more than 64 bits.
     """
-    generator = Philox(key=[seed, int(purpose)], counter=[0, index, round_, 0])
+    # Explicit uint64: numpy turns a list that mixes words above and below 2**63 into float64, which loses bits.
+    key = np.array([seed, purpose], dtype=np.uint64)
+    generator = Philox(key=key, counter=np.array([0, index, round_, 0], dtype=np.uint64))
     return np.asarray(generator.random_raw(count), dtype=np.uint64)
 
 
