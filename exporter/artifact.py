@@ -1,0 +1,249 @@
+"""Writes an artifact folder: the graphs without weights, and a manifest that describes them.
+
+Two exports with the same arguments on the same machine give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto, helper
+
+from ..protocol.errors import ArtifactError, ConfigError
+from ..protocol.layout import Layout, initial_weights
+from ..protocol.manifest import FORMAT, GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
+from .graphs import ArtifactGraphs, build_graphs, zero_feeds
+from .live_set import live_envelope, measured_sizes
+from .models.registry import build_forward
+from .sessions import dense_feeds, run_graph
+
+__all__ = ["export_artifact", "verify_artifact"]
+
+MANIFEST = "manifest.json"
+GOLDEN_BATCH = 8
+GOLDEN_TOLERANCE = 1e-5  # losses of different CPUs differ by about 1e-7; a wrong kernel by far more
+
+
+def export_artifact(
+    model: str,
+    input_shape: tuple[int, ...],
+    n_classes: int,
+    sparsity: float,
+    seed: int,
+    out: Path,
+    *,
+    overwrite: bool = False,
+) -> Manifest:
+    """Export a model.
+
+    The folder appears at once and complete, or not at all: files are written to a folder beside it, flushed to disk,
+    read back and checked, and then the folder is renamed.
+
+    Args:
+        model: Name of a built-in model, or ``module:function`` that returns a ``torch.nn.Module``.
+        input_shape: Shape of one sample, without the batch axis.
+        n_classes: Number of logits.
+        sparsity: Target fraction of prunable weights to remove, ``0 <= sparsity < 1``.
+        seed: Seed of the initial weights and of the golden batch, ``0 <= seed < 2**64``.
+        out: Folder to make.
+        overwrite: Replace ``out`` when it is an artifact or empty; any other folder is never touched.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: An argument is out of range, the model does not fit the input, or the folder cannot be written.
+        ArtifactError: The written files are not what was meant to be written.
+    """
+    if not 0.0 <= sparsity < 1.0:
+        raise ConfigError(
+            f"sparsity is {sparsity}, it must be at least 0 and below 1", hint="0.9 removes nine weights of ten"
+        )
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError(f"the seed {seed} is not an unsigned 64-bit number")
+    _check_target(out, overwrite)
+    forward = build_forward(model, input_shape, n_classes, seed)
+    built = build_graphs(forward, sparsity)
+    memory = tuple(GraphMemory(name, _envelope(graph, built, input_shape)) for name, graph in built.graphs.items())
+    golden = _golden(built.graphs["probe.onnx"], built.layout, input_shape, n_classes, seed)
+    units = tuple(unit.layer for unit in built.units)
+    files = {
+        name: _encode(graph, _properties(name, model, built.layout, seed, sparsity, units, golden, plan))
+        for (name, graph), plan in zip(built.graphs.items(), memory, strict=True)
+    }
+    manifest = Manifest(
+        model=model,
+        input_shape=input_shape,
+        n_classes=n_classes,
+        seed=seed,
+        sparsity=sparsity,
+        layout=built.layout,
+        units=units,
+        graphs=tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items()),
+        memory=memory,
+        golden=golden,
+        producer=f"fedzo {importlib.metadata.version('fedzo')}",
+    )
+    _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
+    return manifest
+
+
+def verify_artifact(folder: Path) -> Manifest:
+    """Read an artifact back and check every file.
+
+    Raises:
+        ArtifactError: A file is missing, not the one that the manifest names, or no valid graph.
+    """
+    try:
+        manifest = Manifest.decode((folder / MANIFEST).read_bytes())
+        for graph in manifest.graphs:
+            data = (folder / graph.name).read_bytes()
+            if len(data) != graph.size or hashlib.sha256(data).digest() != graph.sha256:
+                raise ArtifactError(f"{folder / graph.name} is not the file that the manifest names")
+            model = onnx.load_from_string(data)
+            onnx.checker.check_model(model, full_check=True)
+            properties = {item.key: item.value for item in model.metadata_props}
+            if properties.get("fedzo.layout_digest") != manifest.layout.digest.hex():
+                raise ArtifactError(f"{folder / graph.name} was exported for another layout")
+    except OSError as error:
+        raise ArtifactError(f"the artifact {folder} cannot be read: {error.strerror or error}") from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ArtifactError(f"the artifact {folder} holds an invalid graph: {error}") from error
+    return manifest
+
+
+def _envelope(graph: ModelProto, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    feeds = partial(zero_feeds, built.layout, built.units, input_shape)
+    return live_envelope(graph, measured_sizes(graph, feeds))
+
+
+def _golden(probe: ModelProto, layout: Layout, input_shape: tuple[int, ...], n_classes: int, seed: int) -> Golden:
+    x, y = golden_batch(input_shape, n_classes, seed, GOLDEN_BATCH)
+    feeds = {**dense_feeds(layout, initial_weights(layout, seed)), "x": x, "y": y}
+    loss = float(run_graph(probe, feeds)["loss_sum"]) / GOLDEN_BATCH
+    return Golden(seed, GOLDEN_BATCH, loss, GOLDEN_TOLERANCE * max(1.0, abs(loss)))
+
+
+def _properties(
+    name: str,
+    model: str,
+    layout: Layout,
+    seed: int,
+    sparsity: float,
+    units: tuple[UnitLayer, ...],
+    golden: Golden,
+    plan: GraphMemory,
+) -> dict[str, str]:
+    return {
+        "fedzo.format": str(FORMAT),
+        "fedzo.graph": name.removesuffix(".onnx"),
+        "fedzo.model": model,
+        "fedzo.init_seed": str(seed),
+        "fedzo.sparsity": repr(float(sparsity)),
+        "fedzo.layout": _json(layout.to_json()),
+        "fedzo.layout_digest": layout.digest.hex(),
+        "fedzo.units": _json(
+            [
+                {"parameter": u.parameter, "n_units": u.n_units, "groups": u.groups, "is_output": u.is_output}
+                for u in units
+            ]
+        ),
+        "fedzo.golden": _json(
+            {
+                "seed": golden.seed,
+                "batch": golden.batch,
+                "mean_loss": golden.mean_loss,
+                "tolerance": golden.tolerance,
+            }
+        ),
+        "fedzo.plan": _json([list(pair) for pair in plan.envelope]),
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _encode(graph: ModelProto, properties: dict[str, str]) -> bytes:
+    """Bytes of a graph; its metadata is set last, when everything that it describes is known."""
+    onnx.checker.check_model(graph, full_check=True)
+    model = ModelProto()
+    model.CopyFrom(graph)
+    del model.graph.value_info[:]
+    model.doc_string = ""
+    helper.set_model_props(model, properties)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
+    """Refuse a target folder that holds anything but an artifact to be replaced."""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{out} exists and is no folder", hint="choose another folder")
+    if not out.exists():
+        return
+    try:
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, MANIFEST))
+        empty = not any(out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error
+    if foreign:
+        raise ConfigError(
+            f"the folder {out} holds {foreign[0]!r}, which is no part of an artifact", hint="choose another folder"
+        )
+    if not overwrite and not empty:
+        raise ConfigError(f"the folder {out} exists", hint="give --overwrite to replace the artifact in it")
+
+
+def _write_folder(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
+    """Write ``files`` so that ``out`` is at no time half written."""
+    fresh: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".new", dir=out.parent))
+        fresh.chmod(0o755)
+        for name, data in files.items():
+            with (fresh / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _flush_folder(fresh)
+        verify_artifact(fresh)
+        _check_target(out, overwrite)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+            out.rename(old / out.name)
+            try:
+                fresh.rename(out)
+            except OSError:
+                (old / out.name).rename(out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            fresh.rename(out)
+        _flush_folder(out.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"the artifact cannot be written to {out}: {error.strerror or error}",
+            hint="check the path, its permissions and the free disk space",
+        ) from error
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,171 @@
+"""How much memory a graph needs: the live tensors, node by node in file order, as linear functions of the batch.
+
+onnxruntime, asked for priority-based order, runs nodes as the file lists them, frees a tensor after its last use,
+lets reshapes alias their input and writes elementwise results over an input that is no longer needed. Tensor sizes
+come from running the graph at three batch sizes, so they hold for every operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+
+from ..protocol.errors import ConfigError
+from .passes.editing import input_names
+from .sessions import run_every_value
+
+__all__ = ["Linear", "envelope_of", "live_envelope", "measured_sizes"]
+
+Linear = tuple[int, int]
+"""Bytes as ``(fixed, per_sample)``."""
+
+ALIGNMENT = 256
+"""The arena of onnxruntime hands out multiples of this."""
+
+_ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
+_IN_PLACE = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus"}
+    | {"Softsign", "Clip", "Neg", "Abs", "Exp", "Log", "Sqrt", "Reciprocal", "Erf", "Floor", "Ceil", "ScatterElements"}
+)
+
+
+def measured_sizes(model: ModelProto, feeds: Callable[[int], Mapping[str, NDArray[np.generic]]]) -> dict[str, Linear]:
+    """Size of every value that the graph computes.
+
+    Args:
+        model: The graph.
+        feeds: Yields its inputs for a batch size.
+
+    Returns:
+        ``(fixed, per_sample)`` bytes by name of the value, not rounded.
+
+    Raises:
+        ConfigError: A size does not grow linearly with the batch: the model mixes samples.
+    """
+    one, two, three = ({k: v.nbytes for k, v in run_every_value(model, feeds(b)).items()} for b in (1, 2, 3))
+    sizes: dict[str, Linear] = {}
+    for name, size in two.items():
+        per_sample = three[name] - size
+        if size - one[name] != per_sample or per_sample < 0:
+            raise ConfigError(
+                f"the size of {name!r} is {one[name]}, {size} and {three[name]} bytes for batches of 1, 2 and 3",
+                hint="every sample must be processed on its own",
+            )
+        sizes[name] = (size - 2 * per_sample, per_sample)
+    return sizes
+
+
+def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linear, ...]:
+    """Largest live sets of a graph over all batch sizes.
+
+    Constants count as fixed. Inputs do not, nor do the parts into which ``w`` and ``index`` are split.
+
+    Args:
+        model: The graph.
+        sizes: Size of every computed value, from :func:`measured_sizes`.
+
+    Returns:
+        Pairs ``(fixed_bytes, bytes_per_sample)``; at batch ``B`` the largest ``fixed + per_sample * B`` holds.
+    """
+    graph = model.graph
+    constants = sum(_rounded((len(t.raw_data) or t.ByteSize(), 0))[0] for t in graph.initializer)
+    buffers = _Buffers({value.name for value in graph.output})
+    for name in (*input_names(graph), *(tensor.name for tensor in graph.initializer)):
+        buffers.foreign(name)
+    for position, node in enumerate(graph.node):
+        for name in node.input:
+            buffers.last_use[name] = position
+    points: list[Linear] = []
+    for position, node in enumerate(graph.node):
+        _allocate(node, position, buffers, sizes)
+        live = [buffers.size[b] for b in buffers.live]
+        points.append((constants + sum(f for f, _ in live), sum(p for _, p in live)))
+        buffers.free(position)
+    return envelope_of(points)
+
+
+def envelope_of(points: Iterable[Linear]) -> tuple[Linear, ...]:
+    """The points that are largest for some batch of at least 1, by falling ``fixed``."""
+    hull: list[Linear] = []
+    for fixed, per_sample in sorted(set(points), key=lambda p: (-p[0] - p[1], -p[1])):
+        if hull and per_sample <= hull[-1][1]:
+            continue
+        # Drop the last point when the new one overtakes the one before it no later than the last one does.
+        while len(hull) > 1:
+            (f0, p0), (f1, p1) = hull[-2], hull[-1]
+            if (f0 - fixed) * (p1 - p0) > (f0 - f1) * (per_sample - p0):
+                break
+            hull.pop()
+        hull.append((fixed, per_sample))
+    return tuple(hull)
+
+
+@dataclass
+class _Buffers:
+    """Tensors that share memory share a buffer; a buffer lives until the last use of any of its names."""
+
+    outputs: set[str]
+    of: dict[str, str] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    size: dict[str, Linear] = field(default_factory=dict)
+    live: set[str] = field(default_factory=set)
+    last_use: dict[str, int] = field(default_factory=dict)
+
+    def foreign(self, name: str) -> None:
+        """A value whose memory is counted elsewhere."""
+        self.of[name] = name
+        self.names[name] = [name]
+        self.size[name] = (0, 0)
+
+    def new(self, name: str, size: Linear) -> None:
+        self.foreign(name)
+        self.size[name] = _rounded(size)
+        self.live.add(name)
+
+    def share(self, name: str, source: str) -> None:
+        self.of[name] = self.of[source]
+        self.names[self.of[source]].append(name)
+
+    def reusable(self, source: str, position: int) -> bool:
+        """Whether the node at ``position`` is the last to need the buffer of ``source``."""
+        owner = self.of[source]
+        names = self.names[owner]
+        return owner in self.live and all(self.last_use.get(n, -1) <= position and n not in self.outputs for n in names)
+
+    def free(self, position: int) -> None:
+        for owner in list(self.live):
+            names = self.names[owner]
+            if all(self.last_use.get(n, -1) <= position and n not in self.outputs for n in names):
+                self.live.discard(owner)
+
+
+def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[str, Linear]) -> None:
+    if node.op_type == "Split" and node.input[0] in ("w", "index"):
+        for name in node.output:
+            buffers.foreign(name)
+        return
+    for name in node.output:
+        if not name:
+            continue
+        size = sizes[name]
+        if node.op_type in _ALIASES and name == node.output[0] and name not in buffers.outputs:
+            buffers.share(name, node.input[0])
+            continue
+        if node.op_type in _IN_PLACE:
+            candidates = [n for n in node.input if n and sizes.get(n) == size and buffers.reusable(n, position)]
+            if candidates:
+                buffers.share(name, candidates[0])
+                continue
+        buffers.new(name, size)
+
+
+def _rounded(size: Linear) -> Linear:
+    """An upper bound of the size rounded up to the alignment, for every batch."""
+    fixed, per_sample = size
+    if per_sample % ALIGNMENT:
+        return fixed + ALIGNMENT - 1, per_sample
+    return -(-fixed // ALIGNMENT) * ALIGNMENT, per_sample

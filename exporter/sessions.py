@@ -1,0 +1,74 @@
+"""Runs graphs on the exporting machine, the way a board runs them: one thread, no rewriting at load time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, ValueInfoProto
+
+from ..protocol.errors import ConfigError
+from ..protocol.layout import Layout
+
+__all__ = ["dense_feeds", "run_every_value", "run_graph"]
+
+Feeds = Mapping[str, NDArray[np.generic]]
+
+
+def dense_feeds(layout: Layout, weights: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
+    """Feeds ``w``, ``index`` and ``counts`` of a network without a mask.
+
+    Args:
+        layout: The parameters.
+        weights: ``float32[layout.size]``; not copied.
+    """
+    sizes = [p.size for p in layout.parameters]
+    index = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])
+    return {"w": weights, "index": index, "counts": np.array(sizes, np.int64)}
+
+
+def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = False) -> dict[str, NDArray[np.generic]]:
+    """Run a graph once on the CPU.
+
+    Args:
+        model: The graph, or its bytes.
+        feeds: A value for every input; further entries are left out.
+        optimised: Let onnxruntime rewrite the graph as it does by default.
+
+    Returns:
+        The outputs by name, owned by the caller.
+
+    Raises:
+        ConfigError: onnxruntime cannot load or run the graph.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when the library is loaded
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        wanted = {value.name: feeds[value.name] for value in session.get_inputs()}
+        return dict(zip(names, session.run(names, wanted), strict=True))
+    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
+        raise ConfigError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the graph: {str(error).splitlines()[0]}",
+            hint="the model uses an operator or a shape that the board runtime lacks",
+        ) from error
+
+
+def run_every_value(model: ModelProto, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+    """Run a graph once and return every value that it computes, by name."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    outputs = {value.name for value in copy.graph.output}
+    for node in copy.graph.node:
+        copy.graph.output.extend(ValueInfoProto(name=name) for name in node.output if name and name not in outputs)
+    return run_graph(copy, feeds)
