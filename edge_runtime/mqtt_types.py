@@ -1,0 +1,109 @@
+"""What a `MqttTransport` takes and tells: publications, wills, events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "Arrived",
+    "Connected",
+    "Delivered",
+    "Disconnected",
+    "ProtocolName",
+    "Publication",
+    "Rejected",
+    "Token",
+    "TransportEvent",
+    "Will",
+]
+
+ProtocolName = Literal["5", "3.1.1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One message to publish."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+
+
+@dataclass(frozen=True)
+class Will:
+    """What the broker publishes when this client is gone without a word.
+
+    Attributes:
+        topic: Exact topic.
+        payload: Body, at most 65,535 bytes.
+        qos: 0 or 1.
+        retain: Whether late joiners see it.
+        delay_s: Seconds that the broker waits first (MQTT 5 only). The delay ends with the session, so it needs a
+            session expiry of at least as long.
+    """
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = True
+    delay_s: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Stands for one unacknowledged message of one connection."""
+
+    generation: int
+    mid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker accepted the connection; comes before everything that arrives on it.
+
+    Attributes:
+        session_present: The broker kept the session. If not, it may have lost everything, retained messages included.
+        protocol: MQTT version spoken.
+        generation: Counts connections from 1; tokens of older ones are void.
+    """
+
+    session_present: bool
+    protocol: ProtocolName
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """A connection was lost, or one more attempt failed; the next follows by itself."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A message came in. `token` is None unless it waits for `MqttTransport.acknowledge`."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    token: Token | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The broker acknowledged a QoS 1 publish."""
+
+    message_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A QoS 1 publish is given up: the broker refused it, or it cannot be sent at all."""
+
+    message_id: int
+    reason: str
+
+
+TransportEvent = Connected | Disconnected | Arrived | Delivered | Rejected
