@@ -25,9 +25,16 @@ from .ort import CPU, mapped_error, open_session, release_arena
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "NonFiniteLossError"]
 
 _OUTPUTS = {"probe.onnx": "loss_sum", "predict.onnx": "logits", "saliency.onnx": "logits", "moments.onnx": "moments"}
+
+
+class NonFiniteLossError(ConfigError):
+    """A loss is infinite or NaN: the run's learning rate or sigma lets the weights diverge.
+
+    A class of its own because a device answers it with ``Decline.NON_FINITE`` and stays in the run.
+    """
 
 
 class _Graph:
@@ -163,7 +170,7 @@ class Engine:
             y: ``int64[n]``.
 
         Raises:
-            ConfigError: The loss is not finite: the weights have diverged.
+            NonFiniteLossError: The weights have diverged.
             MemoryBudgetError: The tensors do not fit under ``arena_bytes``.
         """
         x, y = self._checked(x, y)
@@ -177,7 +184,7 @@ class Engine:
         self.sample_passes += len(x)
         mean = total / len(x)
         if not math.isfinite(mean):
-            raise ConfigError(
+            raise NonFiniteLossError(
                 f"the loss of a batch of {len(x)} samples is {mean}: the weights have diverged",
                 hint="use a smaller learning_rate or sigma",
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
 from fedzo.edge_runtime.ort import LAYOUT_KEY
 from fedzo.protocol.errors import ArtifactError, ConfigError, DataError, MemoryBudgetError, SelfTestError
 from fedzo.protocol.layout import Layout
@@ -80,7 +80,7 @@ def test_evaluate_of_diverged_weights_is_not_finite_but_returns(tiny: Any) -> No
 
 def test_diverged_weights_are_refused_with_the_next_action(tiny: Any) -> None:
     weights = np.full_like(tiny.weights, np.nan)
-    with Engine(tiny.artifact, tiny.dense) as engine, pytest.raises(ConfigError, match="diverged") as caught:
+    with Engine(tiny.artifact, tiny.dense) as engine, pytest.raises(NonFiniteLossError, match="diverged") as caught:
         engine.loss(weights, tiny.x, tiny.y)
     assert "learning_rate" in caught.value.hint
 

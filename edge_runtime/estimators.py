@@ -1,0 +1,152 @@
+"""Device halves of the zeroth-order estimators: weights, a batch and seeded positions in, scalars out.
+
+The server half is :func:`fedzo.protocol.update.estimate_gradient`: it never sees losses or data, only the scalars,
+and every side rebuilds the directions from the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol.directions import Directions
+from ..protocol.errors import ConfigError, FedzoError
+from .data import Batch
+from .engine import Engine, NonFiniteLossError
+
+__all__ = ["Cancelled", "Estimator", "Scalars", "SteinEstimator", "never"]
+
+
+class Cancelled(FedzoError):  # noqa: N818 - it reports no error but that nobody wants the result any more
+    """A probe was given up between two queries, because its round is over."""
+
+
+def never() -> bool:
+    """The ``cancelled`` of a caller that always wants the result."""
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class Scalars:
+    """What one probe measured.
+
+    Attributes:
+        values: ``float32[n]``, one directional derivative a position, finite; owned by the caller.
+        mean_loss: Mean loss at the weights themselves; for two-sided differences the mean over both sides, which
+            differs by O(sigma**2).
+        queries: Losses evaluated.
+    """
+
+    values: NDArray[np.float32]
+    mean_loss: float
+    queries: int
+
+
+class Estimator(Protocol):
+    """What the agent asks of an estimator."""
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        positions: NDArray[np.int64],
+        cancelled: Callable[[], bool] = never,
+    ) -> Scalars:
+        """Measure one scalar a position.
+
+        Deterministic: the same arguments give the same bits on the same machine and ONNX Runtime.
+
+        Args:
+            engine: Evaluates the losses; its ``weights_feed`` is overwritten.
+            weights: ``float32[n_survivors]``, read only.
+            batch: The samples behind every loss.
+            round_: Round of the directions.
+            positions: ``int64[n]``, positions of the round's directions.
+            cancelled: Asked before each query.
+
+        Raises:
+            Cancelled: ``cancelled`` returned true.
+            NonFiniteLossError: A loss, or a scalar as float32, is not finite.
+            MemoryBudgetError: The tensors do not fit under the engine's limit.
+        """
+        ...
+
+
+class SteinEstimator:
+    """Directional derivatives by differences of losses (Stein's identity for Gaussian smoothing).
+
+    One-sided: ``(L(w + sigma d) - L(w)) / sigma`` with one clean loss shared by all positions, ``n + 1`` queries.
+    Two-sided: ``(L(w + sigma d) - L(w - sigma d)) / (2 sigma)``, both sides with one direction, ``2 n`` queries.
+
+    Losses and differences are float64. At ``sigma <= 1e-4`` the float32 arithmetic of the forward pass dominates a
+    one-sided scalar. Sources: Feng et al. (BAFFLE), arXiv 2301.12195, Eq. 4; Spall, IEEE TAC 37 (1992), for two sides.
+
+    Args:
+        directions: The directions of the run, over the survivors.
+        sigma: Length scale, a positive float32 value.
+        two_sided: Central instead of forward differences.
+
+    Raises:
+        ConfigError: ``sigma`` is not a positive, finite float32 value.
+    """
+
+    def __init__(self, directions: Directions, sigma: float, two_sided: bool = False) -> None:
+        self._sigma = np.float32(sigma)
+        if not (np.isfinite(self._sigma) and self._sigma > 0 and float(self._sigma) == sigma):
+            raise ConfigError(f"sigma is {sigma!r}, it must be a positive float32 value such as {2.0**-10}")
+        self._directions = directions
+        self._two_sided = two_sided
+        self._direction = np.empty(directions.size, dtype=np.float32)
+
+    def queries(self, n_positions: int) -> int:
+        """Losses that a probe of so many positions evaluates."""
+        return 2 * n_positions if self._two_sided else n_positions + 1
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        positions: NDArray[np.int64],
+        cancelled: Callable[[], bool] = never,
+    ) -> Scalars:
+        """See :meth:`Estimator.probe`."""
+
+        def loss(step: np.float32) -> float:
+            if cancelled():
+                raise Cancelled(f"the probe of round {round_} was cancelled")
+            feed = engine.weights_feed
+            if step == 0:
+                np.copyto(feed, weights)
+            else:
+                np.multiply(self._direction, step, out=feed)
+                np.add(weights, feed, out=feed)
+            return engine.loss(feed, batch.x, batch.y)
+
+        sigma = float(self._sigma)
+        values = np.empty(len(positions), dtype=np.float64)
+        clean = 0.0 if self._two_sided else loss(np.float32(0.0))
+        total = 0.0
+        for k, position in enumerate(positions.tolist()):
+            self._directions.direction(round_, position, self._direction)
+            plus = loss(self._sigma)
+            if self._two_sided:
+                minus = loss(-self._sigma)
+                values[k] = (plus - minus) / (2.0 * sigma)
+                total += 0.5 * (plus + minus)
+            else:
+                values[k] = (plus - clean) / sigma
+        if not np.all(np.abs(values) <= float(np.finfo(np.float32).max)):
+            raise NonFiniteLossError(
+                f"a directional derivative of round {round_} is larger than float32 holds",
+                hint="use a larger sigma or a smaller learning_rate",
+            )
+        mean_loss = total / max(1, len(positions)) if self._two_sided else clean
+        return Scalars(values.astype(np.float32), mean_loss, self.queries(len(positions)))
