@@ -98,6 +98,18 @@ class Endpoint:
             raise ConfigError(f"broker URL {shown!r} has a password and no user name", hint=hint)
         return cls(host, port or _DEFAULT_PORTS[parts.scheme], parts.scheme == "mqtts", username or None, password)
 
+    def tls_context(self, tls: TlsConfig | None) -> ssl.SSLContext | None:
+        """Return the context for this address: None without TLS; the system's certificates when `tls` is None.
+
+        Raises:
+            ConfigError: The files cannot be used, or are given for a URL without TLS.
+        """
+        if self.tls:
+            return (tls or TlsConfig()).client_context()
+        if tls is not None:
+            raise ConfigError(f"TLS files are given, but {self} is a URL without TLS", hint="use mqtts://")
+        return None
+
     @property
     def address(self) -> str:
         """``host:port``, with brackets around an IPv6 address."""

@@ -98,7 +98,7 @@ class Link:
         *,
         connack_timeout_s: float,
         on_accepted: Callable[[bool], None],
-        on_message: Callable[[str, bytes, int, bool, int], None],
+        on_message: Callable[[str, bytes, int, bool, int, int], None],
         on_acknowledged: Callable[[int, str | None], None],
     ) -> None:
         """Prepare one attempt.
@@ -108,7 +108,7 @@ class Link:
             protocol: MQTT version to speak.
             connack_timeout_s: How long the broker may take to answer CONNECT.
             on_accepted: Called with "session present" when CONNACK is positive; SUBSCRIBE is on its way then.
-            on_message: Called with topic, payload, QoS, retain flag and packet id of an arriving PUBLISH.
+            on_message: Called with topic, payload, QoS, retain flag, packet id and length of an arriving PUBLISH.
             on_acknowledged: Called with the packet id of a publish, and the reason when the broker refused it.
         """
         self.protocol: ProtocolName = protocol
@@ -257,7 +257,9 @@ class Link:
         except UnicodeDecodeError:  # MQTT forbids it; a broker that lets it through must not stop us
             self._client.ack(message.mid, message.qos)
             return
-        self._told_message(topic, bytes(message.payload), message.qos, message.retain, message.mid)
+        payload = bytes(message.payload)
+        length = self.packet_bytes(topic, len(payload), message.qos, expiry=False)
+        self._told_message(topic, payload, message.qos, message.retain, message.mid, length)
 
     def _on_publish(
         self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None

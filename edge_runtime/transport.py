@@ -1,11 +1,11 @@
 """The MQTT client of devices and server: connect, stay connected, publish at least once, hand on what arrives.
 
 A `MqttTransport` owns one network thread. On it, and only there, live the paho client, the retries and the calls of
-`on_event`; the public methods may be called from any thread and never wait for the network (but `connect` and `close`).
+`on_event`; the public methods may be called from any thread, and only `connect` and `close` wait.
 
-What it promises: a QoS 1 publish is kept in memory and sent again over as many connections as it takes, until the
-broker acknowledges it (`Delivered`) or refuses it (`Rejected`). What it does not: anything across a restart of the
-process. The outbox of a device and the journal of the server do that.
+A QoS 1 publish is kept in memory and sent over as many connections as it takes, until the broker acknowledges it
+(`Delivered`) or it is given up (`Rejected`). A restart of the process forgets it: the outbox of a device and the
+journal of the server are for that.
 """
 
 from __future__ import annotations
@@ -108,17 +108,14 @@ class MqttTransport:
             ConfigError: The URL, the client id, a limit or a TLS file cannot be used.
         """
         endpoint = Endpoint.parse(url)
-        if tls is not None and not endpoint.tls:
-            raise ConfigError(f"TLS files are given, but {endpoint} is a URL without TLS", hint="use mqtts://")
-        if not (1 <= max_inflight <= 65_535 and 1 <= max_queued <= 65_535):
-            raise ConfigError(f"max_inflight {max_inflight} and max_queued {max_queued} must be 1 to 65535")
-        username = endpoint.username if username is None else username
+        if max_inflight < 1 or max_queued < 1:
+            raise ConfigError(f"max_inflight {max_inflight} and max_queued {max_queued} must be at least 1")
         self._settings = LinkSettings(
             endpoint=endpoint,
             client_id=client_id,
-            username=username,
+            username=endpoint.username if username is None else username,
             password=endpoint.password if password is None else password,
-            tls=(tls or TlsConfig()).client_context() if endpoint.tls else None,
+            tls=endpoint.tls_context(tls),
             will=will,
             keepalive_s=keepalive_s,
             clean_start=clean_start,
@@ -136,7 +133,8 @@ class MqttTransport:
         self._queue = SendQueue(max_queued, self._changed)
         self._tokens: deque[Token] = deque()
         self._generation = 0
-        self._ready = False  # now connected and subscribed
+        self._linked = False  # accepted by the broker now
+        self._ready = False  # and subscribed
         self._was_ready = False
         self._closing = False
         self._failure: Loss | None = None
@@ -145,7 +143,6 @@ class MqttTransport:
         self._wake = Wake()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
         # Of the network thread alone:
-        self._link: Link | None = None
         self._retry = Retry()
         self._inflight: dict[int, tuple[int, float]] = {}  # packet id -> message id, time sent
 
@@ -158,7 +155,7 @@ class MqttTransport:
         """Start, and wait for the first connection with all subscriptions granted.
 
         Args:
-            timeout_s: Give up after this long; None tries for ever (a device that boots before its broker).
+            timeout_s: Give up after this long; None never does (a device that boots before its broker).
 
         Raises:
             BrokerError: Not connected in time, or refused for good (credentials, certificate, rights). The transport
@@ -192,7 +189,7 @@ class MqttTransport:
             expiry_s: Not worth sending, nor keeping in the broker (MQTT 5), after this long.
 
         Raises:
-            ValueError: The topic has a wildcard or is empty, the QoS is not 0 or 1, or the payload exceeds MQTT.
+            ValueError: The topic is empty or has a wildcard, the QoS is not 0 or 1, or the payload exceeds MQTT.
             BrokerError: The transport is closed.
         """
         if not topic or "+" in topic or "#" in topic or "\0" in topic or len(topic.encode("utf-8")) > 65_535:
@@ -210,7 +207,7 @@ class MqttTransport:
         return message_id
 
     def is_pending(self, message_id: int) -> bool:
-        """Whether a QoS 1 publish still waits, so that sending the same again would only double it."""
+        """Whether a QoS 1 publish is not finished yet, so that publishing the same again would only double it."""
         with self._changed:
             return message_id in self._queue
 
@@ -221,7 +218,7 @@ class MqttTransport:
             False when the connection that brought the message is gone: the broker will send it again.
         """
         with self._changed:
-            if token.generation != self._generation or self._link is None:
+            if token.generation != self._generation or not self._linked:
                 return False
             self._tokens.append(token)
         self._wake.set()
@@ -236,11 +233,12 @@ class MqttTransport:
             last: A final message, such as a retained "off" state.
             timeout_s: Longest wait for the broker's acknowledgements.
         """
-        if last is not None and not self._closing:
-            self.publish(last.topic, last.payload, last.qos, last.retain)
         on_network_thread = threading.current_thread() is self._thread
         with self._changed:
-            if not on_network_thread and not self._closing:
+            if last is not None and not self._closing:
+                self._queue.add(last, None, connected=self._ready)
+                self._wake.set()
+            if not on_network_thread:
                 self._changed.wait_for(lambda: not self._queue or not self._ready or self._closing, timeout_s)
             self._closing = True
             self._changed.notify_all()
@@ -251,9 +249,8 @@ class MqttTransport:
             # A blocking TCP connect cannot be interrupted; the thread is a daemon and ends by itself.
             self._thread.join(timeout_s + 1.0)
 
-    # ------------------------------------------------------------------ network thread
-
     def _run(self) -> None:
+        """From here on everything runs on the network thread."""
         try:
             while not self._closing:
                 loss, stable = self._one_link()
@@ -281,7 +278,7 @@ class MqttTransport:
             Why it ended, None when `close` was called, and whether it had been usable for a while.
         """
         ready_since: float | None = None
-        self._link = link = Link(
+        link = Link(
             self._settings,
             self._retry.protocol,
             connack_timeout_s=self._retry.connack_timeout_s,
@@ -367,8 +364,7 @@ class MqttTransport:
         """Put what was in flight back to the front of the queue and forget the connection."""
         self._inflight.clear()
         with self._changed:
-            self._link = None
-            self._ready = False
+            self._linked = self._ready = False
             self._tokens.clear()
             self._queue.link_lost()
 
@@ -389,17 +385,14 @@ class MqttTransport:
             _log.exception("the handler of %s failed", event.__class__.__name__)
 
     def _accepted(self, session_present: bool) -> None:
-        link = self._link
-        assert link is not None
         self._retry.accepted()
         with self._changed:
             self._generation += 1
-        self._emit(Connected(session_present, link.protocol, self._generation))
+            self._linked = True
+        self._emit(Connected(session_present, self._retry.protocol, self._generation))
 
-    def _arrived(self, topic: str, payload: bytes, qos: int, retain: bool, mid: int) -> None:
-        link = self._link
-        assert link is not None
-        self.traffic.received(topic, len(payload), link.packet_bytes(topic, len(payload), qos, expiry=False))
+    def _arrived(self, topic: str, payload: bytes, qos: int, retain: bool, mid: int, packet_bytes: int) -> None:
+        self.traffic.received(topic, len(payload), packet_bytes)
         manual = self._settings.manual_ack and qos > 0
         self._emit(Arrived(topic, payload, retain, Token(self._generation, mid) if manual else None))
         if qos and not manual:
