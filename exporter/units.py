@@ -12,6 +12,7 @@ from onnx import ModelProto, NodeProto
 
 from ..protocol.layout import Layout
 from ..protocol.manifest import UnitLayer
+from .forward import BATCH
 from .passes.editing import attribute, value_shapes
 
 __all__ = ["ConvolutionWindow", "UnitNode", "find_units"]
@@ -50,7 +51,7 @@ class UnitNode:
         output: Pre-activations, what the node yields.
         rank: Axes of the pre-activations, with the batch.
         channel_axis: Axis of the units among them.
-        input_shape: Shape of the input; the batch axis may be a text.
+        positions: For a matrix product, how many rows of its input belong to one sample.
         window: For a convolution, its window.
     """
 
@@ -59,7 +60,7 @@ class UnitNode:
     output: str
     rank: int
     channel_axis: int
-    input_shape: tuple[int | str, ...]
+    positions: int
     window: ConvolutionWindow | None
 
 
@@ -67,8 +68,8 @@ def find_units(model: ModelProto, layout: Layout) -> tuple[UnitNode, ...]:
     """The unit layers of a graph, in the order of the layout.
 
     A layer counts when its weight is a parameter of ``layout``, is used exactly once, and has the units on its first
-    axis: ``Conv`` over one or two axes, ``Gemm`` with ``transB`` or a transposed weight, ``MatMul`` with a transposed
-    weight. All other parameters take part in training but not in pruning.
+    axis: ``Conv`` over one or two axes of known size, ``Gemm`` with ``transB`` or a transposed weight, and ``MatMul``
+    with a transposed weight. All other parameters take part in training but not in pruning.
 
     Args:
         model: A graph in which every parameter is a value under its layout name.
@@ -96,14 +97,15 @@ def find_units(model: ModelProto, layout: Layout) -> tuple[UnitNode, ...]:
                 found.append((order[node.input[1]], node, node.input[1], window))
         elif node.op_type in ("Gemm", "MatMul"):
             weight = _linear_weight(node, parameters, transposed)
-            if weight is not None and node.input[0] in shapes:
+            if weight is not None and _positions(shapes.get(node.input[0], ())) > 0:
                 found.append((order[weight], node, weight, None))
     units: list[UnitNode] = []
     shift = moment = 0
     for _, node, weight, window in sorted(found, key=lambda item: item[0]):
         shape = parameters[weight]
         groups = cast(int, attribute(node, "group", 1)) if window is not None else 1
-        is_output = window is None and node.output[0] in output_values and len(shapes[node.input[0]]) == 2
+        positions = _positions(shapes[node.input[0]]) if window is None else 1
+        is_output = window is None and node.output[0] in output_values and positions == 1
         n_moments = groups * math.prod(shape[1:])
         layer = UnitLayer(weight, shape[0], groups, shift, moment, n_moments, is_output)
         rank = len(shapes[node.input[0]])
@@ -114,7 +116,7 @@ def find_units(model: ModelProto, layout: Layout) -> tuple[UnitNode, ...]:
                 node.output[0],
                 rank,
                 1 if window is not None else rank - 1,
-                shapes[node.input[0]],
+                positions,
                 window,
             )
         )
@@ -131,6 +133,22 @@ def _linear_weight(node: NodeProto, parameters: dict[str, tuple[int, ...]], tran
     if attribute(node, "transB", 0):
         return node.input[1] if node.input[1] in parameters else None
     return transposed.get(node.input[1])
+
+
+def _positions(shape: tuple[int | str, ...]) -> int:
+    """Rows of a sample in the input of a matrix product, 0 when that cannot be told.
+
+    The rows are all axes but the last; exactly one of them is the batch, or the batch times a number.
+    """
+    rows, batches = 1, 0
+    for axis in shape[:-1]:
+        if isinstance(axis, str):
+            name, _, factor = axis.partition("*")
+            if name != BATCH or (factor and not factor.isdecimal()):
+                return 0
+            batches, axis = batches + 1, int(factor or 1)
+        rows *= axis
+    return rows if batches == 1 else 0
 
 
 def _output_values(model: ModelProto) -> set[str]:
@@ -162,7 +180,7 @@ def _window(
     source, target = shapes.get(node.input[0], ()), shapes.get(node.output[0], ())
     if axes not in (1, 2) or len(source) != axes + 2 or len(target) != axes + 2:
         return None
-    if any(not isinstance(n, int) for n in (*source[1:], *target[1:])):
+    if source[0] != BATCH or any(not isinstance(n, int) for n in (*source[1:], *target[1:])):
         return None
     inputs, outputs = cast(tuple[int, ...], source[2:]), cast(tuple[int, ...], target[2:])
     kernel = shape[2:]

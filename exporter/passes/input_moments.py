@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +46,11 @@ class InputMoments(GraphPass):
         self._units = tuple(units)
 
     def requires(self, model: ModelProto) -> None:
-        """There are unit layers, with inputs of known size."""
+        """The graph computes the input of every unit layer."""
         made = {"x", *(name for node in model.graph.node for name in node.output)}
         self.check(bool(self._units), "there is no unit layer")
         for unit in self._units:
             self.check(unit.input in made, f"the graph does not compute {unit.input!r}")
-            known = all(isinstance(n, int) for n in unit.input_shape[1:])
-            self.check(known, f"the input of {unit.layer.parameter!r} has axes of unknown size")
 
     def ensures(self, model: ModelProto) -> None:
         """The only output is ``moments``."""
@@ -95,11 +91,10 @@ class InputMoments(GraphPass):
         if window is None:
             axes = list(range(unit.rank - 1))
             nodes = [new_node("ReduceSumSquare", [unit.input], [sums], axes=axes, keepdims=0)]
-            positions = math.prod(cast("tuple[int, ...]", unit.input_shape[1:-1]))
-            if positions == 1:
+            if unit.positions == 1:
                 nodes[0].output[0] = nodes[0].name = part
             else:
-                count = add_constant(graph, f"fedzo.positions{positions}", np.array([positions], np.float32))
+                count = add_constant(graph, f"fedzo.positions{unit.positions}", np.array([unit.positions], np.float32))
                 nodes.append(new_node("Div", [sums, count], [part]))
             return nodes
         nodes = [new_node("ReduceSumSquare", [unit.input], [sums], axes=[0], keepdims=0)]
