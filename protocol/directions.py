@@ -251,11 +251,10 @@ class Directions:
     ) -> NDArray[np.float32]:
         spectrum = np.zeros(self.padded, dtype=np.float32)
         # Positions of one lap over the permutation hit each row at most once, so a lap is one elementwise addition.
-        laps = positions // self.padded
-        starts = np.flatnonzero(np.diff(laps, prepend=-1))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), positions.size], strict=True):
-            rows = self.rows(positions[start:end])
-            spectrum[rows] = np.add(spectrum[rows], coefficients[start:end])
+        cuts = np.flatnonzero(np.diff(positions // self.padded)) + 1
+        for lap, values in zip(np.split(positions, cuts), np.split(coefficients, cuts), strict=True):
+            rows = self.rows(lap)
+            spectrum[rows] = np.add(spectrum[rows], values)
         fwht(spectrum)
         out = spectrum[: self.size]
         return np.multiply(out, self._round_signs(round_), out=np.empty(self.size, dtype=np.float32))

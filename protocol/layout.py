@@ -27,6 +27,7 @@ InitialiserKind = Literal["normal", "uniform", "constant"]
 _KINDS: tuple[InitialiserKind, ...] = ("normal", "uniform", "constant")
 MAX_PARAMETERS = 4096
 MAX_SIZE = 1 << 28
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Initialiser:
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ArtifactError(f"initialiser kind {self.kind!r} is not one of {', '.join(_KINDS)}")
-        if not math.isfinite(self.scale) or float(np.float32(self.scale)) != self.scale:
+        if not abs(self.scale) <= _LARGEST_SCALE or float(np.float32(self.scale)) != self.scale:
             raise ArtifactError(f"initialiser scale {self.scale!r} is not a finite float32 value")
 
 
@@ -169,6 +170,7 @@ def _parameter(item: object) -> Parameter:
         or kind not in _KINDS
         or isinstance(scale, bool)
         or not isinstance(scale, (int, float))
+        or not abs(scale) <= _LARGEST_SCALE
     ):
         raise ArtifactError(f"parameter {name!r} of the layout is malformed")
     return Parameter(name, tuple(shape), maskable, Initialiser(kind, float(scale)))

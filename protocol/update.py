@@ -152,8 +152,9 @@ class Replica:
                 f"update {record.index} continues the log {record.parent.hex()}, this one is {self._head.hex()}",
                 hint="the run was restarted with other settings: join it again",
             )
+        head = chain_digest(record.parent, record.encode())
         self._step(record, record.digest)
-        self._head = chain_digest(record.parent, record.encode())
+        self._head = head
 
     def prepare(
         self,
@@ -177,14 +178,15 @@ class Replica:
 
         Raises:
             ProtocolError: The index is wrong, the record is malformed, a coefficient has more than 13 significant
-                bits, or the weights would no longer be finite. Nothing has changed then.
+                bits, or weights or moments would no longer be finite. Nothing has changed then.
         """
         self._check_index(index)
         if not np.array_equal(round_coefficients(coefficients.astype(np.float64)), coefficients):
             raise ProtocolError(
                 "a coefficient has more than 13 significant bits", hint="pass them to round_coefficients"
             )
-        draft = UpdateRecord(index, round_, learning_rate, segments, coefficients, self._head, bytes(DIGEST_BYTES))
+        with np.errstate(over="ignore"):  # a rate beyond float32 is refused, not warned about
+            draft = UpdateRecord(index, round_, learning_rate, segments, coefficients, self._head, bytes(DIGEST_BYTES))
         self._step(draft, None)
         record = dataclasses.replace(draft, digest=self._digest)
         self._head = chain_digest(record.parent, record.encode())
@@ -204,7 +206,8 @@ class Replica:
             gradient = estimate_gradient(self.directions, record)
             self._optimiser.step(self._weights, gradient, np.float32(record.learning_rate))
         digest = weights_digest(self._weights)
-        finite = bool(np.isfinite(self._weights).all())
+        # A moment that overflows would freeze its weight for good, so it counts as well.
+        finite = all(np.isfinite(part).all() for part in (self._weights, *self._optimiser.state))
         if finite and expected in (None, digest):
             self._digest = digest
             return
@@ -212,7 +215,7 @@ class Replica:
         self._optimiser.restore(record.index, state)
         if not finite:
             raise ProtocolError(
-                f"update {record.index} makes weights that are not finite", hint="lower the learning rate"
+                f"update {record.index} makes weights or moments that are not finite", hint="lower the learning rate"
             )
         raise ProtocolError(
             f"after update {record.index} the weights have the digest {digest.hex()}, the server's have "

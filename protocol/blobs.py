@@ -1,0 +1,133 @@
+"""Pulling a blob in blocks: the device names what it misses, so nothing depends on order or on single messages."""
+
+from __future__ import annotations
+
+import hashlib
+
+from .device_events import BlobFound, DeviceCommand, FindBlob, Send, StoreBlob
+from .topics import Channel
+from .transfers import BlobBlock, BlobRequest
+
+__all__ = ["BLOCK_BYTES", "BlobDownload", "BlobFetcher"]
+
+BLOCK_BYTES = 64 << 10
+WINDOW = 4
+
+
+class BlobDownload:
+    """One blob on its way.
+
+    Args:
+        sha256: Hash of the whole, 32 bytes.
+        size: Its length in bytes, from a document that is already trusted.
+        retry_s: A block that has not come after this time is asked for again.
+    """
+
+    def __init__(self, sha256: bytes, size: int, *, retry_s: float) -> None:
+        self.sha256 = sha256
+        self.size = size
+        self._retry_s = retry_s
+        self._data = bytearray(size)
+        self._missing = set(range(0, size, BLOCK_BYTES))
+        self._asked: dict[int, float] = {}
+
+    @property
+    def wakeup(self) -> float | None:
+        """When :meth:`requests` may have something to repeat."""
+        return min(self._asked.values()) + self._retry_s if self._asked else None
+
+    def forget_requests(self) -> None:
+        """After a reconnect: whatever was asked for may never come."""
+        self._asked.clear()
+
+    def requests(self, now: float) -> list[BlobRequest]:
+        """What to ask for now: at most :data:`WINDOW` blocks are on their way."""
+        for offset, asked in list(self._asked.items()):
+            if now - asked >= self._retry_s:
+                del self._asked[offset]
+        wanted = sorted(self._missing - self._asked.keys())[: WINDOW - len(self._asked)]
+        for offset in wanted:
+            self._asked[offset] = now
+        return [BlobRequest(self.sha256, o, min(BLOCK_BYTES, self.size - o)) for o in wanted]
+
+    def add(self, block: BlobBlock) -> bytes | None:
+        """Take a block; a foreign, repeated or misplaced one changes nothing.
+
+        Returns:
+            The whole blob once it is complete and has its hash. A blob with a wrong hash is pulled again.
+        """
+        expected = min(BLOCK_BYTES, self.size - block.offset)
+        if block.sha256 != self.sha256 or block.total != self.size or block.offset not in self._missing:
+            return None
+        if len(block.data) != expected:
+            return None
+        self._data[block.offset : block.offset + expected] = block.data
+        self._missing.discard(block.offset)
+        self._asked.pop(block.offset, None)
+        if self._missing:
+            return None
+        data = bytes(self._data)
+        if hashlib.sha256(data).digest() == self.sha256:
+            return data
+        self._missing = set(range(0, self.size, BLOCK_BYTES))
+        return None
+
+
+class BlobFetcher:
+    """Gets blobs one after another: first out of the local store, then block by block from the server.
+
+    Args:
+        retry_s: See :class:`BlobDownload`.
+    """
+
+    def __init__(self, *, retry_s: float) -> None:
+        self._retry_s = retry_s
+        self._asked: set[bytes] = set()
+        self._present: dict[bytes, bool] = {}
+        self._download: BlobDownload | None = None
+        self._read = False
+
+    @property
+    def wakeup(self) -> float | None:
+        """When :meth:`fetch` may have something to repeat."""
+        return self._download.wakeup if self._download else None
+
+    def forget_requests(self) -> None:
+        """After a reconnect: whatever was asked for may never come."""
+        if self._download:
+            self._download.forget_requests()
+
+    def has(self, sha256: bytes) -> bool:
+        """Whether the blob is in the local store."""
+        return self._present.get(sha256, False)
+
+    def fetch(self, sha256: bytes, size: int, now: float, *, read: bool) -> list[DeviceCommand]:
+        """The next step towards a blob.
+
+        Args:
+            sha256: Of the blob.
+            size: Its length in bytes.
+            now: The time.
+            read: Whether its bytes are wanted when it is there.
+        """
+        self._read = read
+        if sha256 not in self._asked:
+            self._asked.add(sha256)
+            return [FindBlob(sha256, read)]
+        if sha256 not in self._present:
+            return []
+        if self._download is None or self._download.sha256 != sha256:
+            self._download = BlobDownload(sha256, size, retry_s=self._retry_s)
+        return [Send(Channel.GET, request) for request in self._download.requests(now)]
+
+    def add(self, block: BlobBlock) -> list[DeviceCommand]:
+        """Take a block from the server."""
+        data = self._download.add(block) if self._download else None
+        if data is None:
+            return []
+        self._download = None
+        return [StoreBlob(block.sha256, data, self._read)]
+
+    def found(self, event: BlobFound) -> None:
+        """Take the local store's answer."""
+        self._present[event.sha256] = event.present

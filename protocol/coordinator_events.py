@@ -1,0 +1,167 @@
+"""What goes into the coordinator's state machine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec import BinaryMessage
+from .documents import Document
+from .errors import FedzoError
+from .mask import Mask
+from .topics import Channel
+from .transfers import BlobRequest, LogRequest
+
+__all__ = [
+    "Connected",
+    "CoordinatorCommand",
+    "CoordinatorEvent",
+    "DeviceSaid",
+    "Evaluate",
+    "Finish",
+    "OfferBlob",
+    "Record",
+    "RecordKind",
+    "Send",
+    "ServeBlob",
+    "ServeLog",
+    "ServerEvaluated",
+    "Tick",
+]
+
+RecordKind = Literal["run", "enrolment", "announce", "report", "mask", "update", "evaluation", "phase", "refusal"]
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The link to the broker is up; the broker may have lost everything that it retained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; due at ``wakeup`` at the latest."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSaid:
+    """A message came from a device.
+
+    Attributes:
+        device: Its id, from the topic, which the broker's access list binds to its credentials.
+        channel: Where it came in.
+        message: Decoded and checked.
+    """
+
+    device: str
+    channel: Channel
+    message: Document | BinaryMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEvaluated:
+    """Answer to :class:`Evaluate`.
+
+    Attributes:
+        round: Of the evaluation.
+        mean_loss: On the server's own test set.
+        accuracy: Fraction correct.
+        samples: Size of the test set.
+    """
+
+    round: int
+    mean_loss: float
+    accuracy: float
+    samples: int
+
+
+CoordinatorEvent = Connected | Tick | DeviceSaid | ServerEvaluated
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Append to the journal. Everything recorded so far is durable before a later ``Send`` goes out.
+
+    Attributes:
+        kind: What the payload is.
+        round: Round number.
+        device: Device id, or empty.
+        payload: Encoded document, message or mask.
+    """
+
+    kind: RecordKind
+    round: int
+    device: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Publish on the channel's topic, QoS 1, retained where the channel is.
+
+    Attributes:
+        channel: The channel.
+        message: What to publish.
+        device: Whose topic; empty on broadcast channels.
+    """
+
+    channel: Channel
+    message: Document | BinaryMessage
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OfferBlob:
+    """Keep a blob ready for requests, by its hash."""
+
+    sha256: bytes
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBlob:
+    """Answer a device's request for a block, if the blob is offered."""
+
+    device: str
+    request: BlobRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ServeLog:
+    """Answer a device's request for update records out of the journal."""
+
+    device: str
+    request: LogRequest
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate on the server's own test set; answer with :class:`ServerEvaluated`.
+
+    Attributes:
+        round: Of the evaluation.
+        mask: The survivors.
+        weights: ``float32[n_survivors]``, a copy.
+    """
+
+    round: int
+    mask: Mask
+    weights: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Stop serving: the run is done, or ``error`` says why it stopped. A stopped run can be resumed."""
+
+    error: FedzoError | None = None
+
+
+CoordinatorCommand = Record | Send | OfferBlob | ServeBlob | ServeLog | Evaluate | Finish

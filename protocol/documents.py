@@ -1,0 +1,285 @@
+"""The JSON documents: rare, small, schema-checked. What is hot travels as the binary messages of ``messages.py``.
+
+A document is one flat frozen dataclass. :func:`parse` checks each field against its annotation, refuses unknown and
+missing keys, numbers that are not finite and texts that are too long, and raises nothing but ``ProtocolError``.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import types
+import typing
+import zlib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ConfigError, ProtocolError
+from .settings import RunSettings, SaliencySettings, TrainingSettings
+
+__all__ = [
+    "Announcement",
+    "Document",
+    "Hello",
+    "Order",
+    "Phase",
+    "Presence",
+    "RunDocument",
+    "ServerPresence",
+    "pack_participants",
+    "parse",
+    "unpack_participants",
+]
+
+MAX_DOCUMENT_BYTES = 64 << 10
+MAX_TEXT = 48 << 10
+Phase = Literal["enrol", "saliency", "train", "evaluate", "done", "stopped"]
+Status = Literal["joining", "ready", "done", "refused", "left", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Base of the documents; :attr:`KIND` is the ``kind`` key of the JSON object."""
+
+    KIND: ClassVar[str] = ""
+
+    def encode(self) -> bytes:
+        """The payload: compact JSON, keys sorted."""
+        data = {**dataclasses.asdict(self), "kind": self.KIND}
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPresence(Document):
+    """Retained on ``srv``, with ``online`` false as the server's will.
+
+    Attributes:
+        online: Whether the server is there.
+        birth: Grows with every start of a server, so that an old will is known as old.
+    """
+
+    KIND: ClassVar[str] = "server"
+    online: bool
+    birth: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDocument(Document):
+    """Retained on ``run``: what every device needs to compute the same thing.
+
+    Attributes:
+        run: Run id, ``[a-z0-9-]{1,48}``.
+        manifest_sha256: Hash of the artifact's ``manifest.json``, 64 hex digits.
+        manifest_size: Its length in bytes.
+        settings: The run's settings.
+    """
+
+    KIND: ClassVar[str] = "run"
+    run: str
+    manifest_sha256: str
+    manifest_size: int
+    settings: RunSettings
+
+    @property
+    def saliency(self) -> SaliencySettings:
+        """How scores are made."""
+        return self.settings.saliency
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How training is done."""
+        return self.settings.training
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement(Document):
+    """Retained on ``head``: the open round.
+
+    Attributes:
+        run: Run id.
+        round: Round number, unique in the run over all phases.
+        phase: What to do.
+        participants: Packed set of ordinals (:func:`pack_participants`).
+        k: Directions per device, when training.
+        cursor: First position of the round in the walk over the directions.
+        mask_sha256: Hash of the encoded mask, 64 hex digits; empty while there is none.
+        mask_size: Its length in bytes.
+        log_length: Update records before this round.
+        log_head: Chain digest of the log, 32 hex digits; empty before training.
+        weights_digest: Digest of the weights, 32 hex digits; empty before training.
+        deadline_s: Time that the round may take; for information, the server's clock decides.
+    """
+
+    KIND: ClassVar[str] = "head"
+    run: str
+    round: int
+    phase: Phase
+    participants: str = ""
+    k: int = 0
+    cursor: int = 0
+    mask_sha256: str = ""
+    mask_size: int = 0
+    log_length: int = 0
+    log_head: str = ""
+    weights_digest: str = ""
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(Document):
+    """A device introduces itself.
+
+    Attributes:
+        session: Boot counter; grows with every start of the device.
+        profile: Name of its hardware profile.
+        ram_budget_mib: What the profile allows.
+        samples: Training samples it holds.
+        holdout: Samples it keeps for evaluation.
+        versions: Texts such as ``onnxruntime 1.32.0``, joined by commas.
+        machine: Instruction set, for example ``aarch64``.
+    """
+
+    KIND: ClassVar[str] = "hello"
+    session: int
+    profile: str
+    ram_budget_mib: float
+    samples: int
+    holdout: int
+    versions: str
+    machine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Presence(Document):
+    """Retained on ``d/DEV/state``, with ``lost`` as the device's will.
+
+    Attributes:
+        session: Boot counter; a will of an older session is ignored.
+        status: How the device is.
+        run: The run that it speaks of; empty when it knows none.
+        detail: One line for people, for example why it refused.
+        log_length: Update records applied.
+        weights_digest: Digest of its weights, 32 hex digits; empty before training.
+        planned_peak_mib: What its memory plan says; 0 before there is one.
+    """
+
+    KIND: ClassVar[str] = "state"
+    session: int
+    status: Status
+    run: str = ""
+    detail: str = ""
+    log_length: int = 0
+    weights_digest: str = ""
+    planned_peak_mib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order(Document):
+    """The server tells one device what it is.
+
+    Attributes:
+        run: Run id.
+        action: ``welcome``, or ``refuse`` for good.
+        session: The session that it answers.
+        ordinal: The device's number in the run, from 0; its place in every round follows from it.
+        detail: One line for people.
+    """
+
+    KIND: ClassVar[str] = "order"
+    run: str
+    action: Literal["welcome", "refuse"]
+    session: int
+    ordinal: int = 0
+    detail: str = ""
+
+
+_Kind = TypeVar("_Kind", bound=Document)
+
+
+def parse(kind: type[_Kind], data: bytes) -> _Kind:
+    """Parse one JSON payload.
+
+    Args:
+        kind: The document class that the topic carries.
+        data: The payload.
+
+    Raises:
+        ProtocolError: The bytes are no document of that kind. Nothing else is raised, whatever the bytes.
+    """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ProtocolError(f"a document of {len(data)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"a {kind.KIND} document is not JSON") from None
+    if not isinstance(raw, dict) or raw.pop("kind", None) != kind.KIND:
+        raise ProtocolError(f"a payload is not a {kind.KIND} document")
+    try:
+        return typing.cast(_Kind, _build(kind, raw))
+    except (TypeError, ValueError, OverflowError, ConfigError) as error:
+        raise ProtocolError(f"malformed {kind.KIND} document: {error}") from None
+
+
+def _build(kind: type, raw: object) -> object:
+    if not isinstance(raw, dict):
+        raise TypeError(f"{kind.__name__} is not an object")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := set(raw) - set(fields):
+        raise ValueError(f"unknown key {sorted(unknown)[0][:40]!r}")
+    return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value)
+    if typing.get_origin(hint) in (Literal, types.UnionType):
+        if not isinstance(value, str) or value not in typing.get_args(hint):
+            raise ValueError(f"{str(value)[:40]!r} is not one of {', '.join(typing.get_args(hint))}")
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if hint is str and isinstance(value, str) and len(value) <= MAX_TEXT:
+        value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
+        return value
+    raise TypeError(f"{str(value)[:40]!r} is not a valid {getattr(hint, '__name__', hint)}")
+
+
+def pack_participants(ordinals: NDArray[np.int64]) -> str:
+    """Pack a set of ordinals: bitmap, zlib, base64. 10,000 devices take at most 1.7 kB.
+
+    Args:
+        ordinals: ``int64[n]``, distinct, not negative.
+    """
+    size = int(ordinals.max()) + 1 if ordinals.size else 0
+    bits = np.zeros(size, dtype=np.uint8)
+    bits[ordinals] = 1
+    return base64.b64encode(zlib.compress(np.packbits(bits, bitorder="little").tobytes(), 9)).decode()
+
+
+def unpack_participants(text: str) -> NDArray[np.int64]:
+    """Inverse of :func:`pack_participants`: ascending ``int64[n]``.
+
+    Raises:
+        ProtocolError: The text is no packed set.
+    """
+    if not text:
+        return np.zeros(0, dtype=np.int64)
+    inflater = zlib.decompressobj()
+    try:
+        data = inflater.decompress(base64.b64decode(text, validate=True), 1 << 16)
+    except (ValueError, zlib.error):
+        raise ProtocolError("the set of participants cannot be unpacked") from None
+    if not inflater.eof or inflater.unconsumed_tail or inflater.unused_data:
+        raise ProtocolError("the set of participants is truncated or too large")
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    return np.flatnonzero(bits).astype(np.int64)

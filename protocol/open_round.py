@@ -1,0 +1,84 @@
+"""One open round: what is announced, who has answered, who may still answer."""
+
+from __future__ import annotations
+
+from .aggregation import check_report
+from .coordinator_events import ServerEvaluated
+from .documents import Announcement, Phase
+from .errors import ProtocolError, QuorumError
+from .manifest import Manifest
+from .messages import Decline, Report, ReportKind
+from .roster import Roster
+from .settings import RunSettings
+
+__all__ = ["KINDS", "OpenRound"]
+
+KINDS: dict[Phase, ReportKind] = {
+    "saliency": ReportKind.SALIENCY,
+    "train": ReportKind.PROBE,
+    "evaluate": ReportKind.EVALUATE,
+}
+
+
+class OpenRound:
+    """One open round.
+
+    Args:
+        head: Its announcement.
+        roster: All devices.
+        deadline: When it is over; None until the first event after a restart.
+
+    Attributes:
+        participants: Device ids in the order of ordinals.
+        reports: Accepted reports by device id, those that declined included.
+        server_result: The server's own evaluation.
+    """
+
+    def __init__(self, head: Announcement, roster: Roster, *, deadline: float | None = None) -> None:
+        self._head = head
+        self._roster = roster
+        self.deadline = deadline
+        self.participants = tuple(roster.names_of(head.participants))
+        self._ranks = {name: rank for rank, name in enumerate(self.participants)}
+        self.reports: dict[str, Report] = {}
+        self.server_result: ServerEvaluated | None = None
+
+    def check(
+        self, device: str, report: Report, manifest: Manifest, settings: RunSettings, weights_digest: bytes
+    ) -> None:
+        """Whether the report may count.
+
+        Raises:
+            ProtocolError: It may not; the text says why.
+        """
+        if device not in self._ranks:
+            raise ProtocolError("not a participant of this round")
+        check_report(report, KINDS[self._head.phase], manifest, settings, self._head.k, weights_digest)
+
+    def slot(self, device: str) -> int:
+        """The device's place in a dealt round; rotates with the rounds like ``settings.positions_of``."""
+        return (self._ranks[device] + self._head.round) % len(self.participants)
+
+    def usable(self) -> list[str]:
+        """Participants whose report has scalars."""
+        return [name for name in self.participants if name in self.reports and self.reports[name].blocks]
+
+    def waiting(self) -> list[str]:
+        """Participants that have not answered and may still do."""
+        members, round_ = self._roster.members, self._head.round
+        return [n for n in self.participants if n not in self.reports and members[n].may_answer(round_)]
+
+    def all_answered(self) -> bool:
+        """Whether nobody is left who could answer later."""
+        return bool(self.participants) and all(name in self.reports for name in self.participants)
+
+    def nobody_could(self, quorum: int) -> QuorumError:
+        """The error for a round in which everybody answered and too few could compute."""
+        reasons = sorted({r.decline.name.lower() for r in self.reports.values() if r.decline is not Decline.NONE})
+        hint = "lower --learning-rate or --sigma" if "non_finite" in reasons else "see the devices' own logs"
+        usable, count = len(self.usable()), len(self.participants)
+        detail = f" ({', '.join(reasons)})" if reasons else ""
+        return QuorumError(
+            f"round {self._head.round}: {usable} of {count} devices could answer{detail}, the quorum is {quorum}",
+            hint=hint,
+        )

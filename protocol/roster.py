@@ -1,0 +1,122 @@
+"""The devices of a run as the coordinator knows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .documents import Hello, Presence, Status, unpack_participants
+
+__all__ = ["MAX_DEVICES", "Member", "Roster"]
+
+MAX_DEVICES = 100_000
+
+
+@dataclass
+class Member:
+    """One enrolled device.
+
+    Attributes:
+        name: Device id.
+        ordinal: Its number in the run, from 0, in the order of enrolment.
+        hello: Its latest introduction.
+        status: Its latest presence.
+        session: Boot counter of that presence.
+        detail: One line for people.
+        silent: It missed a deadline and has not been heard of since.
+        refused_round: Last round in which its report was refused; -1 for none.
+        weights_digest: What it last said of its weights, hex.
+        planned_peak_mib: What its memory plan says.
+    """
+
+    name: str
+    ordinal: int
+    hello: Hello
+    status: Status = "joining"
+    session: int = 0
+    detail: str = ""
+    silent: bool = False
+    refused_round: int = -1
+    weights_digest: str = ""
+    planned_peak_mib: float = 0.0
+
+    def take_hello(self, hello: Hello) -> None:
+        """A device says hello when it starts, and when it starts over."""
+        self.silent = False
+        if hello.session > self.session:  # A repeated hello of the same session says nothing new.
+            self.hello = hello
+            self.session = hello.session
+            self.status = "joining"
+
+    def take_presence(self, presence: Presence) -> None:
+        """Old wills and old retained states have an older session and mean nothing."""
+        if presence.session < self.session:
+            return
+        self.session = presence.session
+        self.status = presence.status
+        self.detail = presence.detail
+        self.silent = False
+        if presence.weights_digest:
+            self.weights_digest = presence.weights_digest
+        if presence.planned_peak_mib:
+            self.planned_peak_mib = presence.planned_peak_mib
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a new round should count on it."""
+        return self.status == "ready" and not self.silent
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still be heard of soon."""
+        return self.status in ("joining", "ready", "done") and not self.silent
+
+    def may_answer(self, round_: int) -> bool:
+        """Whether the open round should wait for it."""
+        return self.is_alive and self.refused_round != round_
+
+
+class Roster:
+    """All enrolled devices.
+
+    Attributes:
+        members: By device id, in the order of ordinals.
+    """
+
+    def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
+        self._names: list[str] = []
+        self._packed = ""
+        self._unpacked: list[str] = []
+
+    def get(self, name: str) -> Member | None:
+        """The device, if it is enrolled."""
+        return self.members.get(name)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further device can be enrolled."""
+        return len(self._names) >= MAX_DEVICES
+
+    def enrol(self, name: str, hello: Hello) -> Member:
+        """Add a device with the next ordinal, or return the one that is there."""
+        member = self.members.get(name)
+        if member is None:
+            member = Member(name, len(self._names), hello, session=hello.session)
+            self.members[name] = member
+            self._names.append(name)
+        return member
+
+    def ready(self) -> list[Member]:
+        """Devices that a new round can count on, in the order of ordinals."""
+        return [member for member in self.members.values() if member.is_ready]
+
+    def alive(self) -> list[Member]:
+        """Devices that may still be heard of, in the order of ordinals."""
+        return [member for member in self.members.values() if member.is_alive]
+
+    def names_of(self, packed: str) -> list[str]:
+        """Device ids of a packed set of ordinals, ascending."""
+        if packed != self._packed:
+            self._packed = packed
+            self._unpacked = [self._names[int(i)] for i in unpack_participants(packed) if i < len(self._names)]
+        return self._unpacked

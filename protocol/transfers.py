@@ -1,0 +1,162 @@
+"""What a device pulls: blocks of blobs (graphs, masks) and update records that it missed."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from .errors import ProtocolError
+from .messages import UpdateRecord
+from .wire import COUNT, VERSION, MessageType, check_digest, check_unsigned, unpack_exactly
+
+__all__ = ["MAX_BLOCK_BYTES", "BlobBlock", "BlobRequest", "LogRequest", "LogSlice"]
+
+MAX_BLOCK_BYTES = 128 << 10
+MAX_LOG_RECORDS = 4_096
+
+_BLOB_REQUEST = struct.Struct("<BBH32sII")
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRequest:
+    """A device asks for one block of a blob.
+
+    Attributes:
+        sha256: Of the whole blob, 32 bytes.
+        offset: First byte wanted.
+        length: Bytes wanted, at most 128 KiB.
+    """
+
+    sha256: bytes
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        check_digest("blob hash", self.sha256, 32)
+        check_unsigned("offset", self.offset, 32)
+        if not 1 <= self.length <= MAX_BLOCK_BYTES:
+            raise ProtocolError(f"a block has 1 to {MAX_BLOCK_BYTES} bytes, not {self.length}")
+
+    def encode(self) -> bytes:
+        """The payload."""
+        return _BLOB_REQUEST.pack(VERSION, MessageType.BLOB_REQUEST, 0, self.sha256, self.offset, self.length)
+
+    @classmethod
+    def decode(cls, data: bytes) -> BlobRequest:
+        """Inverse of :meth:`encode`; called by ``codec.decode``."""
+        _, _, _, sha256, offset, length = _BLOB_REQUEST.unpack(data)
+        return cls(sha256, offset, length)
+
+
+_BLOB_BLOCK = struct.Struct("<BBH32sII")
+
+
+@dataclass(frozen=True, slots=True)
+class BlobBlock:
+    """One block of a blob.
+
+    Attributes:
+        sha256: Of the whole blob, 32 bytes.
+        offset: Of the first byte.
+        total: Length of the whole blob in bytes.
+        data: The bytes.
+    """
+
+    sha256: bytes
+    offset: int
+    total: int
+    data: bytes
+
+    def __post_init__(self) -> None:
+        check_digest("blob hash", self.sha256, 32)
+        check_unsigned("total", self.total, 32)
+        if not 1 <= len(self.data) <= MAX_BLOCK_BYTES or self.offset + len(self.data) > self.total:
+            raise ProtocolError(f"block of {len(self.data)} bytes at {self.offset} in a blob of {self.total}")
+
+    def encode(self) -> bytes:
+        """The payload."""
+        head = _BLOB_BLOCK.pack(VERSION, MessageType.BLOB_BLOCK, 0, self.sha256, self.offset, self.total)
+        return head + self.data
+
+    @classmethod
+    def decode(cls, data: bytes) -> BlobBlock:
+        """Inverse of :meth:`encode`; called by ``codec.decode``."""
+        _, _, _, sha256, offset, total = _BLOB_BLOCK.unpack_from(data)
+        return cls(sha256, offset, total, data[_BLOB_BLOCK.size :])
+
+
+_LOG_REQUEST = struct.Struct("<BBHII")
+
+
+@dataclass(frozen=True, slots=True)
+class LogRequest:
+    """A device asks for update records that it missed.
+
+    Attributes:
+        first: Index of the first one.
+        count: How many at most.
+    """
+
+    first: int
+    count: int
+
+    def __post_init__(self) -> None:
+        check_unsigned("first", self.first, 32)
+        if not 1 <= self.count <= MAX_LOG_RECORDS:
+            raise ProtocolError(f"a log request asks for 1 to {MAX_LOG_RECORDS} records, not {self.count}")
+
+    def encode(self) -> bytes:
+        """The payload."""
+        return _LOG_REQUEST.pack(VERSION, MessageType.LOG_REQUEST, 0, self.first, self.count)
+
+    @classmethod
+    def decode(cls, data: bytes) -> LogRequest:
+        """Inverse of :meth:`encode`; called by ``codec.decode``."""
+        return cls(*unpack_exactly(_LOG_REQUEST, data)[3:])
+
+
+_LOG_SLICE = struct.Struct("<BBHI")
+
+
+@dataclass(frozen=True, eq=False)
+class LogSlice:
+    """Consecutive update records, as many as fit one payload.
+
+    Attributes:
+        first: Index of the first one.
+        records: The records.
+    """
+
+    first: int
+    records: tuple[UpdateRecord, ...]
+
+    def __post_init__(self) -> None:
+        check_unsigned("first", self.first, 32)
+        if not 1 <= len(self.records) <= MAX_LOG_RECORDS:
+            raise ProtocolError(f"a log slice holds 1 to {MAX_LOG_RECORDS} records, not {len(self.records)}")
+        if any(record.index != self.first + i for i, record in enumerate(self.records)):
+            raise ProtocolError("the records of a log slice are not consecutive")
+
+    def encode(self) -> bytes:
+        """The payload."""
+        parts = [_LOG_SLICE.pack(VERSION, MessageType.LOG_SLICE, len(self.records), self.first)]
+        for record in self.records:
+            data = record.encode()
+            parts += [COUNT.pack(len(data)), data]
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, data: bytes) -> LogSlice:
+        """Inverse of :meth:`encode`; called by ``codec.decode``."""
+        _, _, count, first = _LOG_SLICE.unpack_from(data)
+        records, start = [], _LOG_SLICE.size
+        for _ in range(count):
+            (length,) = COUNT.unpack_from(data, start)
+            start += COUNT.size
+            if length < 2 or start + length > len(data) or data[start + 1] != MessageType.UPDATE:
+                raise ProtocolError("a log slice is truncated")
+            records.append(UpdateRecord.decode(data[start : start + length]))
+            start += length
+        if start != len(data):
+            raise ProtocolError(f"a log slice has {len(data) - start} bytes too many")
+        return cls(first, tuple(records))

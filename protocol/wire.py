@@ -1,0 +1,87 @@
+"""What all binary messages share: version and type bytes, limits, scalars, digests."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ProtocolError
+
+__all__ = [
+    "COUNT",
+    "DIGEST_BYTES",
+    "MAX_PAYLOAD_BYTES",
+    "MAX_SCALARS",
+    "VERSION",
+    "MessageType",
+    "check_digest",
+    "check_unsigned",
+    "pack_scalars",
+    "unpack_exactly",
+    "unpack_scalars",
+]
+
+VERSION: Final = 1
+DIGEST_BYTES: Final = 16
+MAX_PAYLOAD_BYTES: Final = 256 << 10
+MAX_SCALARS: Final = 60_000
+COUNT: Final = struct.Struct("<I")
+
+
+class MessageType(enum.IntEnum):
+    """Second byte of every binary message."""
+
+    REPORT = 1
+    UPDATE = 2
+    RECEIPT = 3
+    BLOB_REQUEST = 4
+    BLOB_BLOCK = 5
+    LOG_REQUEST = 6
+    LOG_SLICE = 7
+
+
+def check_unsigned(name: str, value: int, bits: int) -> None:
+    """Raise ProtocolError unless ``0 <= value < 2**bits``."""
+    if not 0 <= value < 1 << bits:
+        raise ProtocolError(f"{name} {value} does not fit {bits} bits")
+
+
+def check_digest(name: str, value: bytes, length: int = DIGEST_BYTES) -> None:
+    """Raise ProtocolError unless ``value`` has ``length`` bytes."""
+    if len(value) != length:
+        raise ProtocolError(f"{name} has {len(value)} bytes instead of {length}")
+
+
+def unpack_scalars(raw: bytes | memoryview, count: int) -> NDArray[np.float32]:
+    """Read-only ``float32[count]`` from little-endian bytes.
+
+    Raises:
+        ProtocolError: A value is not finite.
+    """
+    out = np.frombuffer(raw, dtype="<f4", count=count).astype(np.float32)
+    if not bool(np.isfinite(out).all()):
+        raise ProtocolError("a scalar is not finite")
+    out.flags.writeable = False
+    return out
+
+
+def pack_scalars(values: NDArray[np.float32]) -> bytes:
+    """Inverse of :func:`unpack_scalars`; refuses what that would refuse."""
+    if values.ndim != 1 or not bool(np.isfinite(values).all()):
+        raise ProtocolError("scalars must be one row of finite float32 values")
+    return values.astype("<f4", copy=False).tobytes()
+
+
+def unpack_exactly(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
+    """Unpack a message of fixed length.
+
+    Raises:
+        ProtocolError: ``data`` has another length.
+    """
+    if len(data) != layout.size:
+        raise ProtocolError(f"a message of {len(data)} bytes should have {layout.size}")
+    return layout.unpack(data)
