@@ -21,7 +21,6 @@ app = typer.Typer(
         Boards run the small `fedzo-device`; this command exports models, runs the server and looks after both.
 
         Example:
-
             $ fedzo profiles list
         """
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +24,7 @@ JsonOption = Annotated[
 ]
 DebugOption = Annotated[
     bool,
-    typer.Option(
-        "--debug", help="Show the traceback of an error; FEDZO_DEBUG=1 does the same.", rich_help_panel=_PANEL
-    ),
+    typer.Option("--debug", help="Show the traceback of an error (or set FEDZO_DEBUG=1).", rich_help_panel=_PANEL),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -35,7 +32,7 @@ ConfigOption = Annotated[
         "--config",
         metavar="FILE",
         envvar="FEDZO_CONFIG",
-        help="Settings in TOML; fedzo.toml of this folder by default.",
+        help="Settings in TOML; by default fedzo.toml, if there is one.",
     ),
 ]
 ShowConfigOption = Annotated[
@@ -48,15 +45,20 @@ class MissingCommandError(typer.TyperException):
 
     exit_code = 2
 
+    def __init__(self, context: typer.Context) -> None:
+        super().__init__(f"{context.command_path} needs a command")
+        self.ctx = context
+
 
 def help_text(docstring: str | None) -> str:
-    """A docstring as help: each paragraph becomes one line, indented blocks (examples) keep theirs; brackets are literal."""
+    """A docstring as help: a paragraph becomes one line, an ``Example:`` keeps its lines, brackets are literal."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
-    blocks = [
-        # rich would take away the indentation of the last blocks only: no block has any.
-        textwrap.dedent(paragraph) if paragraph.startswith(" ") else " ".join(paragraph.split("\n"))
-        for paragraph in paragraphs
-    ]
+    blocks = []
+    for paragraph in paragraphs:
+        first, *rest = paragraph.split("\n")
+        # rich removes the common indentation of what follows the first paragraph, so there is none from the start.
+        block = [first, *map(str.strip, rest)]
+        blocks.append(("\n" if first.endswith(":") else " ").join(block))
     return "\n\n".join(blocks).replace("[", r"\[")
 
 
@@ -81,25 +83,16 @@ def help_without_command(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     if context.ensure_object(Output).json:
-        raise MissingCommandError(f"{context.command_path} needs a command")
+        raise MissingCommandError(context)
     typer.echo(context.get_help())
     raise typer.Exit
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    r"""Adds a function to an app as a command.
+    """Adds a function to an app as a command.
 
-    The function's first parameter is its `Output`; the others are typer's. Its docstring is the help and ends in an
-    example::
-
-        @command(app)
-        def inspect(output: Output, artifact: Annotated[Path, typer.Argument(help="Artifact folder.")]) -> None:
-            \"""Say what an artifact holds.
-
-            Example:
-
-                $ fedzo inspect lenet5.fedzo
-            \"""
+    The function's first parameter is its `Output`; the others are typer's. Its docstring is the help: a summary, and an
+    ``Example:`` with command lines that start with ``$``.
 
     Args:
         app: The app or group that gets the command.

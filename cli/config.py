@@ -57,8 +57,8 @@ class Origin:
 
     Attributes:
         kind: The layer.
-        name: What to change to change the value: ``--rounds``, ``FEDZO_ROUNDS``, ``run.toml:3``, a profile's name; empty
-            for a default.
+        name: What to change to change the value: ``--rounds``, ``FEDZO_ROUNDS``, ``run.toml:3``, a profile's name;
+            empty for a default.
     """
 
     kind: Literal["flag", "environment", "file", "profile", "default"]
@@ -175,8 +175,8 @@ def resolve(
     """Fills a dataclass of settings from every source.
 
     Args:
-        cls: The dataclass. Leaves are ``bool``, ``int``, ``float``, ``str``, ``Path``, ``Literal``, ``tuple[X, ...]`` of
-            these, or such a type or ``None``; dataclass fields are nested tables.
+        cls: The dataclass. Leaves are ``bool``, ``int``, ``float``, ``str``, ``Path``, ``Literal``, ``tuple[X, ...]``
+            of these, or such a type or ``None``; dataclass fields are nested tables.
         flags: Command-line values by dotted name; ``None`` is a flag that was not given.
         environ: ``os.environ`` by default. ``broker.port`` is read from ``FEDZO_BROKER_PORT``; tuples are split at
             commas; an empty variable counts as unset.

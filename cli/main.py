@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     # Known before the parser runs, which may be what fails.
-    output = Output(json="--json" in options, debug="--debug" in options or os.environ.get("FEDZO_DEBUG", "0") != "0")
+    output = Output(
+        json="--json" in options, debug="--debug" in options or os.environ.get("FEDZO_DEBUG", "") not in ("", "0")
+    )
     try:
         return _run(arguments, output)
     except KeyboardInterrupt:

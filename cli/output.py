@@ -89,11 +89,11 @@ class Output:
             print(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False), flush=True)
 
     def text(self, text: str) -> None:
-        """The command's answer, for people: lines on stdout; with ``json`` on stderr, where they are in nobody's way."""
+        """The command's answer, for people: lines on stdout; with ``json`` on stderr, out of the way."""
         print(text.translate(_CONTROL), file=sys.stderr if self.json else sys.stdout, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-        """A table for people where `text` goes: aligned on a terminal, tab-separated in a pipe, for ``cut`` and ``awk``."""
+        """A table where `text` goes: aligned on a terminal, tab-separated in a pipe (for ``cut`` and ``awk``)."""
         from rich.cells import cell_len, set_cell_size
 
         if title:
@@ -120,7 +120,7 @@ class Output:
         """
         if not self.interactive:
             self.say(description)
-            yield lambda steps=1, description="": None
+            yield lambda *_, **__: None
             return
         from rich.progress import Progress
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .command import command, group
-from .output import Output
+from .command import group
 
 __all__ = ["register"]
 
@@ -18,7 +17,6 @@ def register(app: typer.Typer) -> None:
         """Look at the hardware profiles: what a board has and what fedzo may use of it.
 
         Example:
-
             $ fedzo profiles show rpi-zero-2w
         """,
     )

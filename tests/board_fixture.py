@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = [init.parent.name for init in sorted(ROOT.glob("*/__init__.py"))]
+PACKAGES = [init.parent.name for init in sorted(ROOT.glob("*/__init__.py")) if init.parent.name != "tests"]
 
 
 def pip(*arguments: str | Path) -> str:
