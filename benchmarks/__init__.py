@@ -1,0 +1,1 @@
+"""Measurements of fedzo on this machine: ``python -m benchmarks.NAME [--json]``."""

@@ -1,0 +1,97 @@
+"""What every benchmark shares: the machine it ran on, timing, and one report as JSON or as a table.
+
+A report has four keys: ``machine``, ``settings``, ``rows`` (one measurement each) and ``figures`` (the numbers that
+texts quote, by name).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Report", "machine", "median_s"]
+
+
+def _cpu() -> str:
+    """Name of the processor as Linux gives it: x86 by model name, Arm by part number."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    for key in ("model name", "Model", "Hardware", "CPU part"):
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == key and value.strip():
+                return value.strip()
+    return platform.processor() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the software that a measurement depends on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": _cpu(),
+        "architecture": platform.machine(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
+    }
+
+
+def median_s(call: Callable[[int], object], repeats: int, *, number: int = 1) -> float:
+    """Median seconds of one ``call(k)`` over ``repeats`` timings of ``number`` calls; ``k`` counts the calls."""
+    times = []
+    for repeat in range(repeats):
+        start = time.perf_counter()
+        for k in range(number):
+            call(repeat * number + k)
+        times.append((time.perf_counter() - start) / number)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one benchmark.
+
+    Attributes:
+        settings: What was asked for.
+        rows: Measurements, all with the same keys.
+        figures: Numbers that texts quote.
+    """
+
+    settings: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    figures: Mapping[str, float]
+
+    def write(self, *, as_json: bool) -> None:
+        """Print one JSON object, or a table for people, to standard output."""
+        if as_json:
+            data = {"machine": machine(), "settings": self.settings, "rows": self.rows, "figures": self.figures}
+            sys.stdout.write(json.dumps(data) + "\n")
+            return
+        host = machine()
+        print(f"{host['cpu']}, {host['cores']} cores, Python {host['python']}, numpy {host['numpy']}")
+        print(", ".join(f"{key} {value}" for key, value in self.settings.items()))
+        header = list(self.rows[0]) if self.rows else []
+        lines = [header, *([_text(row[key]) for key in header] for row in self.rows)]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        for name, value in self.figures.items():
+            print(f"{name}: {_text(value)}")
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,187 @@
+"""Computes every golden vector. Run as a module it prints them as JSON, under whatever numpy it finds.
+
+Needs numpy and fedzo.protocol only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
+from fedzo.protocol.layout import Layout, initial_weights
+from fedzo.protocol.manifest import golden_batch
+from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
+from fedzo.protocol.quantiles import gaussian_table
+from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
+from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
+from fedzo.protocol.update import Replica, weights_digest
+from numpy.typing import NDArray
+
+from tests.protocol.builders import (
+    one_parameter,
+    seeded_coefficients,
+    seeded_normals,
+    small_layout,
+    small_manifest,
+)
+
+Json = Any
+REPLAY_UPDATES = 1_000
+# (name, family, optimiser, survivors, positions an update). The sizes are no powers of two.
+REPLAYS: tuple[tuple[str, Family, OptimiserName, int, int], ...] = (
+    ("gaussian+adam", "gaussian", "adam", 2_003, 4),
+    ("rademacher+sign_momentum", "rademacher", "sign_momentum", 2_003, 4),
+    ("hadamard+adam", "hadamard", "adam", 12_402, 24),
+    ("hadamard+momentum", "hadamard", "momentum", 3_001, 24),
+    ("hadamard+sgd", "hadamard", "sgd", 2_003, 24),
+)
+
+
+def sha256(array: NDArray[Any]) -> str:
+    """Digest of the little-endian bytes of an array."""
+    return hashlib.sha256(array.astype(array.dtype.newbyteorder("<")).tobytes()).hexdigest()
+
+
+def replay_layout(survivors: int) -> tuple[Layout, Mask]:
+    """A layout with a mask that keeps ``survivors`` of twice as many entries."""
+    layout = one_parameter(2 * survivors)
+    return layout, threshold(layout, np.abs(initial_weights(layout, 1)), 0.5)
+
+
+def replay(
+    family: Family, optimiser: OptimiserName, survivors: int, positions: int, updates: int = REPLAY_UPDATES
+) -> Replica:
+    """A replica after ``updates`` seeded updates, two segments each, with weight decay."""
+    layout, mask = replay_layout(survivors)
+    replica = Replica(layout, mask, 1, 2, family, OptimiserConfig(optimiser, weight_decay=0.01))
+    split = positions // 3
+    for index in range(updates):
+        first = index * (positions + 1) % (replica.directions.n_positions - positions - 1)
+        segments = ((first, split), (first + split + 1, positions - split))
+        rate = float(np.float32(0.01) / np.float32(1 + index // 100))
+        replica.prepare(index, index, rate, segments, seeded_coefficients(3, index, positions))
+    return replica
+
+
+def streams() -> Json:
+    """Raw words, halves and bytes, and a permutation."""
+    return {
+        "uint64s": [int(v) for v in uint64s(1, Purpose.DIRECTION, 2, 3, 4)],
+        "uint64s large words": [int(v) for v in uint64s(2**64 - 1, Purpose.GOLDEN, 2**63 + 1, 2**64 - 2, 2)],
+        "uint16s": [int(v) for v in uint16s(1, Purpose.DIRECTION, 2, 3, 6)],
+        "raw_bytes": raw_bytes(1, Purpose.DIRECTION, 2, 3, 9).tobytes().hex(),
+        "million": sha256(uint64s(7, Purpose.INIT, 0, 0, 1_000_000)),
+        "permutation": [int(v) for v in permutation(5, Purpose.ROWS, 0, 0, 16)],
+        "permutation 16384": sha256(permutation(5, Purpose.ROWS, 0, 0, 16_384)),
+    }
+
+
+def table() -> Json:
+    """The Gaussian table."""
+    values = gaussian_table()
+    return {"sha256": sha256(values), "first": float(values[0]), "middle": float(values[32_768])}
+
+
+def directions() -> Json:
+    """One direction and one combination of each family, at a size that is no power of two."""
+    out: dict[str, Json] = {}
+    for family in FAMILIES:
+        source = Directions(family, 9, 5_001)
+        buffer = np.empty(source.size, dtype=np.float32)
+        positions = np.concatenate([np.arange(40), np.arange(100, 160), np.arange(8_190, 8_200)]).astype(np.int64)
+        out[family] = {
+            "head": [float(v) for v in source.direction(4, 17, buffer)[:6]],
+            "direction": sha256(buffer),
+            "combine": sha256(source.combine(4, positions, seeded_coefficients(6, 0, positions.size))),
+        }
+    out["fwht"] = {"4096": sha256(fwht(seeded_normals(1, 0, 4_096))), "64": sha256(fwht(seeded_normals(1, 1, 64)))}
+    rounded = round_coefficients(np.array([1.0 / 3.0, -1e-3, 12345.678, 1e-31, -7.0]))
+    out["round_coefficients"] = {"values": [float(v) for v in rounded]}
+    return out
+
+
+def layouts() -> Json:
+    """Layout digest, initial weights and the golden batch."""
+    x, y = golden_batch((2, 3), 5, 7, 4)
+    return {
+        "digest": small_layout().digest.hex(),
+        "initial_weights": sha256(initial_weights(small_layout(), 11)),
+        "initial_weights head": [float(v) for v in initial_weights(small_layout(), 11)[:4]],
+        "golden_batch": [sha256(x), [int(v) for v in y]],
+    }
+
+
+def masks() -> Json:
+    """A mask from scores: its digest, feeds and header. The compressed body may differ between zlib builds."""
+    layout = small_layout()
+    mask = threshold(layout, np.abs(initial_weights(layout, 11)), 0.7)
+    return {
+        "digest": mask.digest.hex(),
+        "index": sha256(mask.index()),
+        "counts": [int(v) for v in mask.counts()],
+        "header": mask.encode()[:24].hex(),
+        "bits": base64.b64encode(np.packbits(mask.kept, bitorder="little").tobytes()).decode(),
+    }
+
+
+def optimisers() -> Json:
+    """Weights and state of each optimiser after 50 seeded steps."""
+    out = {}
+    for name in OPTIMISERS:
+        optimiser = Optimiser(OptimiserConfig(name, weight_decay=0.1), 777)
+        weights = seeded_normals(2, 0, 777)
+        for step in range(50):
+            optimiser.step(weights, seeded_normals(2, 1 + step, 777), np.float32(0.01))
+        out[name] = [weights_digest(weights).hex(), *(sha256(part) for part in optimiser.state)]
+    return out
+
+
+def saliency() -> Json:
+    """Scores with and without layer totals, inputs and a whole-layer draw."""
+    manifest = small_manifest()
+    weights = initial_weights(manifest.layout, manifest.seed)
+    sensitivities = np.abs(seeded_normals(4, 0, manifest.n_units))
+    moments = np.abs(seeded_normals(4, 1, manifest.n_moments))
+    totals = np.array([2.0, 0.5], dtype=np.float32)
+    return {
+        "scores": sha256(diagonal_scores(manifest, weights, sensitivities, moments)),
+        "scores with totals": sha256(diagonal_scores(manifest, weights, sensitivities, moments, totals)),
+        "gaussian_inputs": sha256(gaussian_inputs(manifest, 1, 2, 3, 4)),
+        "layer_draw": sha256(layer_draw(manifest, 1, 2, 0, 3)),
+    }
+
+
+def replays() -> Json:
+    """Weights digest and log head after 1,000 updates."""
+    out = {}
+    for name, family, optimiser, survivors, positions in REPLAYS:
+        replica = replay(family, optimiser, survivors, positions)
+        out[name] = [replica.digest.hex(), replica.head.hex()]
+    return out
+
+
+CASES: dict[str, Callable[[], Json]] = {
+    "streams": streams,
+    "table": table,
+    "directions": directions,
+    "layouts": layouts,
+    "masks": masks,
+    "optimisers": optimisers,
+    "saliency": saliency,
+    "replays": replays,
+}
+
+
+def compute() -> Json:
+    """All golden vectors as plain data."""
+    return {name: case() for name, case in CASES.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compute(), indent=1))  # noqa: T201

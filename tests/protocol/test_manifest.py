@@ -1,0 +1,123 @@
+"""manifest.json: round trip and refusal of everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from fedzo.protocol.errors import ArtifactError
+from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest, golden_batch
+
+from tests.protocol.builders import small_manifest
+
+
+def test_round_trip() -> None:
+    manifest = small_manifest()
+    copy = Manifest.decode(manifest.encode())
+    assert copy == manifest
+    assert copy.encode() == manifest.encode()
+    assert (copy.n_units, copy.n_moments) == (7, 54)
+
+
+def test_largest_live_set_switches_with_the_batch() -> None:
+    manifest = small_manifest()
+    assert [manifest.live_bytes("probe.onnx", batch) for batch in (1, 25, 100)] == [1010, 1250, 3500]
+    with pytest.raises(ArtifactError, match=r"saliency\.onnx"):
+        manifest.live_bytes("saliency.onnx", 1)
+
+
+def test_graphs_by_name() -> None:
+    assert small_manifest().graph("probe.onnx").size == 1234
+    with pytest.raises(ArtifactError, match=r"moments\.onnx"):
+        small_manifest().graph("moments.onnx")
+
+
+def _set(*path: str | int, to: object) -> tuple[tuple[str | int, ...], object]:
+    return path, to
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        _set("format", to=2),
+        _set("format", to=None),
+        _set("model", to=3),
+        _set("model", to="x" * 257),
+        _set("input_shape", to=[]),
+        _set("input_shape", to=[0, 4]),
+        _set("input_shape", to=[1 << 27]),
+        _set("input_shape", to="4x5"),
+        _set("n_classes", to=1),
+        _set("n_classes", to=2.0),
+        _set("seed", to=-1),
+        _set("seed", to=1 << 64),
+        _set("seed", to=True),
+        _set("sparsity", to=1.0),
+        _set("sparsity", to="0.5"),
+        _set("layout", to=[]),
+        _set("layout", 0, "scale", to=0.5),
+        _set("layout_digest", to="0" * 64),
+        _set("layout_digest", to=None),
+        _set("units", to=None),
+        _set("units", 0, "parameter", to="nothing"),
+        _set("units", 0, "n_units", to=5),
+        _set("units", 0, "groups", to=0),
+        _set("units", 0, "groups", to=3),
+        _set("units", 0, "n_moments", to=18),
+        _set("units", 1, "shift_offset", to=3),
+        _set("units", 1, "moment_offset", to=0),
+        _set("graphs", to=[]),
+        _set("graphs", "probe.onnx", "sha256", to="zz"),
+        _set("graphs", "probe.onnx", "sha256", to="A" * 64),
+        _set("graphs", "probe.onnx", "size", to=0),
+        _set("graphs", "../probe.onnx", to={"sha256": "0" * 64, "size": 5}),
+        _set("memory", "probe.onnx", to=[[1]]),
+        _set("memory", "probe.onnx", to=[[-1, 2]]),
+        _set("golden", "mean_loss", to=float("nan")),
+        _set("golden", "batch", to=-1),
+        _set("golden", to={}),
+        _set("producer", to=None),
+    ],
+)
+def test_malformed_fields_are_refused(path: tuple[str | int, ...], value: object) -> None:
+    raw: Any = json.loads(small_manifest().encode())
+    node = raw
+    for step in path[:-1]:
+        node = node[step]
+    node[path[-1]] = value
+    with pytest.raises(ArtifactError):
+        Manifest.decode(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize("key", sorted(small_manifest().to_json()))
+def test_missing_fields_are_refused(key: str) -> None:
+    raw = json.loads(small_manifest().encode())
+    del raw[key]
+    with pytest.raises(ArtifactError):
+        Manifest.decode(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b" " * (MAX_MANIFEST_BYTES + 1), b'{"format": 1}'],
+    ids=["empty", "list", "truncated", "not utf-8", "null", "deep", "large", "only format"],
+)
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ArtifactError):
+        Manifest.decode(data)
+
+
+def test_a_manifest_checks_itself_when_made() -> None:
+    with pytest.raises(ArtifactError, match="sparsity"):
+        dataclasses.replace(small_manifest(), sparsity=-0.1)
+
+
+def test_golden_batch() -> None:
+    x, y = golden_batch((3, 2), 4, 7, 100)
+    assert [x.dtype, y.dtype] == [np.float32, np.int64]
+    assert [x.shape, y.shape] == [(100, 3, 2), (100,)]
+    assert set(y.tolist()) == {0, 1, 2, 3}
+    assert not np.array_equal(x, golden_batch((3, 2), 4, 8, 100)[0])
