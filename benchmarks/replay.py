@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+
 from fedzo.protocol.directions import FAMILIES, Directions, round_coefficients
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.mask import Mask

@@ -1,8 +1,9 @@
 """Optimisers whose every step is the same bits on every machine.
 
 Only elementwise float32 numpy calls, one per operation, in a fixed order. Square roots go through float64 (float32
-roots differ on 32-bit Arm), bias corrections are products of Python floats, and every intermediate below ``2**-100``
-becomes zero, so a CPU that flushes denormals computes the same.
+roots differ on 32-bit Arm) and bias corrections are products of Python floats. Weights, moments and directions below
+``2**-100`` become zero. That is enough for a CPU that flushes denormals to compute the same: a flushed product is at
+most ``2**-126``, and either its sum with the other term is below ``2**-100``, or rounding drops the product anyway.
 """
 
 from __future__ import annotations
@@ -141,10 +142,10 @@ class Optimiser:
         work = _Workspace(self.size)
         if self.config.weight_decay:
             decay = np.multiply(weights, np.multiply(rate, np.float32(self.config.weight_decay)))
-            np.subtract(weights, work.flush(decay), out=weights)
-        direction = self._direction(gradient, work)
+            np.subtract(weights, decay, out=weights)
+        direction = work.flush(self._direction(gradient, work))
         np.multiply(direction, rate, out=direction)
-        np.subtract(weights, work.flush(direction), out=weights)
+        np.subtract(weights, direction, out=weights)
         work.flush(weights)
 
     def _direction(self, gradient: _Float32s, work: _Workspace) -> _Float32s:
@@ -162,14 +163,13 @@ class Optimiser:
             return np.sign(first)
         second = self.state[1]
         square = np.multiply(gradient, gradient)
-        _average(second, work.flush(square), self._beta2, work)
+        _average(second, square, self._beta2, work)
         # m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + epsilon), Kingma and Ba, ICLR 2015, algorithm 1.
         out = np.multiply(first, np.float32(1.0 / (1.0 - self._powers[0])))
         denominator = np.multiply(second, np.float32(1.0 / (1.0 - self._powers[1])), out=square)
         np.copyto(denominator, np.sqrt(denominator.astype(np.float64)), casting="same_kind")
         np.add(denominator, np.float32(self.config.epsilon), out=denominator)
-        np.divide(out, denominator, out=out)
-        return work.flush(out)
+        return np.divide(out, denominator, out=out)
 
 
 def _average(moment: _Float32s, value: _Float32s, beta: np.float32, work: _Workspace) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer
 from fedzo.protocol.quantiles import gaussian_table
 from fedzo.protocol.streams import Purpose, uint16s
-from numpy.typing import NDArray
 
 FAN_IN_SCALE = float(np.float32(0.3))
 

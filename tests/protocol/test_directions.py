@@ -6,14 +6,14 @@ import fractions
 
 import numpy as np
 import pytest
-from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
-from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
+from fedzo.protocol.errors import ConfigError, ProtocolError
+from fedzo.protocol.quantiles import gaussian_table
+from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s
 from tests.protocol.builders import seeded_coefficients, seeded_normals
 
 

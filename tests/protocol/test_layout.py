@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fedzo.protocol.errors import ArtifactError
 from fedzo.protocol.layout import MAX_PARAMETERS, Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.quantiles import gaussian_table
 from fedzo.protocol.streams import Purpose, uint16s
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.protocol.builders import small_layout
 
 initialisers = st.builds(

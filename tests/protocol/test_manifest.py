@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fedzo.protocol.errors import ArtifactError
 from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest, golden_batch
-
 from tests.protocol.builders import small_manifest
 
 

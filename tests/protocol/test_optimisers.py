@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
 from numpy.typing import NDArray
 
+from fedzo.protocol.errors import ConfigError
+from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
 from tests.protocol.builders import seeded_normals
 
 SIZE = 257
@@ -98,26 +99,50 @@ def test_restore_refuses_another_optimisers_state() -> None:
         adam.restore(1, (adam.state[0][:-1], adam.state[1]))
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
-@pytest.mark.parametrize("exponent", [-30, -62, -75, -98, -101, -110])
-def test_bits_do_not_depend_on_how_a_cpu_treats_denormals(name: OptimiserName, exponent: int) -> None:
+def same_bits_when_flushing(replay: Callable[[], tuple[Optimiser, NDArray[np.float32]]]) -> bool:
+    """Whether weights and state are the same with the CPU's denormals on and off."""
     torch = pytest.importorskip("torch", reason="torch sets the CPU's flush-to-zero mode, as 32-bit Arm has it")
     results: list[Any] = []
 
-    def replay(flush: bool) -> None:
+    def work(flush: bool) -> None:
         # The mode belongs to the thread, so it ends with it.
         assert torch.set_flush_denormal(flush)
         flushes = not (np.full(64, 1e-40, dtype=np.float32) * np.float32(0.5)).any()
-        optimiser = Optimiser(OptimiserConfig(name, weight_decay=0.1), SIZE)
-        weights = run(optimiser, range(1, 40), 0.01, 2.0**exponent)
+        optimiser, weights = replay()
         results.append((flushes, weights.tobytes(), *(part.tobytes() for part in optimiser.state)))
 
     for flush in (False, True):
-        thread = threading.Thread(target=replay, args=(flush,))
+        thread = threading.Thread(target=work, args=(flush,))
         thread.start()
         thread.join(60)
     assert [r[0] for r in results] == [False, True]
-    assert results[0][1:] == results[1][1:]
+    return bool(results[0][1:] == results[1][1:])
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("exponent", [-30, -62, -75, -98, -101, -110])
+def test_bits_do_not_depend_on_how_a_cpu_treats_denormals(name: OptimiserName, exponent: int) -> None:
+    def replay() -> tuple[Optimiser, NDArray[np.float32]]:
+        optimiser = Optimiser(OptimiserConfig(name, weight_decay=0.1), SIZE)
+        return optimiser, run(optimiser, range(1, 40), 0.01, 2.0**exponent)
+
+    assert same_bits_when_flushing(replay)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_huge_rate_does_not_bring_denormals_back(name: OptimiserName) -> None:
+    def replay() -> tuple[Optimiser, NDArray[np.float32]]:
+        optimiser = Optimiser(OptimiserConfig(name, beta2=0.9999), SIZE)
+        weights = np.zeros(SIZE, dtype=np.float32)
+        optimiser.step(weights, seeded_normals(1, 0, SIZE) * np.float32(2.0**60), np.float32(0.0))
+        # Adam's first moment decays much faster than the root of its second: their quotient becomes denormal.
+        for _ in range(850):
+            optimiser.step(weights, np.zeros(SIZE, dtype=np.float32), np.float32(0.0))
+        tiny = np.ldexp(np.ones(SIZE, dtype=np.float32), -126 - np.arange(SIZE) % 20).astype(np.float32)
+        optimiser.step(weights, tiny, np.float32(2.0**100))
+        return optimiser, weights
+
+    assert same_bits_when_flushing(replay)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -8,6 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+
 from fedzo.protocol import quantiles
 from fedzo.protocol.errors import SelfTestError
 from fedzo.protocol.quantiles import TABLE_SIZE, gaussian_table

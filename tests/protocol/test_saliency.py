@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from fedzo.protocol.errors import ArtifactError, ProtocolError
 from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.quantiles import gaussian_table
 from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
 from fedzo.protocol.streams import Purpose, uint16s
-
 from tests.protocol.builders import seeded_normals, small_manifest
 
 MANIFEST = small_manifest()

@@ -7,17 +7,16 @@ import struct
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from fedzo.protocol.codec import decode
 from fedzo.protocol.directions import FAMILIES, Directions, Family, round_coefficients
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.codec import decode
 from fedzo.protocol.messages import UpdateRecord
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
 from fedzo.protocol.update import Replica, chain_digest, empty_log_digest, estimate_gradient, weights_digest
-from numpy.typing import NDArray
-
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
 
 RATE = float(np.float32(0.01))

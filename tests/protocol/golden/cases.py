@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
 from fedzo.protocol.layout import Layout, initial_weights
 from fedzo.protocol.manifest import golden_batch
@@ -21,8 +23,6 @@ from fedzo.protocol.quantiles import gaussian_table
 from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
 from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
 from fedzo.protocol.update import Replica, weights_digest
-from numpy.typing import NDArray
-
 from tests.protocol.builders import (
     one_parameter,
     seeded_coefficients,

@@ -1,1 +1,0 @@
-"""Measurements of fedzo on this machine: ``python -m benchmarks.NAME [--json]``."""
