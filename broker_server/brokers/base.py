@@ -1,0 +1,61 @@
+"""The contract of a broker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TypeVar
+
+from ...edge_runtime.endpoint import TlsConfig
+from .credentials import Credentials, Login
+
+__all__ = ["Broker"]
+
+Self = TypeVar("Self", bound="Broker")  # typing.Self came with Python 3.11
+
+
+class Broker(ABC):
+    """Something that speaks MQTT at an address; not started by its constructor.
+
+    Attributes:
+        url: Where a client on this machine reaches it; known after `start` at the latest.
+        description: One line: what it is, and what it lacks.
+        credentials: Who may do what; None when everybody may do everything, or when somebody else decides.
+        login: Of the server itself; None when there are no passwords.
+        tls: Files that a client on this machine needs for `url`; None for a URL without TLS, or the system's.
+    """
+
+    url: str
+    description: str
+    credentials: Credentials | None = None
+    login: Login | None = None
+    tls: TlsConfig | None = None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Return when clients can connect.
+
+        Raises:
+            BrokerError: It cannot be started or reached; the message names the address.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End what `start` began. Idempotent; the broker can be started again at the same address."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether clients can connect now."""
+
+    @abstractmethod
+    def failure(self) -> str | None:
+        """Say in a line why it is not alive; None when it is, or when it was stopped on purpose."""
+
+    def __enter__(self: Self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

@@ -1,0 +1,77 @@
+"""From what the user asked for to a broker."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+
+from ...edge_runtime.endpoint import TlsConfig
+from ...protocol.errors import BrokerError, ConfigError
+from .base import Broker
+from .credentials import Credentials, Login
+from .embedded import EmbeddedBroker
+from .external import ExternalBroker
+from .mosquitto import MosquittoBroker, ServerTls, find_mosquitto
+
+__all__ = ["open_broker"]
+
+
+def open_broker(
+    spec: str = "auto",
+    host: str = "127.0.0.1",
+    port: int = 1883,
+    *,
+    credentials: Credentials | None = None,
+    server_tls: ServerTls | None = None,
+    login: Login | None = None,
+    tls: TlsConfig | None = None,
+) -> Broker:
+    """Choose a broker; it is not started yet.
+
+    Args:
+        spec: ``auto`` (mosquitto when it is installed, else embedded), ``mosquitto``, ``embedded``, or the URL of a
+            broker that runs already.
+        host: Address that an own broker listens at.
+        port: Its port; 0 chooses a free one.
+        credentials: Logins and rights of an own broker.
+        server_tls: TLS files of an own broker.
+        login: Login of the server at an external broker.
+        tls: TLS files to trust an external broker with.
+
+    Raises:
+        ConfigError: `spec` is none of these, or asks for something that this broker cannot do.
+        BrokerError: The broker is not installed.
+    """
+    if "://" in spec:
+        if login is None and credentials is not None:
+            login = credentials.server
+        return ExternalBroker(spec, login=login, tls=tls)
+    if spec not in ("auto", "embedded", "mosquitto"):
+        raise ConfigError(
+            f"unknown broker {spec!r}", hint="use auto, mosquitto, embedded, mqtt://HOST:PORT or mqtts://HOST:PORT"
+        )
+    if spec == "mosquitto" or (spec == "auto" and find_mosquitto() is not None):
+        return MosquittoBroker(host, port, credentials=credentials, tls=server_tls)
+    hint = "sudo apt install mosquitto, or use --broker mqtt://HOST:PORT"
+    if not _is_loopback(host):
+        problem = f"the embedded broker listens on loopback only, not on {host}"
+        raise BrokerError(problem if spec == "embedded" else f"mosquitto is not installed, and {problem}", hint=hint)
+    if server_tls is not None:
+        raise ConfigError("the embedded broker has no TLS", hint=hint)
+    if importlib.util.find_spec("amqtt") is None:
+        raise BrokerError(
+            "the embedded broker needs amqtt, which is not installed"
+            if spec == "embedded"
+            else "neither mosquitto nor amqtt is installed",
+            hint="sudo apt install mosquitto, or: pip install 'fedzo[server]'",
+        )
+    return EmbeddedBroker(host, port, credentials=credentials)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

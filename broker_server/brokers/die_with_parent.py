@@ -1,0 +1,36 @@
+"""Run a program that the kernel kills when the process that wanted it is gone: PARENT_PID USER PROGRAM [ARGUMENT...].
+
+Run as a script between the two, because the alternative, Python code between fork and exec, is unsafe in a process
+with threads (and warned about since Python 3.12). exec then replaces this interpreter, so nothing of it stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def main(arguments: list[str]) -> None:
+    """Change the user if asked to, tie the process to its parent, become the program."""
+    parent, user, *program = arguments
+    if user:
+        # Before the prctl, which a change of user undoes. Mosquitto as root would change it later by itself.
+        import pwd
+
+        entry = pwd.getpwnam(user)
+        os.setgroups([])
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != int(parent):  # it died before the prctl
+            os._exit(1)
+    os.execv(program[0], program)  # noqa: S606 (no shell is wanted)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

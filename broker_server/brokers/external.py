@@ -1,0 +1,74 @@
+"""A broker that somebody else runs."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+
+from ...edge_runtime.endpoint import Endpoint, TlsConfig
+from ...edge_runtime.transport import MqttTransport
+from .base import Broker
+from .credentials import Login
+
+__all__ = ["ExternalBroker"]
+
+_TIMEOUT_S = 15.0
+
+
+class ExternalBroker(Broker):
+    """Only looks whether the broker is there; rights and limits are up to whoever runs it."""
+
+    def __init__(self, url: str, *, login: Login | None = None, tls: TlsConfig | None = None) -> None:
+        """Check the URL; nothing is connected.
+
+        Args:
+            url: ``mqtt://`` or ``mqtts://``; a user name and a password in it are used when `login` is None.
+            login: User name and password of the server.
+            tls: Files for a ``mqtts://`` URL.
+
+        Raises:
+            ConfigError: The URL cannot be used.
+        """
+        self._endpoint = Endpoint.parse(url)
+        if login is None and self._endpoint.username is not None:
+            login = Login(self._endpoint.username, self._endpoint.password or "")
+        self.url = str(self._endpoint)
+        self.login = login
+        self.tls = tls
+        self.description = f"external broker {self.url}: logins, topic rights and limits are its own"
+        self._failure: str | None = None
+
+    def start(self) -> None:
+        """Connect once with a throw-away client id.
+
+        Raises:
+            BrokerError: It cannot be reached, or refuses the login.
+            ConfigError: A TLS file cannot be used.
+        """
+        probe = MqttTransport(
+            self.url,
+            f"fedzo-probe-{secrets.token_hex(4)}",
+            on_event=lambda _event: None,
+            username=self.login.username if self.login else None,
+            password=self.login.password if self.login else None,
+            tls=self.tls,
+        )
+        probe.connect(_TIMEOUT_S)
+        probe.close()
+
+    def stop(self) -> None:
+        """Do nothing: it is not ours."""
+
+    def alive(self) -> bool:
+        """Whether its port accepts connections."""
+        try:
+            with socket.create_connection((self._endpoint.host, self._endpoint.port), timeout=2.0):
+                self._failure = None
+                return True
+        except OSError as error:
+            self._failure = f"{self._endpoint.address} does not accept connections: {error}"
+            return False
+
+    def failure(self) -> str | None:
+        """Say why the last `alive` was false."""
+        return self._failure

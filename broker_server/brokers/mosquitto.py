@@ -1,0 +1,226 @@
+"""Mosquitto as a managed child process: the recommended broker."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...protocol.errors import BrokerError, ConfigError
+from .base import Broker
+from .child import ChildBroker, choose_port, client_host
+from .credentials import Credentials
+from .private_files import read_private, write_private
+
+__all__ = ["MosquittoBroker", "ServerTls", "find_mosquitto"]
+
+_log = logging.getLogger(__name__)
+
+# Debian puts it into /usr/sbin, which is not in the PATH of ordinary users; Homebrew into its own sbin.
+_USUAL_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+_MAX_PACKET_BYTES = 4 << 20
+_MAX_PEM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ServerTls:
+    """PEM files of a TLS listener.
+
+    Attributes:
+        certificate: Chain of the broker.
+        key: Its private key.
+        client_ca: When given, a client must show a certificate that this CA signed.
+    """
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+def find_mosquitto() -> str | None:
+    """Return the path of the mosquitto program, None when there is none."""
+    places = os.pathsep.join((os.environ.get("PATH", os.defpath), *_USUAL_PLACES))
+    return shutil.which("mosquitto", path=places)
+
+
+class MosquittoBroker(Broker):
+    """Writes configuration, password and access files into a private folder, runs mosquitto on them.
+
+    It keeps nothing on disk: persistence would only repeat what the journal knows. A crash leads to a restart.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 1883,
+        *,
+        credentials: Credentials | None = None,
+        tls: ServerTls | None = None,
+        max_queued_messages: int = 100_000,
+        program: str | None = None,
+    ) -> None:
+        """Prepare; nothing is written or started.
+
+        Args:
+            host: Address to listen at.
+            port: Port to listen at; 0 chooses a free one at the first start.
+            credentials: Logins and rights; None lets everybody in.
+            tls: Makes the listener a TLS listener; the server then gets a plain one of its own on loopback.
+            max_queued_messages: Per absent or slow client. Mosquitto's default of 1000 acknowledges and then drops
+                reports of a large fleet while the server is away; allow four per device.
+            program: Path of mosquitto; searched for when None.
+
+        Raises:
+            BrokerError: There is no mosquitto.
+        """
+        found = program or find_mosquitto()
+        if found is None:
+            raise BrokerError(
+                "mosquitto is not installed",
+                hint="sudo apt install mosquitto (or brew install mosquitto), or use --broker embedded",
+            )
+        self._program = found
+        self._host = host
+        self._port = port
+        self._local_port = 0
+        self._tls = tls
+        self._max_queued_messages = max_queued_messages
+        self._folder: Path | None = None
+        self._child: ChildBroker | None = None
+        self.credentials = credentials
+        self.login = credentials.server if credentials else None
+        self.url = ""
+        secrecy = "TLS" if tls else "no TLS"
+        rights = "passwords and topic rights" if credentials else "no passwords: whoever reaches it may do everything"
+        self.description = f"mosquitto ({found}): {rights}; {secrecy}; keeps nothing across its own restart"
+
+    @property
+    def port(self) -> int:
+        """Port for the devices; known after the first start."""
+        return self._port
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of mosquitto."""
+        return self._child.pid if self._child else None
+
+    def start(self) -> None:
+        """Write the files and start; see `Broker.start`."""
+        if self._child is not None:
+            return
+        self._port = choose_port(self._host, self._port)
+        if self._tls is not None:
+            self._local_port = choose_port("127.0.0.1", self._local_port)
+            self.url = f"mqtt://127.0.0.1:{self._local_port}"
+        else:
+            host = client_host(self._host)
+            self.url = f"mqtt://[{host}]:{self._port}" if ":" in host else f"mqtt://{host}:{self._port}"
+        # mkdtemp: mode 0700
+        self._folder = Path(tempfile.mkdtemp(prefix="fedzo-mosquitto-"))
+        user = _unprivileged_user()
+        try:
+            config = self._write_files(self._folder)
+            _give_to(user, self._folder)
+            child = ChildBroker(
+                [self._program, "-c", str(config)], name="mosquitto", host=self._host, port=self._port, user=user
+            )
+            child.start()
+        except BaseException:
+            self._remove_folder()
+            raise
+        self._child = child
+
+    def stop(self) -> None:
+        """Stop mosquitto and remove its files."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+        self._remove_folder()
+
+    def alive(self) -> bool:
+        """Whether clients can connect now."""
+        return self._child is not None and self._child.alive()
+
+    def failure(self) -> str | None:
+        """Say how mosquitto died."""
+        return self._child.failure() if self._child else None
+
+    def update_credentials(self, credentials: Credentials) -> None:
+        """Take over new logins without disconnecting anybody.
+
+        Raises:
+            ConfigError: The broker was made without credentials.
+        """
+        if self.credentials is None:
+            raise ConfigError("this broker was started without credentials; restart it with them")
+        self.credentials = credentials
+        if self._child is not None and self._folder is not None:
+            self._write_credentials(self._folder, credentials)
+            _give_to(_unprivileged_user(), self._folder)
+            self._child.signal(signal.SIGHUP)
+
+    def _write_files(self, folder: Path) -> Path:
+        lines = [f"listener {self._port} {self._host}".rstrip()]
+        if self._tls is not None:
+            # Copies, because mosquitto may run as a user that cannot read the originals.
+            write_private(folder / "certificate.pem", read_private(self._tls.certificate, _MAX_PEM_BYTES))
+            write_private(folder / "key.pem", read_private(self._tls.key, _MAX_PEM_BYTES))
+            lines += [f"certfile {folder / 'certificate.pem'}", f"keyfile {folder / 'key.pem'}", "tls_version tlsv1.2"]
+            if self._tls.client_ca is not None:
+                write_private(folder / "client-ca.pem", read_private(self._tls.client_ca, _MAX_PEM_BYTES))
+                lines += [f"cafile {folder / 'client-ca.pem'}", "require_certificate true"]
+            lines += [f"listener {self._local_port} 127.0.0.1"]
+        lines += [
+            "persistence false",
+            f"max_queued_messages {self._max_queued_messages}",
+            "max_inflight_messages 500",  # default 20; the server acknowledges whole batches after one commit
+            f"max_packet_size {_MAX_PACKET_BYTES}",
+            "set_tcp_nodelay true",
+            "log_dest stdout",
+            "log_type error",
+            "log_type warning",
+            "connection_messages false",
+        ]
+        if self.credentials is None:
+            lines.append("allow_anonymous true")
+        else:
+            self._write_credentials(folder, self.credentials)
+            lines += [
+                "allow_anonymous false",
+                f"password_file {folder / 'passwords'}",
+                f"acl_file {folder / 'rights'}",
+                # Else a device with its own password takes over another's session by using its client id.
+                "use_username_as_clientid true",
+            ]
+        config = folder / "mosquitto.conf"
+        write_private(config, ("\n".join(lines) + "\n").encode())
+        return config
+
+    def _write_credentials(self, folder: Path, credentials: Credentials) -> None:
+        write_private(folder / "passwords", credentials.mosquitto_password_file().encode())
+        write_private(folder / "rights", credentials.mosquitto_acl_file().encode())
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+def _unprivileged_user() -> str:
+    """Return the user that mosquitto should run as: empty for the own one, somebody else when that is root."""
+    if os.geteuid() != 0:
+        return ""
+    import pwd
+
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return next((name for name in ("mosquitto", "nobody") if name in names), "")
+
+
+def _give_to(user: str, folder: Path) -> None:
+    if user:
+        for path in (folder, *folder.iterdir()):
+            shutil.chown(path, user)
