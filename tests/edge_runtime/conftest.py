@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
 from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.ort import LAYOUT_KEY
 from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
 from fedzo.protocol.mask import Mask
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 INPUT_SHAPE = (2, 3)
 N_CLASSES = 4

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fedzo.edge_runtime.artifact import Artifact, BlobStore, load_artifact
 from fedzo.protocol.errors import ArtifactError, ConfigError
 from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
 from fedzo.edge_runtime.ort import LAYOUT_KEY
 from fedzo.protocol.errors import ArtifactError, ConfigError, DataError, MemoryBudgetError, SelfTestError
 from fedzo.protocol.layout import Layout
 from fedzo.protocol.mask import Mask
-from onnx import TensorProto, helper
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 23, 64])
