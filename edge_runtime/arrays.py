@@ -27,7 +27,16 @@ __all__ = ["member_names", "read_idx", "read_npy", "read_npz"]
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_BROKEN_FILE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, RuntimeError, struct.error)
+_BROKEN_FILE = (
+    OSError,
+    EOFError,
+    OverflowError,
+    ValueError,
+    zlib.error,
+    zipfile.BadZipFile,
+    RuntimeError,
+    struct.error,
+)
 
 
 def member_names(path: Path) -> set[str]:
@@ -128,13 +137,15 @@ def read_idx(path: Path, limit_mib: int) -> NDArray[Any]:
 
 
 def _npy_header(file: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version in ((2, 0), (3, 0)):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise DataError(f"{label} has the unknown .npy version {version}")
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    except Exception as error:
+        # numpy tokenises the header as Python text, which fails in a dozen ways.
+        raise DataError(f"{label} is no .npy array: {str(error).splitlines()[0] if str(error) else error!r}") from error
     if dtype.hasobject:
         raise DataError(
             f"{label} holds Python objects, which are never loaded",

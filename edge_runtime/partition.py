@@ -71,7 +71,7 @@ def partition_dirichlet(
         n_devices: Number of parts.
         alpha: Concentration; 0.1 is strongly skewed, 100 is nearly IID.
         seed: Of the split.
-        smallest: Least samples a device.
+        smallest: Least samples a device; 0 allows empty parts.
 
     Returns:
         One ascending ``int64[n]`` of sample indices a device, disjoint, together all samples.
@@ -79,7 +79,7 @@ def partition_dirichlet(
     Raises:
         ConfigError: ``alpha`` is not positive, or no draw gives every device ``smallest`` samples.
     """
-    _check(len(labels), n_devices * smallest)
+    _check(len(labels), n_devices * max(1, smallest))
     if not (math.isfinite(alpha) and 0 < alpha <= 1e6):
         raise ConfigError(f"alpha is {alpha}, it must be above 0 and at most 1e6")
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
