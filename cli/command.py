@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +61,12 @@ def help_text(docstring: str | None) -> str:
         # rich removes the common indentation of what follows the first paragraph, so there is none from the start.
         block = [first, *map(str.strip, rest)]
         blocks.append(("\n" if first.endswith(":") else " ").join(block))
-    return "\n\n".join(blocks).replace("[", r"\[")
+    return _literal("\n\n".join(blocks))
+
+
+def _literal(text: str) -> str:
+    """The text with its brackets escaped, so that rich does not take them for markup; twice is once."""
+    return re.sub(r"(?<!\\)\[", r"\\[", text)
 
 
 def group(app: typer.Typer, name: str, docstring: str) -> typer.Typer:
@@ -117,6 +124,10 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
 
         # typer reads the parameters from here, as it would from the function's own signature.
         parameters = [parameter.replace(kind=keyword) for parameter in own] + shared
+        for parameter in own:
+            for info in typing.get_args(parameter.annotation)[1:]:
+                if getattr(info, "help", None):
+                    info.help = _literal(info.help)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect honours it
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__name__ = function.__name__

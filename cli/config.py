@@ -13,7 +13,7 @@ one from all sources and remembers where each value came from, which is what ``-
         broker: Broker = field(default_factory=Broker)
 
     resolved = resolve(Serve, flags={"rounds": rounds}, file=find_file(config))
-    resolved.settings.broker.port       # --port, FEDZO_BROKER_PORT, [broker] port, the profile's or 1883
+    resolved.settings.broker.port       # FEDZO_BROKER_PORT, [broker] port, the profile's or 1883
 
 A field whose metadata says ``secret`` is masked wherever settings are shown.
 """
@@ -57,8 +57,8 @@ class Origin:
 
     Attributes:
         kind: The layer.
-        name: What to change to change the value: ``--rounds``, ``FEDZO_ROUNDS``, ``run.toml:3``, a profile's name;
-            empty for a default.
+        name: What to change to change the value: ``FEDZO_ROUNDS``, ``run.toml:3``, a profile's name; empty for a flag,
+            which the user has before their eyes, and for a default.
     """
 
     kind: Literal["flag", "environment", "file", "profile", "default"]
@@ -205,7 +205,7 @@ def resolve(
         folder = Path()
         raw: Any
         if flags is not None and flags.get(name) is not None:
-            raw, origin = flags[name], Origin("flag", "--" + leaf.key[-1].replace("_", "-"))
+            raw, origin = flags[name], Origin("flag")
         elif environ.get(variable):
             raw, origin = environ[variable], Origin("environment", variable)
         elif file is not None and name in from_file:

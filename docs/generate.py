@@ -49,7 +49,7 @@ def _exit_codes() -> str:
 
 def _sections(command: Any, path: str) -> Iterator[str]:
     yield f"## {path}"
-    for block in command.help.replace(r"\[", "[").split("\n\n"):
+    for block in _plain(command.help).split("\n\n"):
         heading, _, rest = block.partition("\n")
         yield f"```console\n{rest}\n```" if heading == "Example:" else block
     rows = []
@@ -62,12 +62,17 @@ def _sections(command: Any, path: str) -> Iterator[str]:
             name = ", ".join([*parameter.opts, *parameter.secondary_opts])
             if not parameter.is_flag:
                 name += f" {parameter.metavar or parameter.name.upper()}"
-        rows.append(f"| `{name}` | {parameter.help}{_default(parameter)} |")
+        rows.append(f"| `{name}` | {_plain(parameter.help)}{_default(parameter)} |")
     if rows:
         yield "\n".join(["| | |", "|---|---|", *rows])
     for name, child in getattr(command, "commands", {}).items():
         if not child.hidden:
             yield from _sections(child, f"{path} {name}")
+
+
+def _plain(text: str) -> str:
+    """Help without the escapes that rich needs."""
+    return text.replace(r"\[", "[")
 
 
 def _default(parameter: Any) -> str:

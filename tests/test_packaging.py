@@ -128,10 +128,9 @@ def test_arm64_boards_get_wheels_for_everything(wheel: Path, tmp_path: Path, pyt
     glibc = [f"manylinux_2_{minor}_aarch64" for minor in (28, 27, 26, 24, 17)]
     platforms = [argument for tag in [*glibc, "manylinux2014_aarch64"] for argument in ("--platform", tag)]
     report = tmp_path / "report.json"
-    pip(
-        *("install", "--dry-run", "--ignore-installed", "--quiet", "--only-binary=:all:", "--implementation=cp"),
-        *(f"--python-version={python_version}", *platforms, "--target", tmp_path / "never", "--report", report, wheel),
-    )
+    binary_only = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python_version}", *platforms]
+    nowhere = ["--dry-run", "--ignore-installed", "--quiet", f"--target={tmp_path}/never", f"--report={report}"]
+    pip("install", *binary_only, *nowhere, wheel)
     found = json.loads(report.read_text())["install"]
     requires = {item["metadata"]["name"]: item["metadata"].get("requires_dist", []) for item in found}
     assert {canonicalize_name(name) for name in requires} == closure(requires, "fedzo")

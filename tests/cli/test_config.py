@@ -85,7 +85,7 @@ def test_every_value_has_its_origin(tmp_path: Path) -> None:
     assert {name: (value, str(origin)) for name, value, origin in found.rows()} == {
         "rounds": (3, f"file {settings.path}:1"),
         "sigma": (1e-3, "default"),
-        "two_sided": (True, "flag --two-sided"),
+        "two_sided": (True, "flag"),
         "family": ("gaussian", "profile jetson-nano"),
         "data": (None, "default"),
         "seeds": ((1, 2), "environment FEDZO_SEEDS"),

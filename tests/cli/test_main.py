@@ -242,7 +242,7 @@ def test_a_command_gets_its_output_and_its_arguments(run: Run, monkeypatch: pyte
     def add_board(
         output: Output,
         name: Annotated[str, typer.Argument(help="Its name.")],
-        cores: Annotated[int, typer.Option(help="Cores.")] = 1,
+        cores: Annotated[int, typer.Option(help="Cores [1 to 4].")] = 1,
     ) -> None:
         output.say(f"adding {name}")
         output.result({"name": name, "cores": cores})
@@ -254,3 +254,4 @@ def test_a_command_gets_its_output_and_its_arguments(run: Run, monkeypatch: pyte
         "adding zero\n",
     )
     assert run("boards", "add", "zero") == (0, "", "adding zero\n")
+    assert "Cores [1 to 4]." in run("boards", "add", "--help")[1]
