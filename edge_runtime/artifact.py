@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..protocol.errors import ArtifactError, ConfigError
 from ..protocol.manifest import MAX_GRAPH_BYTES, MAX_MANIFEST_BYTES, GraphFile, Manifest
+from .durable import write_durably
 
 __all__ = ["MANIFEST_NAME", "Artifact", "BlobStore", "load_artifact"]
 
@@ -64,7 +64,7 @@ class BlobStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if _matches(path, len(data), digest):
                 return path
-            _write_durably(path, data)
+            write_durably(path, data)
         except OSError as error:
             raise ConfigError(
                 f"cannot keep a blob of {len(data)} bytes in {self.folder}: {error.strerror or error}",
@@ -192,23 +192,3 @@ def _matches(path: Path, size: int, digest: bytes) -> bool:
         return path.stat().st_size == size and hashlib.sha256(path.read_bytes()).digest() == digest
     except OSError:
         return False
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    # The rename itself is durable only once the folder is on the disk; Windows cannot open a folder.
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,10 @@ from ..protocol.streams import Purpose, permutation
 from .arrays import member_names, read_idx, read_npy, read_npz
 from .samples import Batch, Conversion, Samples
 
-__all__ = ["Batch", "Dataset", "Samples", "batch_indices", "load_dataset"]
+__all__ = ["Batch", "Dataset", "Samples", "batch_indices", "count_samples", "load_dataset"]
 
 Axes = Literal["auto", "channels_first", "channels_last"]
+_Reader = Callable[[], NDArray[Any]]
 _CHUNK = 1024
 _PAIRS = (("x", "y"), ("images", "labels"), ("data", "target"), ("data", "labels"), ("inputs", "targets"))
 _SPLITS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
@@ -108,7 +109,7 @@ def load_dataset(
     if len(parts) == 2:
         return Dataset(train, parts[1])
     order = permutation(seed, Purpose.HOLDOUT, 0, 0, len(train))
-    held = min(round(len(train) * (holdout or 0.0)), len(train) - 1)
+    held = _held_out(len(train), holdout)
     return Dataset(train.subset(np.sort(order[held:])), train.subset(np.sort(order[:held])))
 
 
@@ -144,36 +145,77 @@ def _epoch(seed: int, epoch: int, device_ordinal: int, n: int) -> NDArray[np.uin
     return permutation(seed, Purpose.BATCH, epoch, device_ordinal, n).astype(np.uint32)
 
 
+def count_samples(path: str | Path, *, holdout: float | None = None, limit_mib: int = 2048) -> tuple[int, int]:
+    """How many training and test samples :func:`load_dataset` would find; reads labels only and needs no model.
+
+    Args:
+        path: File or folder.
+        holdout: As for :func:`load_dataset`.
+        limit_mib: As for :func:`load_dataset`.
+
+    Raises:
+        DataError: The data cannot be read.
+    """
+    source = Path(path)
+    parts = _locate(source, limit_mib)
+    if parts:
+        counts = [len(labels()) for _, labels in parts]
+    else:
+        from .images import count_images
+
+        counts = count_images(source)
+    if len(counts) == 2:
+        return counts[0], counts[1]
+    held = _held_out(counts[0], holdout)
+    return counts[0] - held, held
+
+
+def _held_out(n: int, holdout: float | None) -> int:
+    return max(0, min(round(n * (holdout or 0.0)), n - 1))
+
+
 def _read(
     path: Path, input_shape: tuple[int, ...], n_classes: int, limit_mib: int
 ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Pairs of inputs and labels: the training part and, if there is one, the test part."""
+    parts = _locate(path, limit_mib)
+    if parts:
+        return [(inputs(), labels()) for inputs, labels in parts]
+    from .images import read_image_folder
+
+    return read_image_folder(path, input_shape, n_classes, limit_mib)
+
+
+def _locate(path: Path, limit_mib: int) -> list[tuple[_Reader, _Reader]]:
+    """Readers of inputs and labels for each part; none for a folder of image folders."""
     if not path.exists():
         raise DataError(f"there is no data at {path}", hint="give a .npz file or a folder; see `fedzo-device --help`")
     if path.suffix == ".npz":
         names = _choose(member_names(path), str(path))
-        arrays = read_npz(path, names, limit_mib)
-        return [(arrays[x], arrays[y]) for x, y in zip(names[::2], names[1::2], strict=True)]
+        return _pairs([functools.partial(_member, path, name, limit_mib) for name in names])
     folder = path if path.is_dir() else path.parent
     files = {entry.name: entry for entry in folder.iterdir() if entry.is_file()}
     idx = [pair for split in _IDX_SPLITS if (pair := _idx_pair(files, split))]
     if idx and (path.is_dir() or path in idx[0]):
-        return [(read_idx(x, limit_mib), read_idx(y, limit_mib)) for x, y in idx]
+        return _pairs([functools.partial(read_idx, file, limit_mib) for pair in idx for file in pair])
     stems = {name[:-4] for name in files if name.endswith(".npy")}
     if path.suffix == ".npy" or (path.is_dir() and stems):
         names = _choose(stems, str(folder))
-        return [
-            (read_npy(files[f"{x}.npy"]), read_npy(files[f"{y}.npy"]))
-            for x, y in zip(names[::2], names[1::2], strict=True)
-        ]
+        return _pairs([functools.partial(read_npy, files[f"{name}.npy"]) for name in names])
     if path.is_dir():
-        from .images import read_image_folder
-
-        return read_image_folder(path, input_shape, n_classes, limit_mib)
+        return []
     raise DataError(
         f"{path} is of no kind that can be read",
         hint="use .npz, .npy pairs, MNIST-style IDX files or a folder of image folders",
     )
+
+
+def _member(path: Path, name: str, limit_mib: int) -> NDArray[Any]:
+    return read_npz(path, [name], limit_mib)[name]
+
+
+def _pairs(readers: list[_Reader]) -> list[tuple[_Reader, _Reader]]:
+    return list(zip(readers[::2], readers[1::2], strict=True))
 
 
 def _choose(names: set[str], where: str) -> list[str]:

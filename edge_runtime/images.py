@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..protocol.errors import ConfigError, DataError
 
-__all__ = ["read_image_folder"]
+__all__ = ["count_images", "read_image_folder"]
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_NAMES = ("test", "val", "validation")
@@ -49,12 +49,7 @@ def read_image_folder(
             f"{path} is a folder of images, the model takes samples of shape {input_shape}",
             hint="images need a model with input (1, height, width) or (3, height, width)",
         )
-    if (path / "train").is_dir():
-        test = next((path / name for name in _TEST_NAMES if (path / name).is_dir()), None)
-        folders = [path / "train"] if test is None else [path / "train", test]
-    else:
-        folders = [path]
-    listings = [_listing(folder, n_classes) for folder in folders]
+    listings = [_listing(folder, n_classes) for folder in _parts(path)]
     size = sum(map(len, listings)) * math.prod(input_shape)
     if size > limit_mib << 20:
         raise DataError(
@@ -62,6 +57,22 @@ def read_image_folder(
             hint="use fewer images on this device, or a .npy pair, which is mapped and takes no memory",
         )
     return [_decoded(listing, input_shape) for listing in listings]
+
+
+def count_images(path: Path) -> list[int]:
+    """Images of the training part and, if there is one, of the test part; decodes nothing."""
+    return [sum(len(_images(entry)) for entry in folder.iterdir() if entry.is_dir()) for folder in _parts(path)]
+
+
+def _parts(path: Path) -> list[Path]:
+    if not (path / "train").is_dir():
+        return [path]
+    test = next((path / name for name in _TEST_NAMES if (path / name).is_dir()), None)
+    return [path / "train"] if test is None else [path / "train", test]
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
 
 
 def _listing(folder: Path, n_classes: int) -> list[tuple[Path, int]]:
@@ -75,8 +86,7 @@ def _listing(folder: Path, n_classes: int) -> list[tuple[Path, int]]:
     files = []
     for position, entry in enumerate(classes):
         label = int(entry.name) if numbered else position
-        images = sorted(p for p in entry.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
-        files += [(image, label) for image in images]
+        files += [(image, label) for image in _images(entry)]
     return files
 
 

@@ -1,0 +1,90 @@
+"""The report that has no receipt yet, in one file: a device that is killed sends it again when it is back.
+
+The file is ``FZO1``, 32 bytes of SHA-256 over the rest, the length of the run id (one byte), the run id, the report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from ..protocol.codec import decode
+from ..protocol.errors import ConfigError, ProtocolError
+from ..protocol.messages import Report
+from ..protocol.topics import check_name
+from ..protocol.wire import MAX_PAYLOAD_BYTES
+from .durable import write_durably
+
+__all__ = ["Outbox"]
+
+_log = logging.getLogger(__name__)
+_MAGIC = b"FZO1"
+_HEADER_BYTES = len(_MAGIC) + 32
+
+
+class Outbox:
+    """At most one report on the disk.
+
+    Args:
+        path: Its file; the folder exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, run: str, report: Report) -> None:
+        """Keep the report in place of the one before; it is on the disk when this returns.
+
+        Raises:
+            OSError: It cannot be written; the report before it is still there.
+        """
+        body = bytes([len(run)]) + run.encode() + report.encode()
+        write_durably(self.path, _MAGIC + hashlib.sha256(body).digest() + body)
+
+    def drop(self) -> None:
+        """Forget the report.
+
+        Raises:
+            OSError: The file cannot be removed.
+        """
+        self.path.unlink(missing_ok=True)
+
+    def load(self) -> tuple[str, Report] | None:
+        """The run id and the report; None when there is none.
+
+        A file that cannot be used is renamed to ``….damaged`` with a warning: losing one report costs one device in
+        one round, not starting costs the device.
+        """
+        try:
+            with self.path.open("rb") as file:
+                data = file.read(_HEADER_BYTES + 256 + MAX_PAYLOAD_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _log.warning("the outbox %s cannot be read and is left alone: %s", self.path, error.strerror or error)
+            return None
+        try:
+            return _parse(data)
+        except (ConfigError, ProtocolError, ValueError) as error:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            _log.warning("the outbox %s is damaged (%s) and is set aside as %s", self.path, error, aside.name)
+            try:
+                self.path.replace(aside)
+            except OSError as failure:
+                _log.warning("it cannot be renamed: %s", failure.strerror or failure)
+            return None
+
+
+def _parse(data: bytes) -> tuple[str, Report]:
+    body = data[_HEADER_BYTES:]
+    if data[: len(_MAGIC)] != _MAGIC or not body:
+        raise ValueError(f"{len(data)} bytes that are no outbox")
+    if hashlib.sha256(body).digest() != data[len(_MAGIC) : _HEADER_BYTES]:
+        raise ValueError(f"{len(data)} bytes with another hash")
+    length = body[0]
+    run = check_name("run", body[1 : 1 + length].decode("ascii"))
+    report = decode(body[1 + length :])
+    if not isinstance(report, Report):
+        raise ProtocolError("it holds no report")
+    return run, report
