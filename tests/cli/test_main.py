@@ -177,7 +177,8 @@ sys.exit(main.main(["wait"]))
     assert process.stderr.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    assert (process.returncode, stderr) == (130, "error: interrupted\n")
+    # rich prints its buffer once more when the signal comes between its write and its clearing of the buffer.
+    assert (process.returncode, stderr.removeprefix("ready\n")) == (130, "error: interrupted\n")
 
 
 def test_completion_offers_commands() -> None:
