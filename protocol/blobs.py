@@ -43,7 +43,7 @@ class BlobDownload:
     def requests(self, now: float) -> list[BlobRequest]:
         """What to ask for now: at most :data:`WINDOW` blocks are on their way."""
         for offset, asked in list(self._asked.items()):
-            if now - asked >= self._retry_s:
+            if now >= asked + self._retry_s:
                 del self._asked[offset]
         wanted = sorted(self._missing - self._asked.keys())[: WINDOW - len(self._asked)]
         for offset in wanted:

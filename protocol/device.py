@@ -128,13 +128,16 @@ class Device:
 
     @property
     def wakeup(self) -> float | None:
-        """When the next ``Tick`` is due, if nothing else happens before."""
+        """When the next ``Tick`` is due, if nothing else happens before.
+
+        What is overdue already waits for something else than time, for example a hello for the run's document.
+        """
         if not self._online or self.finished:
             return None
         times = [sent + self._period(key) for key, sent in self._sent.items()]
         if self._blobs.wakeup is not None:
             times.append(self._blobs.wakeup)
-        return min((time for time in times if math.isfinite(time)), default=None)
+        return min((time for time in times if self._now < time < math.inf), default=None)
 
     def on(self, event: DeviceEvent, now: float) -> list[DeviceCommand]:
         """Take one event.
@@ -180,7 +183,7 @@ class Device:
         elif isinstance(event, Prepared) and self._run is not None and event.run == self._run.run:
             self._prepared_mask = event.mask_sha256
             self._sent.pop("prepare", None)
-        elif isinstance(event, Failed):
+        elif isinstance(event, Failed) and (not event.run or (self._run is not None and event.run == self._run.run)):
             self._refuse(event.error)
         elif isinstance(event, Computed):
             self._computed(event)
@@ -206,6 +209,7 @@ class Device:
             self._replay(message.records)
         elif isinstance(message, Receipt):
             if self._outbox is not None and self._outbox[1].round == message.round:
+                self._answered = max(self._answered, message.round)  # also by an earlier session
                 self._drop_outbox()
         elif isinstance(message, BlobBlock):
             self._out += self._blobs.add(message)
@@ -296,6 +300,8 @@ class Device:
         self._deliver(now)
         if self._due("presence", now):
             self._out.append(Send(Channel.STATE, self._presence))  # A broker may lose even what it retained.
+        if self._computing is not None and self._head is not None and self._computing.round != self._head.round:
+            self._out.append(Cancel())
         if self._artifact_missing(now) or self._head is None or self._head.run != self._run.run:
             return
         if self._mask_missing(now) or self._behind(self._head, now):
@@ -381,8 +387,6 @@ class Device:
         self.stage = "idle"
         if self._computing is not None:
             self.stage = "computing"
-            if self._computing.round != head.round:
-                self._out.append(Cancel())
             return
         if head.phase == "done":
             self.stage = "done"
@@ -430,7 +434,7 @@ class Device:
 
     def _due(self, key: str, now: float) -> bool:
         """Whether to send what ``key`` stands for now; notes the time if so."""
-        if now - self._sent.get(key, -math.inf) < self._period(key):
+        if now < self._sent.get(key, -math.inf) + self._period(key):
             return False
         self._sent[key] = now
         return True

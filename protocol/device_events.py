@@ -120,9 +120,11 @@ class Failed:
 
     Attributes:
         error: Why.
+        run: Id of the run that it is about; empty for any run.
     """
 
     error: FedzoError
+    run: str = ""
 
 
 @dataclass(frozen=True)
