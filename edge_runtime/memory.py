@@ -1,0 +1,272 @@
+"""How much memory a device needs, before it loads anything, and how much it used.
+
+The plan adds what was measured to what can be computed:
+
+========  =====================================================================================================
+floor     Python, numpy, ONNX Runtime, the MQTT client and this package, imported. Measured.
+session   Code pages and structures of one loaded graph; at most one is loaded at a time. Measured.
+feeds     Weights, indices, one batch, the state of optimiser and directions, the data set if it is in memory.
+live      Largest set of tensors alive at once (manifest), the copies of weights and indices that the graph splits
+          off, and 64 KiB a thread that a convolution works in.
+margin    What the arena loses to fragmentation.
+========  =====================================================================================================
+
+The limit of the arena (:attr:`MemoryPlan.arena_bytes`) makes ONNX Runtime fail cleanly instead of growing over the
+plan. Peaks are read as ``VmHWM``: ``ru_maxrss`` never falls and is inherited over fork and exec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..protocol.errors import ConfigError, MemoryBudgetError
+from ..protocol.manifest import Manifest
+
+__all__ = [
+    "PROCESS_FLOOR_MIB",
+    "SCORING_GRAPHS",
+    "SESSION_MIB",
+    "TRAINING_GRAPHS",
+    "MemoryPlan",
+    "available_mib",
+    "peak_rss_mib",
+    "plan",
+    "reset_peak",
+    "total_mib",
+]
+
+SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
+TRAINING_GRAPHS: Final = ("probe.onnx", "predict.onnx")
+
+PROCESS_FLOOR_MIB: Final = 60.5
+"""Resident after all imports: 59.3 to 59.4 MiB in three runs, x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime 1.32.0,
+paho-mqtt 2.2.0, OPENBLAS_NUM_THREADS=1 and MALLOC_ARENA_MAX=1. 28 MiB of it is file-backed code that the kernel may
+drop. Emulated aarch64 libraries have the same size within 10 %; no board was measured."""
+
+SESSION_MIB: Final = 10.6
+"""First loaded graph and first run, without tensors: 10.5 MiB for LeNet-5, 12.0 MiB for ResNet-20 on that machine;
+the difference grows with the graph, see :data:`SESSION_BYTES_PER_GRAPH_BYTE`."""
+
+SESSION_BYTES_PER_GRAPH_BYTE: Final = 30
+WORKING_BYTES_PER_THREAD: Final = 64 << 10
+FRAGMENTATION: Final = 0.38
+"""Arena needed over live bytes: 1.03 to 1.35 for LeNet-5, ResNet-8 and ResNet-20, batches of 16 to 64."""
+
+ARENA_SLACK_BYTES: Final = 384 << 10
+_LARGEST_MICRO_BATCH = 32
+_MIB = float(1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Planned peak of a device process, in MiB.
+
+    Attributes:
+        floor_mib: Process without a graph.
+        session_mib: The loaded graph, without tensors.
+        feeds_mib: Arrays of this package: weights, batch, optimiser, data set.
+        live_mib: Tensors of ONNX Runtime.
+        margin_mib: What the arena may take over ``live_mib``.
+        micro_batch: Samples of one run of a graph.
+        budget_mib: What the profile allows.
+    """
+
+    floor_mib: float
+    session_mib: float
+    feeds_mib: float
+    live_mib: float
+    margin_mib: float
+    micro_batch: int
+    budget_mib: float
+
+    @property
+    def planned_peak_mib(self) -> float:
+        """Sum of all parts."""
+        return self.floor_mib + self.session_mib + self.feeds_mib + self.live_mib + self.margin_mib
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sum is within the budget."""
+        return self.planned_peak_mib <= self.budget_mib
+
+    @property
+    def arena_bytes(self) -> int:
+        """Limit for :class:`~.engine.Engine`."""
+        return math.ceil((self.live_mib + self.margin_mib) * _MIB)
+
+
+def plan(
+    manifest: Manifest,
+    n_survivors: int,
+    budget_mib: float,
+    *,
+    graphs: Sequence[str],
+    batch: int,
+    micro_batch: int | None = None,
+    threads: int = 1,
+    dataset_bytes: int = 0,
+) -> MemoryPlan:
+    """Choose the micro-batch and plan the peak of one phase.
+
+    The largest micro-batch that fits is chosen, out of ``batch`` (when at most 32), 32, 16, 8, 4, 2 and 1: beyond 32
+    samples nothing gets faster, below 4 each sample costs more.
+
+    Args:
+        manifest: Of the artifact.
+        n_survivors: Length of the weights in this phase; ``manifest.layout.size`` before there is a mask.
+        budget_mib: What the process may use.
+        graphs: Graphs of the phase, such as :data:`SCORING_GRAPHS` or :data:`TRAINING_GRAPHS`; one is loaded at a
+            time. With ``probe.onnx`` the state of optimiser and directions is counted.
+        batch: Samples held at once.
+        micro_batch: Fixed by the user; ``None`` to choose.
+        threads: Threads within an operator.
+        dataset_bytes: Resident samples, see :attr:`~.data.Dataset.resident_bytes`.
+
+    Raises:
+        MemoryBudgetError: Not even one sample a run fits, or the fixed micro-batch does not.
+        ConfigError: A number is out of range.
+    """
+    if batch < 1 or threads < 1 or (micro_batch is not None and micro_batch < 1) or not budget_mib > 0:
+        raise ConfigError(
+            f"batch ({batch}), threads ({threads}), micro_batch ({micro_batch}) and the budget ({budget_mib} MiB)"
+            " must be above 0"
+        )
+    powers = [32, 16, 8, 4, 2, 1]
+    candidates = sorted({size for size in (batch, *powers) if size <= min(batch, _LARGEST_MICRO_BATCH)}, reverse=True)
+    plans = {
+        size: _planned(manifest, n_survivors, budget_mib, graphs, batch, size, threads, dataset_bytes)
+        for size in (*candidates, *([] if micro_batch is None else [micro_batch]))
+    }
+    fitting = [size for size in candidates if plans[size].fits]
+    if micro_batch is None:
+        if fitting:
+            return plans[fitting[0]]
+        wanted = plans[1]
+    elif plans[micro_batch].fits:
+        return plans[micro_batch]
+    else:
+        wanted = plans[micro_batch]
+    if fitting:
+        hint = f"--micro-batch {fitting[0]} fits"
+    else:
+        hint = (
+            f"use a board with {math.ceil(plans[1].planned_peak_mib)} MiB for fedzo, a smaller --batch than {batch},"
+            " a higher sparsity or a smaller model"
+        )
+        if dataset_bytes:
+            hint += "; data in an uncompressed .npz or .npy stay on the disk"
+    raise MemoryBudgetError(
+        f"{manifest.model} needs {wanted.planned_peak_mib:.1f} MiB with {n_survivors} weights and micro-batch"
+        f" {wanted.micro_batch}, the budget is {budget_mib:g} MiB",
+        hint=hint,
+    )
+
+
+def _planned(
+    manifest: Manifest,
+    n_survivors: int,
+    budget_mib: float,
+    graphs: Sequence[str],
+    batch: int,
+    micro_batch: int,
+    threads: int,
+    dataset_bytes: int,
+) -> MemoryPlan:
+    size = min(micro_batch, batch)
+    live = max(manifest.live_bytes(name, size) for name in graphs)
+    tensors = live + 8 * n_survivors + WORKING_BYTES_PER_THREAD * threads
+    graph_bytes = max(manifest.graph(name).size for name in graphs)
+    sample = math.prod(manifest.input_shape)
+    # A batch as float32, the gathered rows that it is made of, labels and logits.
+    feeds = batch * (8 * sample + 8 + 8 * manifest.n_classes)
+    # The engine's weights and indices, the caller's weights, and the dense initial weights when they are made.
+    feeds += 12 * n_survivors + 4 * manifest.layout.size + 4 * manifest.n_units + 24 * manifest.n_moments
+    if "probe.onnx" in graphs:
+        feeds += _training_state_bytes(n_survivors)
+    return MemoryPlan(
+        floor_mib=PROCESS_FLOOR_MIB,
+        session_mib=SESSION_MIB + SESSION_BYTES_PER_GRAPH_BYTE * graph_bytes / _MIB,
+        feeds_mib=(feeds + dataset_bytes) / _MIB,
+        live_mib=tensors / _MIB,
+        margin_mib=(FRAGMENTATION * live + ARENA_SLACK_BYTES) / _MIB,
+        micro_batch=micro_batch,
+        budget_mib=budget_mib,
+    )
+
+
+def _training_state_bytes(n_survivors: int) -> int:
+    """Optimiser state (2 arrays), copies to undo an update (3), signs, direction, gradient: 8 arrays; and for
+    Hadamard directions the permutation of all padded rows, whose making takes 20 bytes a row for a moment.
+    """
+    padded = 1 << max(0, n_survivors - 1).bit_length()
+    return 32 * n_survivors + 20 * padded
+
+
+def peak_rss_mib() -> float:
+    """Peak resident memory of this process since its start or :func:`reset_peak`, in MiB (``VmHWM``).
+
+    Returns:
+        0.0 where the system has no ``/proc``.
+    """
+    return _status_mib("VmHWM") or 0.0
+
+
+def reset_peak() -> bool:
+    """Let the peak start again from the current resident memory.
+
+    Returns:
+        Whether the system did it; without ``/proc``, or after a change of user, it cannot.
+    """
+    try:
+        descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        os.write(descriptor, b"5")
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def total_mib() -> float:
+    """Memory that this process could get, in MiB: the machine's, or the limit of its control group.
+
+    Returns:
+        0.0 where the system does not tell.
+    """
+    total = _meminfo_mib("MemTotal")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limit = int(Path(path).read_text()) / _MIB
+            total = min(total, limit) if total else limit
+    return total
+
+
+def available_mib() -> float:
+    """Memory that new allocations can get without swapping, in MiB (``MemAvailable``); 0.0 if unknown."""
+    return _meminfo_mib("MemAvailable")
+
+
+def _status_mib(key: str) -> float:
+    return _field_mib("/proc/self/status", key)
+
+
+def _meminfo_mib(key: str) -> float:
+    return _field_mib("/proc/meminfo", key)
+
+
+def _field_mib(path: str, key: str) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError), Path(path).open(encoding="ascii") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == key:
+                return int(value.split()[0]) / 1024
+    return 0.0
