@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
 from tests.board_fixture import board_venv, wheel
+from tests.broker_fixtures import broker, connect, mosquitto, proxy
 
-__all__ = ["board_venv", "wheel"]
+__all__ = ["board_venv", "broker", "connect", "mosquitto", "proxy", "wheel"]

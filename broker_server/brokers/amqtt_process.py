@@ -67,7 +67,7 @@ async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
     """Read the first packet.
 
     Returns:
-        The packet and its keep-alive in seconds.
+        The packet, with its keep-alive set to 0, and its keep-alive in seconds.
     """
     header = await reader.readexactly(2)
     if header[0] != _CONNECT:
@@ -85,7 +85,9 @@ async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
     name_end = 2 + int.from_bytes(body[:2], "big")
     if body[2:name_end] != b"MQTT" or body[name_end] != _LEVEL_3_1_1:
         raise _Refused(_REFUSED_VERSION)
-    return header + body, int.from_bytes(body[name_end + 2 : name_end + 4], "big")
+    # amqtt's own timer only starts its read over, possibly in the middle of a header: keep-alive is 0 for it.
+    keepalive = slice(name_end + 2, name_end + 4)
+    return header + body[: keepalive.start] + b"\0\0" + body[keepalive.stop :], int.from_bytes(body[keepalive], "big")
 
 
 async def _accept(broker: AmqttBroker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -99,7 +101,7 @@ async def _accept(broker: AmqttBroker, reader: asyncio.StreamReader, writer: asy
             await writer.drain()
     except (OSError, EOFError, asyncio.TimeoutError):
         pass  # gone, or never spoke
-    except Exception:
+    except Exception:  # noqa: BLE001 (one connection must not end the broker)
         _log.exception("a connection failed")
     finally:
         writer.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from ...edge_runtime.endpoint import TlsConfig
 from .credentials import Credentials, Login
 
-__all__ = ["Broker"]
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self came with Python 3.11
 
-Self = TypeVar("Self", bound="Broker")  # typing.Self came with Python 3.11
+__all__ = ["Broker"]
 
 
 class Broker(ABC):
@@ -51,7 +52,7 @@ class Broker(ABC):
     def failure(self) -> str | None:
         """Say in a line why it is not alive; None when it is, or when it was stopped on purpose."""
 
-    def __enter__(self: Self) -> Self:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -86,10 +86,10 @@ class ChildBroker:
         self._port = port
         self._user = user
         self._lines: deque[str] = deque(maxlen=_LOG_LINES)
-        self._changed = threading.Condition()
+        self._starting = threading.Lock()  # held from the check for a stop to the fork
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._stopping = threading.Event()
         self._listening = False  # the first start succeeded
         self._failure: str | None = None
         self._input = b""
@@ -111,21 +111,25 @@ class ChildBroker:
         """
         if self._thread is not None:
             return
-        self._input, self._stopping, self._listening, self._failure = first_input, False, False, None
+        self._input, self._listening, self._failure = first_input, False, None
+        self._stopping.clear()
         self._lines.clear()
         self._thread = threading.Thread(target=self._supervise, name=f"supervise-{self._name}", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + _START_TIMEOUT_S
         while self._failure is None and time.monotonic() < deadline:
             if self._process is not None and _listens(self._host, self._port):
-                with self._changed:
-                    self._listening = True
+                self._listening = True
                 if self.pid is not None:
                     return
             time.sleep(0.02)
-        reason = self._failure or f"it did not listen on port {self._port} within {_START_TIMEOUT_S:g} s"
+        reason = self._failure
+        if reason is None:
+            reason = (
+                f"{self._name} did not listen on port {self._port} within {_START_TIMEOUT_S:g} s{self._last_words()}"
+            )
         self.stop()
-        raise BrokerError(f"{self._name} cannot be started: {reason}{self._last_words()}")
+        raise BrokerError(f"the broker cannot be started: {reason}")
 
     def send_input(self, data: bytes) -> None:
         """Write to the child's standard input."""
@@ -145,9 +149,8 @@ class ChildBroker:
 
     def stop(self) -> None:
         """Terminate the child, kill it when that takes too long. Idempotent."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        with self._starting:
+            self._stopping.set()
         process, thread = self._process, self._thread
         if process is not None:
             process.terminate()
@@ -169,10 +172,10 @@ class ChildBroker:
 
     def _supervise(self) -> None:
         crashes = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = time.monotonic()
             code = self._run_once()
-            if self._stopping:
+            if self._stopping.is_set():
                 break
             self._failure = f"{self._name} ended with {_describe(code)}{self._last_words()}"
             crashes = 1 if time.monotonic() - started >= _STABLE_AFTER_S else crashes + 1
@@ -183,13 +186,12 @@ class ChildBroker:
                 break
             delay_s = min(_RESTART_CAP_S, _RESTART_BASE_S * 2.0 ** (crashes - 1))
             _log.error("%s; starting it again in %.1f s", self._failure, delay_s)
-            with self._changed:
-                self._changed.wait_for(lambda: self._stopping, delay_s)
+            self._stopping.wait(delay_s)
 
     def _run_once(self) -> int:
         tie = [sys.executable, "-I", "-S", str(Path(die_with_parent.__file__)), str(os.getpid()), self._user]
-        with self._changed:
-            if self._stopping:
+        with self._starting:
+            if self._stopping.is_set():
                 return 0
             process = subprocess.Popen(
                 tie + self._program,

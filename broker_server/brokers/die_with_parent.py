@@ -29,7 +29,10 @@ def main(arguments: list[str]) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != int(parent):  # it died before the prctl
             os._exit(1)
-    os.execv(program[0], program)  # noqa: S606 (no shell is wanted)
+    try:
+        os.execv(program[0], program)  # noqa: S606 (no shell is wanted)
+    except OSError as error:
+        sys.exit(f"cannot run {program[0]}{f' as user {user}' if user else ''}: {error.strerror}")
 
 
 if __name__ == "__main__":
