@@ -1,21 +1,27 @@
 """How much memory a graph needs: the live tensors, node by node in file order, as linear functions of the batch.
 
-onnxruntime, asked for priority-based order, runs nodes as the file lists them, frees a tensor after its last use,
-lets reshapes alias their input and writes elementwise results over an input that is no longer needed. Tensor sizes
-come from running the graph at three batch sizes, so they hold for every operator.
+onnxruntime, asked for priority-based order and with ``enable_mem_reuse`` off, runs nodes as the file lists them, takes
+a tensor from its arena when a node writes it and gives it back after the last use. Reshapes alias their input, and
+activations are written over it if nothing else needs it. Sums, products and ``ScatterElements`` are not, although
+their kernels offer it (microsoft/onnxruntime#32062). Reuse that is planned ahead needs more, not less: a buffer that a
+later node is to take over stays allocated in between, a third more for the blocks of a ResNet.
+
+Tensor sizes come from running the graph at three batch sizes, so they hold for every operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from ..protocol.errors import ConfigError
-from .passes.editing import input_names
+from .passes.editing import attribute, input_names, value_shapes
 from .sessions import run_every_value
 
 __all__ = ["Linear", "envelope_of", "live_envelope", "measured_sizes"]
@@ -26,11 +32,13 @@ Linear = tuple[int, int]
 ALIGNMENT = 256
 """The arena of onnxruntime hands out multiples of this."""
 
-_ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})
+_ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _IN_PLACE = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "Elu", "Selu", "Sigmoid", "HardSigmoid", "Tanh", "Softplus"}
-    | {"Softsign", "Clip", "Neg", "Abs", "Exp", "Log", "Sqrt", "Reciprocal", "Erf", "Floor", "Ceil", "ScatterElements"}
+    {"Relu", "LeakyRelu", "Elu", "Celu", "Selu", "ThresholdedRelu", "Clip", "Sigmoid", "HardSigmoid", "Tanh"}
+    | {"Softplus", "Softsign"}
 )
+CONVOLUTION_WORKSPACE = 64 << 10
+"""Bytes a thread that a convolution takes from the arena to unfold its input piece by piece."""
 
 
 def measured_sizes(model: ModelProto, feeds: Callable[[int], Mapping[str, NDArray[np.generic]]]) -> dict[str, Linear]:
@@ -62,7 +70,8 @@ def measured_sizes(model: ModelProto, feeds: Callable[[int], Mapping[str, NDArra
 def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linear, ...]:
     """Largest live sets of a graph over all batch sizes.
 
-    Constants count as fixed. Inputs do not, nor do the parts into which ``w`` and ``index`` are split.
+    Constants count as fixed, and so does the workspace of convolutions on one thread. Inputs do not, nor do the parts
+    into which ``w`` and ``index`` are split.
 
     Args:
         model: The graph.
@@ -79,11 +88,14 @@ def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linea
     for position, node in enumerate(graph.node):
         for name in node.input:
             buffers.last_use[name] = position
+    shapes = value_shapes(model)
+    # The arena keeps what a node gave back, in a piece that is too small for the tensors: counted at every node.
+    workspace = max((_workspace(node, shapes) for node in graph.node), default=0)
     points: list[Linear] = []
     for position, node in enumerate(graph.node):
         _allocate(node, position, buffers, sizes)
         live = [buffers.size[b] for b in buffers.live]
-        points.append((constants + sum(f for f, _ in live), sum(p for _, p in live)))
+        points.append((constants + workspace + sum(f for f, _ in live), sum(p for _, p in live)))
         buffers.free(position)
     return envelope_of(points)
 
@@ -161,6 +173,25 @@ def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[
                 buffers.share(name, candidates[0])
                 continue
         buffers.new(name, size)
+
+
+def _workspace(node: NodeProto, shapes: Mapping[str, tuple[int | str, ...]]) -> int:
+    """Bytes that a node takes for itself on one thread: convolutions unfold their input (``MlasConvPrepare``)."""
+    if node.op_type != "Conv":
+        return 0
+    weight, output = shapes.get(node.input[1], ()), shapes.get(node.output[0], ())
+    sizes = [n for n in (*weight, *output[1:]) if isinstance(n, int)]
+    if not output or len(sizes) != len(weight) + len(output) - 1:
+        return CONVOLUTION_WORKSPACE
+    kernel, positions = math.prod(sizes[1 : len(weight)]), math.prod(sizes[len(weight) + 1 :])
+    step = math.prod(cast(Sequence[int], attribute(node, "strides", [1])))
+    pads = sum(cast(Sequence[int], attribute(node, "pads", [0])))
+    if math.prod(sizes[2 : len(weight)]) == step == 1 and pads == 0:
+        return 0  # a plain matrix product
+    filters = sizes[0] // cast(int, attribute(node, "group", 1))
+    if filters > positions:
+        return _rounded((4 * positions * kernel, 0))[0]
+    return CONVOLUTION_WORKSPACE
 
 
 def _rounded(size: Linear) -> Linear:
