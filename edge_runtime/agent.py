@@ -1,0 +1,323 @@
+"""The device's shell: MQTT, files, clock and a computing thread around the state machine of ``protocol.device``.
+
+One thread takes events from a queue, gives them to the machine and carries out its commands. It never waits for
+anything but that queue: the network and the computations have threads of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..protocol import device_events as machine
+from ..protocol.device import RETRY_S, Device
+from ..protocol.documents import Hello, Presence, RunDocument
+from ..protocol.errors import ArtifactError, ConfigError, FedzoError, ProtocolError
+from ..protocol.messages import ReportKind
+from ..protocol.topics import RETAINED, Channel, device_subscriptions, topic
+from ..protocol.wire import MAX_PAYLOAD_BYTES
+from .data import Dataset
+from .endpoint import TlsConfig
+from .inbound import read_message
+from .memory import peak_rss_mib
+from .state import DeviceState
+from .transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
+from .worker import Limits, Worker
+
+__all__ = ["Agent", "Connection", "Summary"]
+
+_log = logging.getLogger(__name__)
+
+FLUSH_S = 10.0
+_PACKET_OVERHEAD_BYTES = 1024  # header, topic and properties around the largest payload
+_WORK = {ReportKind.SALIENCY: "scoring weights", ReportKind.PROBE: "training", ReportKind.EVALUATE: "evaluating"}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where the broker is and how to get in.
+
+    Attributes:
+        url: ``mqtt://`` or ``mqtts://``.
+        username: The device id when None and there is a password.
+        password: Never shown.
+        tls: Files for ``mqtts://``.
+        timeout_s: Time for the first connection; None to try for ever.
+    """
+
+    url: str
+    username: str | None = None
+    password: str | None = dataclasses.field(default=None, repr=False)
+    tls: TlsConfig | None = None
+    timeout_s: float | None = None
+
+
+@dataclass
+class Summary:
+    """What a device did since it started.
+
+    Attributes:
+        device: Its id.
+        session: Its boot counter.
+        run: The last run it knew; empty if none.
+        status: ``done``, ``refused``, ``left``, or where it was.
+        log_length: Update records applied.
+        weights_digest: Digest of its weights, 32 hex digits; empty without a run.
+        planned_peak_mib: What the memory plan says; 0 without one.
+        peak_rss_mib: What the process used at most.
+        reports: Reports made, declined ones included.
+        declined: Those without scalars.
+        queries: Forward passes.
+        bytes_up: MQTT bytes sent.
+        bytes_down: MQTT bytes received.
+        dropped: Payloads that were no message.
+    """
+
+    device: str
+    session: int
+    run: str = ""
+    status: str = "joining"
+    log_length: int = 0
+    weights_digest: str = ""
+    planned_peak_mib: float = 0.0
+    peak_rss_mib: float = 0.0
+    reports: int = 0
+    declined: int = 0
+    queries: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dropped: int = 0
+
+
+class _Stop:
+    """Somebody asked the agent to leave."""
+
+
+class Agent:
+    """One device, from its first connection to the end of a run.
+
+    Args:
+        state: Open state folder; closed by the caller.
+        hello: How the device introduces itself, with the state's session.
+        load_data: Gives its samples, see :class:`~.worker.Worker`.
+        connection: The broker.
+        limits: What the board allows.
+        federation: Its federation.
+        retry_s: Time after which an unanswered request is repeated.
+        say: Takes one line for people at every change of phase.
+
+    Raises:
+        ConfigError: URL, credentials or TLS files cannot be used.
+    """
+
+    def __init__(
+        self,
+        state: DeviceState,
+        hello: Hello,
+        load_data: Callable[[tuple[int, ...], int], Dataset],
+        connection: Connection,
+        limits: Limits,
+        *,
+        federation: str = "default",
+        retry_s: float = RETRY_S,
+        say: Callable[[str], None] = _log.info,
+    ) -> None:
+        self._state, self._federation, self._say = state, federation, say
+        self._timeout_s = connection.timeout_s
+        self._events: queue.SimpleQueue[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = queue.SimpleQueue()
+        self._device = Device(hello, outbox=state.outbox.load(), retry_s=retry_s)
+        self._worker = Worker(load_data, state.blobs, self._events.put, limits)
+        self._limits = limits
+        self._summary = Summary(state.device, state.session)
+        self._pending: dict[tuple[Channel, bytes], int] = {}
+        self._linked: bool | None = None
+        self._doing: ReportKind | None = None
+        username = connection.username
+        if username is None and connection.password is not None:
+            username = state.device
+        lost = Presence(state.session, "lost").encode()
+        self._transport = MqttTransport(
+            connection.url,
+            state.device,
+            on_event=self._events.put,
+            subscriptions=device_subscriptions(federation, state.device),
+            username=username,
+            password=connection.password,
+            tls=connection.tls,
+            will=Will(self._topic(Channel.STATE), lost),
+            max_packet_bytes=MAX_PAYLOAD_BYTES + _PACKET_OVERHEAD_BYTES,
+        )
+
+    @property
+    def summary(self) -> Summary:
+        """What was done so far; complete once :meth:`run` has ended."""
+        replica, traffic = self._device.replica, self._transport.traffic
+        return dataclasses.replace(
+            self._summary,
+            log_length=replica.index if replica else 0,
+            weights_digest=replica.digest.hex() if replica else "",
+            peak_rss_mib=peak_rss_mib(),
+            bytes_up=traffic.bytes_up,
+            bytes_down=traffic.bytes_down,
+        )
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to return soon; safe in a signal handler and from any thread."""
+        self._events.put(_Stop())
+
+    def run(self) -> None:
+        """Take part until the run is done or :meth:`stop` is called.
+
+        Raises:
+            BrokerError: The broker could not be reached in time, or it refused this device for good.
+            MemoryBudgetError: The run does not fit.
+            FedzoError: The device or the server refused.
+        """
+        self._worker.start()
+        threading.Thread(target=self._connect, name="fedzo-connect", daemon=True).start()
+        try:
+            while not self._device.finished:
+                item = self._next()
+                if isinstance(item, _Stop):
+                    self._leave()
+                    return
+                if isinstance(item, FedzoError):
+                    raise item
+                event = self._translate(item)
+                if event is not None:
+                    self._carry_out(self._device.on(event, time.monotonic()))
+        finally:
+            self._worker.close()
+            self._transport.close(timeout_s=FLUSH_S)
+
+    def _leave(self) -> None:
+        """Tell the server at once; without a link the broker's will has told it already."""
+        self._summary.status = "left"
+        if self._linked:
+            self._send(Channel.STATE, Presence(self._state.session, "left").encode())
+
+    def _connect(self) -> None:
+        try:
+            self._transport.connect(self._timeout_s)
+        except FedzoError as error:
+            self._events.put(error)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _next(self) -> TransportEvent | machine.DeviceEvent | FedzoError | _Stop:
+        wakeup = self._device.wakeup
+        try:
+            return self._events.get(timeout=None if wakeup is None else max(0.0, wakeup - time.monotonic()))
+        except queue.Empty:
+            return machine.Tick()
+
+    def _translate(self, item: TransportEvent | machine.DeviceEvent) -> machine.DeviceEvent | None:
+        if isinstance(item, Arrived):
+            return self._read(item)
+        if isinstance(item, Connected):
+            self._say(f"{'connected again' if self._linked is False else 'connected'} to {self._transport.endpoint}")
+            self._linked = True
+            return machine.Connected()
+        if isinstance(item, Disconnected):
+            if self._linked is not False:  # Once an outage, not once an attempt.
+                self._say(f"no link to {self._transport.endpoint} ({item.reason}); trying again")
+            self._linked = False
+            return machine.Disconnected()
+        if isinstance(item, Rejected):
+            _log.warning("the broker did not take a message: %s", item.reason)
+            return None
+        if isinstance(item, machine.Planned):
+            self._summary.planned_peak_mib = item.peak_mib
+            budget = self._limits.ram_budget_mib
+            self._say(f"run {item.run} fits: planned peak {item.peak_mib:.1f} MiB, budget {budget:g} MiB")
+        if isinstance(item, machine.Computed) and item.outcome is not None:
+            self._summary.reports += 1
+            self._summary.queries += item.outcome.queries
+            if item.outcome.decline:
+                self._summary.declined += 1
+                _log.warning("this device could not answer: %s", item.outcome.detail)
+        return item if isinstance(item, machine.DeviceEvent) else None
+
+    def _read(self, arrived: Arrived) -> machine.Received | None:
+        if arrived.retain and not arrived.payload:
+            return None  # A retained message was removed.
+        try:
+            received = read_message(self._federation, self._state.device, arrived.topic, arrived.payload)
+        except ProtocolError as error:
+            self._summary.dropped += 1
+            _log.warning("dropped %d bytes on %s: %s", len(arrived.payload), arrived.topic[:160], error.message)
+            return None
+        if isinstance(received.message, RunDocument):
+            self._summary.run = received.message.run
+        return received
+
+    # --- commands ---------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, commands: list[machine.DeviceCommand]) -> None:
+        for command in commands:
+            if isinstance(command, machine.Send):
+                self._send(command.channel, command.message.encode())
+            elif isinstance(command, (machine.FindBlob, machine.StoreBlob)):
+                self._events.put(self._blob(command))
+            elif isinstance(command, (machine.Plan, machine.Prepare)):
+                self._worker.submit(command)
+            elif isinstance(command, machine.Compute):
+                self._announce(command.task)
+                self._worker.submit(command)
+            elif isinstance(command, machine.Cancel):
+                self._worker.cancel()
+            elif isinstance(command, (machine.SaveReport, machine.DropReport)):
+                self._keep(command)
+            else:
+                self._summary.status = "done" if command.error is None else "refused"
+                if command.error is not None:
+                    raise command.error
+
+    def _send(self, channel: Channel, payload: bytes) -> None:
+        """Publish, unless the same message still waits for the broker."""
+        transport, retain = self._transport, channel in RETAINED
+        self._pending = {key: number for key, number in self._pending.items() if transport.is_pending(number)}
+        if (channel, payload) in self._pending:
+            return
+        if retain:  # What is retained replaces: an older message must not count as this one's equal later.
+            self._pending = {key: number for key, number in self._pending.items() if key[0] is not channel}
+        self._pending[channel, payload] = transport.publish(self._topic(channel), payload, retain=retain)
+
+    def _blob(self, command: machine.FindBlob | machine.StoreBlob) -> machine.DeviceEvent:
+        store, sha256 = self._state.blobs, command.sha256
+        try:
+            if isinstance(command, machine.StoreBlob):
+                store.put(command.data, expected=sha256)
+                return machine.BlobFound(sha256, True, command.data if command.read else b"")
+            if sha256 not in store:
+                return machine.BlobFound(sha256, False)
+            data = store.get(sha256)  # Read in any case: a damaged one is fetched again now, not refused later.
+            return machine.BlobFound(sha256, True, data if command.read else b"")
+        except ArtifactError as error:
+            _log.warning("%s", error.message)
+            return machine.BlobFound(sha256, False)
+        except ConfigError as error:
+            return machine.Failed(error)
+
+    def _keep(self, command: machine.SaveReport | machine.DropReport) -> None:
+        try:
+            if isinstance(command, machine.SaveReport):
+                self._state.outbox.save(command.run, command.report)
+            else:
+                self._state.outbox.drop()
+        except OSError as error:
+            # The report is still sent; only a crash right now would lose it.
+            _log.warning("the outbox %s: %s", self._state.outbox.path, error.strerror or error)
+
+    def _announce(self, task: machine.Task) -> None:
+        if task.kind is not self._doing:
+            self._doing = task.kind
+            self._say(f"{_WORK[task.kind]} from round {task.round}")
+
+    def _topic(self, channel: Channel) -> str:
+        return topic(self._federation, channel, self._state.device)

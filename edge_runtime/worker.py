@@ -1,0 +1,294 @@
+"""The thread that computes: plans memory, opens the engine, measures. Whatever goes wrong becomes an answer.
+
+Commands are carried out one after another, in the order in which they were given, and each gets exactly one answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol.device_events import (
+    Compute,
+    Computed,
+    DeviceEvent,
+    Failed,
+    Outcome,
+    Plan,
+    Planned,
+    Prepare,
+    Prepared,
+    Task,
+)
+from ..protocol.directions import Directions
+from ..protocol.documents import RunDocument
+from ..protocol.errors import DataError, FedzoError, MemoryBudgetError
+from ..protocol.messages import Decline, ReportKind
+from ..protocol.saliency import gaussian_inputs
+from .artifact import Artifact, BlobStore
+from .data import Dataset, batch_indices
+from .engine import Engine, NonFiniteLossError
+from .estimators import Cancelled, SteinEstimator
+from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan
+from .saliency import UnitShiftScorer
+
+__all__ = ["Limits", "Worker"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the board allows.
+
+    Attributes:
+        ram_budget_mib: Planned peak of the whole process.
+        threads: Threads within an operator.
+        micro_batch: Samples of one run of a graph; None to choose.
+    """
+
+    ram_budget_mib: float
+    threads: int = 1
+    micro_batch: int | None = None
+
+
+class NoSamplesError(DataError):
+    """The task needs samples that this device does not hold."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """The good end of a task."""
+
+    blocks: tuple[NDArray[np.float32], ...]
+    samples: int
+    mean_loss: float
+    queries: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What tasks are computed with."""
+
+    run: RunDocument
+    engine: Engine
+    estimator: SteinEstimator
+    scorer: UnitShiftScorer
+
+
+class Worker:
+    """Carries out :class:`Plan`, :class:`Prepare` and :class:`Compute` on a thread of its own.
+
+    Args:
+        load_data: Gives the device's samples for an input shape and a number of classes; called on the thread.
+        blobs: The store that holds manifest and graphs when an engine is opened.
+        answer: Takes the answers; called on the thread, so it must be safe for that.
+        limits: What the board allows.
+
+    Attributes:
+        plans: The memory plans of the latest run's phases, once it was planned; replaced, never changed.
+    """
+
+    def __init__(
+        self,
+        load_data: Callable[[tuple[int, ...], int], Dataset],
+        blobs: BlobStore,
+        answer: Callable[[DeviceEvent], None],
+        limits: Limits,
+    ) -> None:
+        self._load_data, self._blobs, self._answer, self._limits = load_data, blobs, answer, limits
+        self.plans: tuple[MemoryPlan, ...] = ()
+        self._commands: queue.SimpleQueue[Plan | Prepare | Compute | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="fedzo-worker", daemon=True)
+        self._submitted = 0
+        self._cancelled = 0  # tasks up to this number are not wanted; written by the caller, read by the thread
+        self._closing = False
+        # Of the thread alone:
+        self._dataset: tuple[tuple[int, ...], int, Dataset] | None = None
+        self._prepared: _Prepared | None = None
+        self._tested: set[bytes] = set()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, command: Plan | Prepare | Compute) -> None:
+        """Queue a command; its answer is given later."""
+        if isinstance(command, Compute):
+            self._submitted = command.task.number
+        self._commands.put(command)
+
+    def cancel(self) -> None:
+        """Every task given so far is no longer wanted; its answer will say so if it has not ended before."""
+        self._cancelled = self._submitted
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Cancel what runs and end the thread; a single forward pass that takes longer is left behind."""
+        self._closing = True
+        self.cancel()
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while (command := self._commands.get()) is not None:
+            if self._closing:
+                break
+            if isinstance(command, Compute):
+                self._answer(Computed(command.task.number, self._outcome(command.task)))
+                continue
+            try:
+                answer: DeviceEvent = self._plan(command) if isinstance(command, Plan) else self._prepare(command)
+            except FedzoError as error:
+                answer = Failed(error, command.run.run)
+            except MemoryError as error:
+                answer = Failed(MemoryBudgetError(f"no memory left: {error}"), command.run.run)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
+                _log.exception("%s failed", type(command).__name__.lower())
+                answer = Failed(FedzoError(f"unexpected {type(error).__name__}: {error}"), command.run.run)
+            self._answer(answer)
+        self._release()
+
+    def _release(self) -> None:
+        if self._prepared is not None:
+            self._prepared.engine.close()
+            self._prepared = None
+
+    def _data(self, input_shape: tuple[int, ...], n_classes: int) -> Dataset:
+        if self._dataset is None or self._dataset[:2] != (input_shape, n_classes):
+            self._dataset = None  # The old one is freed before the new one is loaded.
+            self._dataset = (input_shape, n_classes, self._load_data(input_shape, n_classes))
+        return self._dataset[2]
+
+    def _plan(self, command: Plan) -> Planned:
+        self._release()
+        self.plans = ()
+        manifest, limits, settings = command.manifest, self._limits, command.run.settings
+        dataset = self._data(manifest.input_shape, manifest.n_classes)
+        layout = manifest.layout
+
+        def phase(graphs: tuple[str, ...], n_survivors: int, batch: int) -> MemoryPlan:
+            return plan(
+                manifest,
+                n_survivors,
+                limits.ram_budget_mib,
+                graphs=graphs,
+                batch=batch,
+                micro_batch=limits.micro_batch,
+                threads=limits.threads,
+                dataset_bytes=dataset.resident_bytes,
+            )
+
+        survivors = layout.size - round(settings.sparsity * layout.maskable_size)
+        plans = [phase(TRAINING_GRAPHS, survivors, settings.training.batch)]
+        if settings.sparsity > 0:
+            plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples))
+        self.plans = tuple(plans)
+        return Planned(command.run.run, max(p.planned_peak_mib for p in plans))
+
+    def _prepare(self, command: Prepare) -> Prepared:
+        self._release()
+        run, manifest = command.run, command.manifest
+        artifact = Artifact.from_blobs(self._blobs.get(bytes.fromhex(run.manifest_sha256)), self._blobs)
+        engine = Engine(
+            artifact,
+            command.mask,
+            threads=self._limits.threads,
+            micro_batch=min(p.micro_batch for p in self.plans),
+            arena_bytes=max(p.arena_bytes for p in self.plans),
+        )
+        if artifact.digest not in self._tested:
+            engine.check_golden()
+            self._tested.add(artifact.digest)
+        training, saliency, seed = run.training, run.saliency, run.settings.seed
+        # Directions of its own: those of the machine's replica cache rows and belong to the other thread.
+        directions = Directions(training.directions, seed, command.mask.n_survivors)
+        estimator = SteinEstimator(directions, training.sigma, training.two_sided)
+        scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
+        self._prepared = _Prepared(run, engine, estimator, scorer)
+        return Prepared(run.run, command.mask_sha256)
+
+    def _outcome(self, task: Task) -> Outcome | None:
+        started = time.monotonic()
+        decline, detail, measured = Decline.FAILED, "", None
+        try:
+            measured = self._measure(task)
+        except Cancelled:
+            return None
+        except NonFiniteLossError as error:
+            decline, detail = Decline.NON_FINITE, error.message
+        except (MemoryBudgetError, MemoryError) as error:
+            decline, detail = Decline.OVER_BUDGET, str(error)
+        except NoSamplesError as error:
+            decline, detail = Decline.NO_DATA, error.message
+        except FedzoError as error:
+            detail = error.message
+        except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
+            _log.exception("round %d failed", task.round)
+            detail = f"unexpected {type(error).__name__}: {error}"
+        elapsed_ms = min(round(1e3 * (time.monotonic() - started)), 0xFFFFFFFF)
+        peak_rss_kib = round(1024 * peak_rss_mib())
+        if measured is None:
+            return Outcome((), 0, elapsed_ms=elapsed_ms, peak_rss_kib=peak_rss_kib, decline=decline, detail=detail)
+        return Outcome(
+            measured.blocks, measured.samples, measured.mean_loss, measured.queries, elapsed_ms, peak_rss_kib
+        )
+
+    def _measure(self, task: Task) -> _Measured:
+        def cancelled() -> bool:
+            return task.number <= self._cancelled
+
+        prepared = self._prepared
+        if cancelled():
+            raise Cancelled(f"round {task.round} was cancelled")
+        if prepared is None or self._dataset is None:
+            raise FedzoError(f"round {task.round} has no engine")
+        dataset = self._dataset[2]
+        if task.kind is ReportKind.SALIENCY:
+            return self._score(prepared, task, dataset, cancelled)
+        if task.kind is ReportKind.PROBE:
+            return self._probe(prepared, task, dataset, cancelled)
+        return self._evaluate(prepared, task, dataset, cancelled)
+
+    def _score(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
+        settings, seed = prepared.run.saliency, prepared.run.settings.seed
+        if settings.inputs == "data":
+            x = dataset.train.batch(
+                batch_indices(seed, task.round, task.ordinal, len(dataset.train), settings.samples)
+            ).x
+        else:
+            x = gaussian_inputs(prepared.engine.artifact.manifest, seed, task.round, task.ordinal, settings.samples)
+        result = prepared.scorer.score(prepared.engine, task.weights, x, task.round, cancelled)
+        return _Measured(result.blocks, len(x), 0.0, result.passes)
+
+    def _probe(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
+        settings, train = prepared.run.training, dataset.train
+        seed = prepared.run.settings.seed
+        batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
+        result = prepared.estimator.probe(prepared.engine, task.weights, batch, task.round, task.positions, cancelled)
+        return _Measured((result.values,), len(batch), result.mean_loss, result.queries)
+
+    def _evaluate(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
+        if len(dataset.test) == 0:
+            raise NoSamplesError("this device holds no samples out", hint="start it with --holdout 0.2")
+        engine, loss_sum, correct, count, queries = prepared.engine, 0.0, 0, 0, 0
+        for batch in dataset.test.batches(engine.micro_batch):
+            if cancelled():
+                raise Cancelled(f"the evaluation of round {task.round} was cancelled")
+            part = engine.evaluate(task.weights, batch.x, batch.y)
+            loss_sum, correct, count, queries = loss_sum + part[0], correct + part[1], count + part[2], queries + 1
+        with np.errstate(over="ignore"):
+            block = np.array([loss_sum, correct, count], dtype=np.float32)
+        if not math.isfinite(float(block[0])):
+            raise NonFiniteLossError(f"the loss of {count} samples is {loss_sum}: the weights have diverged")
+        return _Measured((block,), count, loss_sum / count, queries)
