@@ -13,23 +13,37 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .directions import MAX_POSITION
 from .errors import ProtocolError
 from .wire import (
     COUNT,
+    MAX_PAYLOAD_BYTES,
     MAX_SCALARS,
     VERSION,
     MessageType,
     check_digest,
+    check_reserved,
     check_unsigned,
     pack_scalars,
     unpack_exactly,
     unpack_scalars,
 )
 
-__all__ = ["Decline", "Receipt", "Report", "ReportKind", "UpdateRecord", "Verdict"]
+__all__ = [
+    "MAX_SEGMENTS",
+    "MAX_UPDATE_BYTES",
+    "Decline",
+    "Receipt",
+    "Report",
+    "ReportKind",
+    "UpdateRecord",
+    "Verdict",
+    "update_bytes",
+]
 
 MAX_BLOCKS = 16
 MAX_SEGMENTS = 16_384
+MAX_UPDATE_BYTES = MAX_PAYLOAD_BYTES - 64  # a slice of the log puts a few bytes around a record
 
 
 class ReportKind(enum.IntEnum):
@@ -179,12 +193,14 @@ class UpdateRecord:
             raise ProtocolError(f"an update has 1 to {MAX_SEGMENTS} segments, not {len(self.segments)}")
         end = 0
         for first, count in self.segments:
-            if count < 1 or first < end or first + count > 1 << 63:
-                raise ProtocolError("the segments of an update are not ascending and disjoint")
+            if count < 1 or first < end or first + count > MAX_POSITION:
+                raise ProtocolError("the segments of an update are not ascending, disjoint and below 2**62")
             end = first + count
         total = sum(count for _, count in self.segments)
         if total > MAX_SCALARS or total != self.coefficients.size:
             raise ProtocolError(f"{total} positions and {self.coefficients.size} coefficients (limit {MAX_SCALARS})")
+        if (size := update_bytes(len(self.segments), total)) > MAX_UPDATE_BYTES:
+            raise ProtocolError(f"an update of {size} bytes is over the limit of {MAX_UPDATE_BYTES}")
 
     def positions(self) -> NDArray[np.int64]:
         """All positions in ascending order: ``int64[sum of counts]``."""
@@ -216,6 +232,11 @@ class UpdateRecord:
         return cls(index, round_, rate, segments, unpack_scalars(data[start:], count), parent, digest)
 
 
+def update_bytes(n_segments: int, n_scalars: int) -> int:
+    """Length of an encoded update record."""
+    return _UPDATE.size + n_segments * _SEGMENT.size + 4 * n_scalars
+
+
 _RECEIPT = struct.Struct("<BBBBI")
 
 
@@ -231,6 +252,9 @@ class Receipt:
     round: int
     verdict: Verdict
 
+    def __post_init__(self) -> None:
+        check_unsigned("round", self.round, 32)
+
     def encode(self) -> bytes:
         """The payload."""
         return _RECEIPT.pack(VERSION, MessageType.RECEIPT, self.verdict, 0, self.round)
@@ -238,5 +262,6 @@ class Receipt:
     @classmethod
     def decode(cls, data: bytes) -> Receipt:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, verdict, _, round_ = unpack_exactly(_RECEIPT, data)
+        _, _, verdict, reserved, round_ = unpack_exactly(_RECEIPT, data)
+        check_reserved(reserved)
         return cls(round_, Verdict(verdict))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .errors import ProtocolError
 from .messages import UpdateRecord
-from .wire import COUNT, VERSION, MessageType, check_digest, check_unsigned, unpack_exactly
+from .wire import COUNT, VERSION, MessageType, check_digest, check_reserved, check_unsigned, unpack_exactly
 
 __all__ = ["MAX_BLOCK_BYTES", "BlobBlock", "BlobRequest", "LogRequest", "LogSlice"]
 
@@ -44,7 +44,8 @@ class BlobRequest:
     @classmethod
     def decode(cls, data: bytes) -> BlobRequest:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, _, sha256, offset, length = _BLOB_REQUEST.unpack(data)
+        _, _, reserved, sha256, offset, length = _BLOB_REQUEST.unpack(data)
+        check_reserved(reserved)
         return cls(sha256, offset, length)
 
 
@@ -69,6 +70,7 @@ class BlobBlock:
 
     def __post_init__(self) -> None:
         check_digest("blob hash", self.sha256, 32)
+        check_unsigned("offset", self.offset, 32)
         check_unsigned("total", self.total, 32)
         if not 1 <= len(self.data) <= MAX_BLOCK_BYTES or self.offset + len(self.data) > self.total:
             raise ProtocolError(f"block of {len(self.data)} bytes at {self.offset} in a blob of {self.total}")
@@ -81,7 +83,8 @@ class BlobBlock:
     @classmethod
     def decode(cls, data: bytes) -> BlobBlock:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, _, sha256, offset, total = _BLOB_BLOCK.unpack_from(data)
+        _, _, reserved, sha256, offset, total = _BLOB_BLOCK.unpack_from(data)
+        check_reserved(reserved)
         return cls(sha256, offset, total, data[_BLOB_BLOCK.size :])
 
 
@@ -112,7 +115,9 @@ class LogRequest:
     @classmethod
     def decode(cls, data: bytes) -> LogRequest:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        return cls(*unpack_exactly(_LOG_REQUEST, data)[3:])
+        _, _, reserved, first, count = unpack_exactly(_LOG_REQUEST, data)
+        check_reserved(reserved)
+        return cls(first, count)
 
 
 _LOG_SLICE = struct.Struct("<BBHI")
@@ -153,8 +158,8 @@ class LogSlice:
         for _ in range(count):
             (length,) = COUNT.unpack_from(data, start)
             start += COUNT.size
-            if length < 2 or start + length > len(data) or data[start + 1] != MessageType.UPDATE:
-                raise ProtocolError("a log slice is truncated")
+            if start + length > len(data) or data[start : start + 2] != bytes((VERSION, MessageType.UPDATE)):
+                raise ProtocolError("a log slice is truncated or holds something else than update records")
             records.append(UpdateRecord.decode(data[start : start + length]))
             start += length
         if start != len(data):

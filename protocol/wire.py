@@ -19,6 +19,7 @@ __all__ = [
     "VERSION",
     "MessageType",
     "check_digest",
+    "check_reserved",
     "check_unsigned",
     "pack_scalars",
     "unpack_exactly",
@@ -54,6 +55,12 @@ def check_digest(name: str, value: bytes, length: int = DIGEST_BYTES) -> None:
     """Raise ProtocolError unless ``value`` has ``length`` bytes."""
     if len(value) != length:
         raise ProtocolError(f"{name} has {len(value)} bytes instead of {length}")
+
+
+def check_reserved(value: int) -> None:
+    """Raise ProtocolError unless the padding of a header is zero, so that a message has one encoding only."""
+    if value:
+        raise ProtocolError(f"a reserved field is {value}, it must be zero")
 
 
 def unpack_scalars(raw: bytes | memoryview, count: int) -> NDArray[np.float32]:

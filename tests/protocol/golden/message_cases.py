@@ -1,0 +1,90 @@
+"""One instance of every message and document, for the golden payloads in messages.json.
+
+Run as a module it writes messages.json anew: ``python -m tests.protocol.golden.message_cases``. Only for a deliberate
+change of the wire format, together with its version.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fedzo.protocol.codec import BinaryMessage
+from fedzo.protocol.documents import Announcement, Document, Hello, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+
+PAYLOADS = Path(__file__).with_name("messages.json")
+
+_HASH = bytes(range(32))
+_DIGEST = bytes(range(16))
+
+
+def _scalars(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return np.array(values, dtype=np.float32)
+
+
+_RECORD = UpdateRecord(3, 9, 0.0078125, ((4, 2), (70_000_000_000, 1)), _scalars(1.5, -0.25, 0.0), _DIGEST, _HASH[16:])
+
+MESSAGES: dict[str, BinaryMessage] = {
+    "report of a probe": Report(
+        ReportKind.PROBE, 7, 2, 16, _DIGEST, 0.6931471805599453, 65, 1234, 91_000, (_scalars(0.5, -2.0, 1e-3),)
+    ),
+    "report of a saliency": Report(
+        ReportKind.SALIENCY, 1, 1, 64, bytes(16), 0.0, 300, 50_000, 80_000, (_scalars(1, 2), _scalars(0.5), _scalars(3))
+    ),
+    "report that declines": Report(ReportKind.EVALUATE, 8, 1, 0, _DIGEST, 0.0, 0, 3, 70_000, (), Decline.NO_DATA),
+    "update record": _RECORD,
+    "receipt": Receipt(7, Verdict.ACCEPTED),
+    "blob request": BlobRequest(_HASH, 65_536, 4_096),
+    "blob block": BlobBlock(_HASH, 65_536, 65_540, b"data"),
+    "log request": LogRequest(12, 1_024),
+    "log slice": LogSlice(
+        3, (_RECORD, UpdateRecord(4, 10, 0.5, ((0, 1),), _scalars(-3.0), _HASH[16:], _DIGEST))
+    ),
+}  # fmt: skip
+
+DOCUMENTS: dict[str, Document] = {
+    "server": ServerPresence(online=True, birth=1_700_000_000_000),
+    "run": RunDocument(
+        run="lenet-1",
+        manifest_sha256=_HASH.hex(),
+        manifest_size=4_242,
+        settings=RunSettings(
+            seed=2**64 - 1,
+            sparsity=0.75,
+            saliency=SaliencySettings(steps=3, samples=32, shift=0.0625, draws=8, inputs="data"),
+            training=TrainingSettings(
+                rounds=200, directions="gaussian", assignment="shared", k=8, sigma=0.0009765625, two_sided=True,
+                batch=4, optimiser=OptimiserConfig("momentum", 0.5, 0.75, 0.125, 0.25), learning_rate=0.5,
+                schedule="constant",
+            ),
+            devices=5, quorum=3, deadline_s=12.5, enrol_deadline_s=60.0, patience=2, evaluate_every=10,
+            scalar_limit=1e4,
+        ),
+    ),
+    "head": Announcement(
+        run="lenet-1", round=12, phase="train", participants="eJxjZAAAAAMAAg==", k=64, cursor=768,
+        mask_sha256=_HASH.hex(), mask_size=900, log_length=11, log_head=_DIGEST.hex(), weights_digest=_HASH[16:].hex(),
+        deadline_s=30.0,
+    ),
+    "hello": Hello(4, "rpi-zero-2w", 128.0, 600, 60, "onnxruntime 1.32.0,numpy 2.3.1", "aarch64"),
+    "state": Presence(4, "refused", "lenet-1", "needs 300 MiB – too much", 11, _DIGEST.hex(), 96.5),
+    "order": Order("lenet-1", "welcome", 4, 17, ""),
+}  # fmt: skip
+
+
+def compute() -> dict[str, dict[str, str]]:
+    """Payloads of all cases: hex of the binary ones, text of the JSON ones."""
+    return {
+        "messages": {name: message.encode().hex() for name, message in MESSAGES.items()},
+        "documents": {name: document.encode().decode() for name, document in DOCUMENTS.items()},
+    }
+
+
+if __name__ == "__main__":
+    PAYLOADS.write_text(json.dumps(compute(), indent=1) + "\n", encoding="utf-8")

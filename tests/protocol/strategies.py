@@ -1,0 +1,176 @@
+"""Hypothesis strategies for every message and document, within the limits of the protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from fedzo.protocol.codec import BinaryMessage
+from fedzo.protocol.directions import FAMILIES
+from fedzo.protocol.documents import (
+    Announcement,
+    Document,
+    Hello,
+    Order,
+    Presence,
+    RunDocument,
+    ServerPresence,
+    pack_participants,
+)
+from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+
+u32 = st.integers(0, 2**32 - 1)
+digests = st.binary(min_size=16, max_size=16)
+hashes = st.binary(min_size=32, max_size=32)
+names = st.from_regex(r"[a-z0-9-]{1,48}", fullmatch=True)
+doubles = st.floats(allow_nan=False, allow_infinity=False)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+
+
+def scalars(size: int | st.SearchStrategy[int]) -> st.SearchStrategy[NDArray[np.float32]]:
+    """Finite ``float32[size]``."""
+    finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
+    return arrays(np.float32, size, elements=finite)
+
+
+@st.composite
+def reports(draw: st.DrawFn) -> Report:
+    """Reports of any kind, with scalars or declined."""
+    decline = draw(st.sampled_from(Decline))
+    blocks = draw(st.lists(scalars(st.integers(0, 20)), min_size=1, max_size=16)) if decline is Decline.NONE else []
+    return Report(
+        draw(st.sampled_from(ReportKind)), draw(u32), draw(u32), draw(u32), draw(digests), draw(doubles), draw(u32),
+        draw(u32), draw(u32), tuple(blocks), decline,
+    )  # fmt: skip
+
+
+@st.composite
+def updates(draw: st.DrawFn, index: int | None = None) -> UpdateRecord:
+    """Update records with a few segments."""
+    segments, end = [], 0
+    for gap, count in draw(st.lists(st.tuples(st.integers(0, 2**58), st.integers(1, 8)), min_size=1, max_size=6)):
+        segments.append((end + gap, count))
+        end += gap + count
+    total = sum(count for _, count in segments)
+    rate = draw(st.floats(allow_nan=False, allow_infinity=False, width=32))
+    return UpdateRecord(
+        draw(u32) if index is None else index, draw(u32), rate, tuple(segments), draw(scalars(total)), draw(digests),
+        draw(digests),
+    )  # fmt: skip
+
+
+@st.composite
+def blob_requests(draw: st.DrawFn) -> BlobRequest:
+    """Requests for blocks."""
+    return BlobRequest(draw(hashes), draw(u32), draw(st.integers(1, 128 << 10)))
+
+
+@st.composite
+def blob_blocks(draw: st.DrawFn) -> BlobBlock:
+    """Blocks anywhere in a blob."""
+    data = draw(st.binary(min_size=1, max_size=300))
+    offset = draw(st.integers(0, 2**32 - 1 - len(data)))
+    return BlobBlock(draw(hashes), offset, draw(st.integers(offset + len(data), 2**32 - 1)), data)
+
+
+@st.composite
+def log_slices(draw: st.DrawFn) -> LogSlice:
+    """A few consecutive records."""
+    first, count = draw(st.integers(0, 2**32 - 10)), draw(st.integers(1, 4))
+    return LogSlice(first, tuple(draw(updates(first + i)) for i in range(count)))
+
+
+receipts = st.builds(Receipt, u32, st.sampled_from(Verdict))
+log_requests = st.builds(LogRequest, u32, st.integers(1, 4096))
+binary_messages: st.SearchStrategy[BinaryMessage] = st.one_of(
+    reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices()
+)
+
+fractions = st.floats(0.0, 0.999)
+participants = st.sets(st.integers(0, 3000), max_size=60).map(
+    lambda ordinals: pack_participants(np.array(sorted(ordinals), dtype=np.int64))
+)
+optimisers = st.builds(
+    OptimiserConfig, st.sampled_from(OPTIMISERS), fractions, fractions, st.floats(1e-12, 1.0), st.floats(0.0, 10.0)
+)
+training_settings = st.builds(
+    TrainingSettings,
+    rounds=st.integers(0, 1 << 30),
+    directions=st.sampled_from(FAMILIES),
+    assignment=st.sampled_from(["shared", "dealt"]),
+    k=st.integers(1, 60_000),
+    sigma=st.floats(2.0**-20, 8.0, width=32),
+    two_sided=st.booleans(),
+    batch=st.integers(1, 1 << 16),
+    optimiser=optimisers,
+    learning_rate=st.floats(1e-9, 999.0),
+    schedule=st.sampled_from(["constant", "cosine"]),
+)
+saliency_settings = st.builds(
+    SaliencySettings,
+    steps=st.integers(1, 1000),
+    samples=st.integers(1, 1 << 16),
+    shift=st.floats(1e-6, 9.0),
+    draws=st.integers(0, 1024),
+    inputs=st.sampled_from(["gaussian", "data"]),
+)
+
+
+@st.composite
+def run_settings(draw: st.DrawFn) -> RunSettings:
+    """Settings that are valid together."""
+    devices = draw(st.integers(1, 100_000))
+    return RunSettings(
+        seed=draw(st.integers(0, 2**64 - 1)),
+        sparsity=draw(fractions),
+        saliency=draw(saliency_settings),
+        training=draw(training_settings),
+        devices=devices,
+        quorum=draw(st.integers(1, devices)),
+        deadline_s=draw(st.floats(0.01, 1e7)),
+        enrol_deadline_s=draw(st.floats(0.01, 1e7)),
+        patience=draw(st.integers(1, 1_000_000)),
+        evaluate_every=draw(st.integers(0, 1 << 30)),
+        scalar_limit=draw(st.floats(1e-3, 1e20)),
+    )
+
+
+@st.composite
+def announcements(draw: st.DrawFn) -> Announcement:
+    """Announcements with or without a mask and a log."""
+    fields: dict[str, Any] = {}
+    if draw(st.booleans()):
+        fields |= {"mask_sha256": draw(hashes).hex(), "mask_size": draw(st.integers(1, 1 << 20))}
+    if draw(st.booleans()):
+        fields |= {"log_length": draw(u32), "log_head": draw(digests).hex(), "weights_digest": draw(digests).hex()}
+    return Announcement(
+        draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done", "stopped"])),
+        draw(participants), draw(st.integers(0, 60_000)), draw(st.integers(0, 2**61)),
+        deadline_s=draw(st.floats(0.0, 1e7)), **fields,
+    )  # fmt: skip
+
+
+documents: st.SearchStrategy[Document] = st.one_of(
+    st.builds(ServerPresence, st.booleans(), st.integers(0, 2**64 - 1)),
+    st.builds(RunDocument, names, hashes.map(bytes.hex), st.integers(1, 4 << 20), run_settings()),
+    announcements(),
+    st.builds(Hello, u32, texts, st.floats(0.0, 1e6), u32, u32, texts, texts),
+    st.builds(
+        Presence,
+        u32,
+        st.sampled_from(["joining", "ready", "done", "refused", "left", "lost"]),
+        st.just("") | names,
+        texts,
+        u32,
+        st.just("") | digests.map(bytes.hex),
+        st.floats(0.0, 1e6),
+    ),
+    st.builds(Order, names, st.sampled_from(["welcome", "refuse"]), u32, u32, texts),
+)
