@@ -1,0 +1,252 @@
+"""Entry point of ``fedzo-device``: the command line of a board.
+
+Only the standard library is imported until a command runs, so that help is instant on a slow board and the
+environment can still be set for the libraries that read it once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..protocol.errors import FedzoError
+
+if TYPE_CHECKING:
+    from .agent import Summary
+    from .config import Resolved
+    from .join import JoinSettings
+
+__all__ = ["main"]
+
+EXIT_UNEXPECTED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+# Text of the server, a path or an exception is shown, never executed by the terminal.
+_CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: Without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit code: 0, a :class:`FedzoError`'s own, 130 after Ctrl-C, 1 for anything unexpected. Wrong usage
+        raises ``SystemExit`` with 2.
+    """
+    options = _parser().parse_args(arguments)
+    if options.version:
+        return _version(options)
+    if options.command is None:
+        _parser().error("give a command: join or profiles")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s"
+    )
+    logging.getLogger().handlers[0].setFormatter(_LogLine())
+    result: dict[str, Any] = {}
+    code = EXIT_UNEXPECTED
+    try:
+        code = int(options.run(options, result))
+    except KeyboardInterrupt:
+        code = _failed(result, "interrupted", exit_code=EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FedzoError as error:
+        code = _failed(result, error.message, hint=error.hint, kind=type(error).__name__, exit_code=error.exit_code)
+    except Exception as error:  # noqa: BLE001 (the last resort of a program)
+        hint = "" if options.verbose else "--verbose shows the traceback"
+        code = _failed(result, f"unexpected {type(error).__name__}: {error}", hint=hint, kind=type(error).__name__)
+    if code and options.verbose:
+        traceback.print_exc()
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, sort_keys=True), flush=True)
+    return code
+
+
+def _failed(
+    result: dict[str, Any], message: str, *, hint: str = "", kind: str = "", exit_code: int = EXIT_UNEXPECTED
+) -> int:
+    _say(f"error: {message}")
+    if hint:
+        _say(f"hint: {hint}")
+    result["error"] = {"kind": kind, "message": message, "hint": hint, "exit_code": exit_code}
+    return exit_code
+
+
+def _say(line: str) -> None:
+    print(line.translate(_CONTROL), file=sys.stderr, flush=True)
+
+
+class _LogLine(logging.Formatter):
+    """``warning: text``, with control characters shown; a traceback keeps its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = f"{record.levelname.lower()}: {record.getMessage()}".translate(_CONTROL)
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def _version(options: argparse.Namespace) -> int:
+    from .versions import installed_versions
+
+    versions = installed_versions()
+    print(json.dumps(versions) if options.json else "\n".join(f"{name} {text}" for name, text in versions.items()))
+    return 0
+
+
+def _profiles(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    from ..hardware_profiles.loader import list_profiles, load_profile
+
+    if options.name is not None:
+        profile = load_profile(options.name)
+        result.update({name: value for name, value in dataclasses.asdict(profile).items() if value is not None})
+        lines = [
+            f"{name}\t{', '.join(value) if isinstance(value, tuple) else value}\t{profile.sources.get(name, '')}"
+            for name, value in result.items()
+            if name != "sources"
+        ]
+    else:
+        profiles = list_profiles()
+        result["profiles"] = [
+            {"name": p.name, "title": p.title, "ram_budget_mib": p.ram_budget_mib, "threads": p.threads}
+            for p in profiles
+        ]
+        lines = [f"{p.name}\t{p.ram_budget_mib} MiB\t{p.threads} threads\t{p.title}" for p in profiles]
+    if not options.json:
+        print("\n".join(lines))
+    return 0
+
+
+def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    _set_environment()
+    from .join import Stopped, join
+
+    resolved = _settings(options)
+    if options.show_config:
+        _show(resolved, options, result)
+        return 0
+
+    def done(summary: Summary) -> None:
+        result.update({name: _finite(value) for name, value in dataclasses.asdict(summary).items()})
+
+    try:
+        join(resolved.settings, say=_say, done=done)
+    except Stopped:
+        return EXIT_INTERRUPTED
+    _say(f"{result['status']}: {result['log_length']} updates, {result['reports']} reports")
+    return 0
+
+
+def _set_environment() -> None:
+    """What libraries read once, at their import."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def _settings(options: argparse.Namespace) -> Resolved[JoinSettings]:
+    """All sources together; the profile's name comes out of a first pass."""
+    from ..hardware_profiles.loader import load_profile
+    from .config import ConfigFile, resolve
+    from .join import JoinSettings
+
+    config = options.config or os.environ.get("FEDZO_CONFIG")
+    file = ConfigFile.load(Path(config)) if config else None
+    names = [field.name for field in dataclasses.fields(JoinSettings)]
+    flags = {name: getattr(options, name) for name in names}
+    first = resolve(JoinSettings, flags=flags, file=file)
+    if not first.settings.profile:
+        return first
+    profile = load_profile(first.settings.profile)
+    values = {"ram_budget_mib": profile.ram_budget_mib, "threads": profile.threads}
+    return resolve(JoinSettings, flags=flags, file=file, profile=values, profile_name=profile.name)
+
+
+def _show(resolved: Resolved[JoinSettings], options: argparse.Namespace, result: dict[str, Any]) -> None:
+    from .endpoint import Endpoint
+
+    for name, value, origin in resolved.rows():
+        shown = str(Endpoint.parse(value)) if name == "url" else value  # without the password
+        result[name] = {"value": str(shown) if isinstance(shown, Path) else shown, "origin": str(origin)}
+        if not options.json:
+            print(f"{name}\t{'' if shown is None else shown}\t{origin}")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- the parser -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedzo-device",
+        description="Take part in a federation: prune and train a network by forward passes only.",
+        epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 setting or data, 4 memory, 5 broker, 6 artifact, "
+        "7 self-test, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="store_true", help="print what is installed")
+    parser.set_defaults(json=False, verbose=False)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON line to stdout at the end")
+    common.add_argument("--verbose", action="store_true", help="log everything, with tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_join(commands.add_parser("join", parents=[common], help="join a run and work until it is done"))
+    profiles = commands.add_parser("profiles", parents=[common], help="list the boards that fedzo knows")
+    profiles.add_argument("name", nargs="?", metavar="NAME", help="show everything about one board")
+    profiles.set_defaults(run=_profiles)
+    return parser
+
+
+def _add_join(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Join a run and work until it is done. Data never leave this machine. Every option can also come from the "
+        "environment (FEDZO_DATA, FEDZO_RAM_BUDGET_MIB, ...) or from a TOML file; what comes first counts: option, "
+        "environment, file, profile, default."
+    )
+    parser.set_defaults(run=_join)
+    add = parser.add_argument
+    add("url", nargs="?", metavar="URL", help="broker: mqtt://HOST[:1883] or mqtts://HOST[:8883]")
+    add("--data", type=Path, metavar="PATH", help=".npz, .npy pair, IDX files, or a folder of image folders")
+    add("--profile", metavar="NAME", help="the board, see: fedzo-device profiles [default: this machine]")
+    add("--ram-budget-mib", type=float, metavar="MIB", help="what this process may use [default: the profile's]")
+    add("--threads", type=int, metavar="N", help="threads of a forward pass [default: the profile's, or 1]")
+    add("--micro-batch", type=int, metavar="N", help="samples of one forward pass [default: what fits, 32 at most]")
+    add("--holdout", type=float, metavar="PART", help="kept for evaluation, if there is no test part [default: 0.2]")
+    add("--mean", type=_numbers, metavar="X[,X...]", help="subtracted from the inputs, after scaling bytes to [0, 1]")
+    add("--std", type=_numbers, metavar="X[,X...]", help="what the inputs are divided by")
+    add("--pad", action="store_true", default=None, help="center smaller images in zeros (28x28 in 32x32)")
+    add("--federation", metavar="NAME", help="[default: default]")
+    add("--id", metavar="ID", help="device id, 1 to 48 of a-z 0-9 - [default: made once and kept]")
+    add("--state", type=Path, metavar="DIR", help="[default: ~/.local/state/fedzo/FEDERATION/ID]")
+    add("--username", metavar="NAME", help="[default: the device id, if there is a password]")
+    add("--password-file", type=Path, metavar="FILE", help="its first line [default: FEDZO_PASSWORD]")
+    add("--ca", type=Path, metavar="FILE", help="certificates that may sign the broker's [default: the system's]")
+    add("--cert", type=Path, metavar="FILE", help="this device's certificate")
+    add("--key", type=Path, metavar="FILE", help="its key")
+    add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
+    add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
+    add("--config", type=Path, metavar="FILE", help="settings in TOML [default: FEDZO_CONFIG]")
+    add("--show-config", action="store_true", help="print every setting with its origin, and stop")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.49,0.48,0.45") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

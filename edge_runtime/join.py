@@ -1,0 +1,180 @@
+"""``fedzo-device join``: settings into an agent, its progress to stderr, its summary to stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from ..protocol.documents import Hello
+from ..protocol.errors import ConfigError
+from ..protocol.topics import check_name
+from .agent import Agent, Connection, Summary
+from .data import Dataset, count_samples, load_dataset
+from .endpoint import Endpoint, TlsConfig, read_password
+from .memory import total_mib
+from .state import DeviceState
+from .versions import installed_versions
+from .worker import Limits
+
+__all__ = ["JoinSettings", "Stopped", "join"]
+
+_DATA_LIMIT_MIB = 2048
+
+
+class Stopped(BaseException):
+    """Somebody interrupted the agent with Ctrl-C; it has left cleanly."""
+
+
+@dataclass(frozen=True)
+class JoinSettings:
+    """Everything that ``fedzo-device join`` can be told.
+
+    Attributes:
+        url: The broker, ``mqtt://HOST[:1883]`` or ``mqtts://HOST[:8883]``.
+        data: Training data, see :func:`~.data.load_dataset`.
+        federation: Name of the federation.
+        id: Device id; made once and kept when None.
+        ram_budget_mib: What the whole process may use; the machine's memory when None.
+        threads: Threads within an operator.
+        micro_batch: Samples of one run of a graph; chosen to fit when None.
+        state: State folder; see :func:`~.state.default_folder`.
+        holdout: Fraction of the training samples to keep for evaluation, when the data have no test part.
+        mean: Subtracted from every input, one number or one a channel.
+        std: What inputs are divided by, one number or one a channel.
+        pad: Center images that are smaller than the model's input in zeros.
+        username: MQTT user; the device id when there is a password.
+        password_file: Its first line is the password; else ``FEDZO_PASSWORD``.
+        ca: Certificates that may sign the broker's.
+        cert: The device's certificate.
+        key: The device's private key.
+        connect_timeout: Seconds for the first connection; None to try for ever.
+        retry: Seconds after which an unanswered request is repeated.
+        profile: Name or path of the hardware profile; empty for this machine as it is.
+    """
+
+    url: str
+    data: Path
+    federation: str = "default"
+    id: str | None = None
+    ram_budget_mib: float | None = None
+    threads: int = 1
+    micro_batch: int | None = None
+    state: Path | None = None
+    holdout: float = 0.2
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pad: bool = False
+    username: str | None = None
+    password_file: Path | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    connect_timeout: float | None = None
+    retry: float = 5.0
+    profile: str = ""
+
+    def __post_init__(self) -> None:
+        Endpoint.parse(self.url)
+        check_name("federation", self.federation)
+        if self.id is not None:
+            check_name("device id", self.id)
+        _check("ram_budget_mib", self.ram_budget_mib, above=0.0)
+        _check("threads", self.threads, above=0)
+        _check("micro_batch", self.micro_batch, above=0)
+        _check("connect_timeout", self.connect_timeout, above=0.0)
+        _check("retry", self.retry, above=0.0)
+        if not 0.0 <= self.holdout < 1.0:
+            raise ConfigError(f"holdout is {self.holdout}, it must be at least 0 and below 1")
+
+    @property
+    def budget_mib(self) -> float:
+        """What the process may use."""
+        return self.ram_budget_mib or total_mib() or float("inf")
+
+
+def _check(name: str, value: float | None, *, above: float) -> None:
+    if value is not None and not above < value < 1e9:
+        raise ConfigError(f"{name} is {value}, it must be above {above:g} and below 1e9")
+
+
+def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[Summary], None]) -> None:
+    """Take part in a run, to its end or to a signal.
+
+    Args:
+        settings: Checked settings.
+        say: Takes lines for people.
+        done: Takes the summary when the agent ends, also when it ends with an error.
+
+    Raises:
+        Stopped: After Ctrl-C (SIGINT); after SIGTERM it returns.
+        FedzoError: The data, the broker, the memory or the run is not usable.
+    """
+    train, held = count_samples(settings.data, holdout=settings.holdout)
+    tls = None
+    if settings.ca or settings.cert or settings.key:
+        tls = TlsConfig(settings.ca, settings.cert, settings.key)
+    password = read_password(settings.password_file)
+    connection = Connection(settings.url, settings.username, password, tls, settings.connect_timeout)
+    budget_mib = settings.budget_mib
+
+    def load(input_shape: tuple[int, ...], n_classes: int) -> Dataset:
+        return load_dataset(
+            settings.data,
+            input_shape,
+            n_classes,
+            holdout=settings.holdout,
+            mean=settings.mean,
+            std=settings.std,
+            pad=settings.pad,
+            limit_mib=max(1, int(min(_DATA_LIMIT_MIB, budget_mib))),
+        )
+
+    with DeviceState(settings.state, federation=settings.federation, device=settings.id) as state:
+        hello = Hello(
+            session=state.session,
+            profile=settings.profile,
+            ram_budget_mib=min(budget_mib, 1e12),
+            samples=train,
+            holdout=held,
+            versions=", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+            machine=platform.machine(),
+        )
+        limits = Limits(budget_mib, settings.threads, settings.micro_batch)
+        agent = Agent(
+            state, hello, load, connection, limits, federation=settings.federation, retry_s=settings.retry, say=say
+        )
+        say(f"device {state.device}: {train} training and {held} test samples, session {state.session}")
+        try:
+            with _signals_to(agent) as received:
+                agent.run()
+        finally:
+            done(agent.summary)
+        if signal.SIGINT in received:
+            raise Stopped
+
+
+@contextlib.contextmanager
+def _signals_to(agent: Agent) -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT asks the agent to leave, the second one ends the process.
+
+    Yields:
+        The signals so far.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        agent.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

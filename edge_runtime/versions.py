@@ -1,0 +1,21 @@
+"""What is installed, asked from package metadata: nothing of it is imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+__all__ = ["installed_versions"]
+
+_DISTRIBUTIONS = ("fedzo", "numpy", "onnxruntime", "paho-mqtt")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of fedzo, of what decides its numbers, and of Python; ``missing`` for what is not installed."""
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "missing"
+    return {**versions, "python": platform.python_version()}
