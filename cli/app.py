@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import profiles
+from . import deploy, export, profiles, serve
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 from .version import installed_versions
@@ -21,13 +21,17 @@ app = typer.Typer(
         Boards run the small `fedzo-device`; this command exports models, runs the server and looks after both.
 
         Example:
-            $ fedzo profiles list
+            $ fedzo export lenet5 --input 1x32x32 --classes 10 -o artifact
+            $ fedzo serve artifact --devices 8
         """
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+export.register(app)
+serve.register(app)
+deploy.register(app)
 profiles.register(app)
 
 

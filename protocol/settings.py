@@ -61,7 +61,7 @@ class TrainingSettings:
         directions: Family of the perturbations.
         assignment: ``shared``: every device evaluates the same directions; ``dealt``: disjoint ones.
         k: Directions per device and round.
-        sigma: Length scale of a perturbation; a float32 value.
+        sigma: Length scale of a perturbation; rounded to float32.
         two_sided: Central instead of forward differences.
         batch: Samples behind one loss.
         optimiser: Server optimiser, replayed on every device.
@@ -73,7 +73,7 @@ class TrainingSettings:
     directions: Family = "hadamard"
     assignment: Assignment = "dealt"
     k: int = 64
-    sigma: float = float(np.float32(1e-3))
+    sigma: float = 1e-3
     two_sided: bool = False
     batch: int = 16
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
@@ -86,7 +86,7 @@ class TrainingSettings:
         _check(self.assignment in ("shared", "dealt"), "assignment", self.assignment, "shared or dealt")
         _check(1 <= self.k <= MAX_DIRECTIONS, "k", self.k, f"1 to {MAX_DIRECTIONS}")
         _check(math.isfinite(self.sigma) and 1e-8 < self.sigma < 10, "sigma", self.sigma, "above 1e-8 and below 10")
-        _check(float(np.float32(self.sigma)) == self.sigma, "sigma", self.sigma, "a float32 value")
+        object.__setattr__(self, "sigma", float(np.float32(self.sigma)))  # both sides multiply in float32
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 < self.learning_rate < 1e3, "learning rate", self.learning_rate, "above 0 and below 1000")
         _check(self.schedule in ("constant", "cosine"), "schedule", self.schedule, "constant or cosine")

@@ -1,0 +1,45 @@
+"""What devices may pull, by hash: the artifact's manifest and graphs, and the run's masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..edge_runtime.artifact import Artifact
+from ..protocol.transfers import MAX_BLOCK_BYTES, BlobBlock, BlobRequest
+
+__all__ = ["BlobServer"]
+
+
+class BlobServer:
+    """Blocks out of files and of memory.
+
+    Args:
+        artifact: A verified artifact; its files are read block by block and never kept in memory.
+        folder: Of the artifact.
+    """
+
+    def __init__(self, artifact: Artifact, folder: Path) -> None:
+        self._files = {graph.sha256: folder / graph.name for graph in artifact.manifest.graphs}
+        self._data: dict[bytes, bytes] = {artifact.digest: (folder / "manifest.json").read_bytes()}
+
+    def offer(self, sha256: bytes, data: bytes) -> None:
+        """Keep a small blob in memory."""
+        self._data[sha256] = data
+
+    def block(self, request: BlobRequest) -> BlobBlock | None:
+        """The block that a device asked for; None if there is no such blob or the offset is beyond its end."""
+        length = min(request.length, MAX_BLOCK_BYTES)
+        if request.sha256 in self._data:
+            data = self._data[request.sha256]
+            part, total = data[request.offset : request.offset + length], len(data)
+        elif request.sha256 in self._files:
+            try:
+                with self._files[request.sha256].open("rb") as file:
+                    total = file.seek(0, 2)
+                    file.seek(min(request.offset, total))
+                    part = file.read(length)
+            except OSError:
+                return None
+        else:
+            return None
+        return BlobBlock(request.sha256, request.offset, total, part) if part else None

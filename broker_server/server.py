@@ -1,0 +1,315 @@
+"""The coordinator's shell: MQTT, journal, clock and test set around ``protocol.coordinator``.
+
+One thread takes events from a queue. What arrives within a few milliseconds is one batch: the machine sees every event
+of it, all that it records is committed in one transaction, and only then is anything sent or acknowledged to the
+broker. So an acknowledged report is on the disk, and a crash in between only makes a device send again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..edge_runtime.data import Samples
+from ..edge_runtime.engine import Engine
+from ..edge_runtime.transport import (
+    Arrived,
+    Connected,
+    Disconnected,
+    MqttTransport,
+    Publication,
+    Token,
+    TransportEvent,
+    Will,
+)
+from ..protocol import coordinator_events as machine
+from ..protocol.codec import decode
+from ..protocol.coordinator import Coordinator
+from ..protocol.documents import Hello, Presence, RunDocument, ServerPresence, parse
+from ..protocol.errors import BrokerError, FedzoError, ProtocolError
+from ..protocol.messages import UpdateRecord
+from ..protocol.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
+from ..protocol.transfers import LogSlice
+from .blobs import BlobServer
+from .brokers.base import Broker
+from .journal import Entry, Journal
+from .run_folder import RunFolder
+
+__all__ = ["Progress", "Server"]
+
+_log = logging.getLogger(__name__)
+
+BATCH_S = 0.004
+BATCH_EVENTS = 2_000
+SLICE_BYTES = 192 << 10
+BROKER_CHECK_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands; given to the observer after every batch that recorded something.
+
+    Attributes:
+        phase: Of the announced round.
+        round: Its number.
+        updates: Updates made.
+        updates_total: Updates to make.
+        devices: Enrolled devices.
+        ready: Devices that a round can count on.
+        accuracy: Latest held-out accuracy: the server's test set if it has one, else the devices'.
+    """
+
+    phase: str
+    round: int
+    updates: int
+    updates_total: int
+    devices: int
+    ready: int
+    accuracy: float | None
+
+
+class Server:
+    """Serves one run until it is done or stopped.
+
+    Args:
+        folder: The run's folder.
+        run: The run's document.
+        broker: Started by the caller.
+        journal: Open for writing.
+        federation: Topic level of the federation.
+        test_set: The server's own test samples.
+        observer: Called on the server's thread; what it raises ends the run.
+        threads: Threads of the evaluation.
+
+    Raises:
+        ProtocolError: The journal belongs to another run.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        run: RunDocument,
+        broker: Broker,
+        journal: Journal,
+        *,
+        federation: str = "default",
+        test_set: Samples | None = None,
+        observer: Callable[[Progress], None] | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._folder, self._broker, self._journal, self._federation = folder, broker, journal, federation
+        self._test_set, self._observer, self._threads = test_set, observer, threads
+        self._events: queue.SimpleQueue[TransportEvent | machine.CoordinatorEvent | FedzoError] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._blobs = BlobServer(folder.artifact, folder.artifact_path)
+        self._log_sequences: list[int] = []
+        birth = time.time_ns() // 1_000_000
+        self.coordinator = Coordinator(run, folder.artifact.manifest, birth=birth, has_test_set=test_set is not None)
+        self._restore()
+        away = ServerPresence(False, birth)
+        self._goodbye = Publication(topic(federation, Channel.SERVER), away.encode(), retain=True)
+        self._transport = MqttTransport(
+            broker.url,
+            broker.login.username if broker.login else f"fedzo-server-{federation}",
+            username=broker.login.username if broker.login else None,
+            password=broker.login.password if broker.login else None,
+            on_event=self._events.put,
+            subscriptions=server_subscriptions(federation),
+            will=Will(self._goodbye.topic, self._goodbye.payload),
+            clean_start=False,
+            session_expiry_s=86_400,
+            manual_ack=True,
+            max_inflight=100,
+            max_queued=200_000,
+        )
+        self.undecodable = 0
+
+    @property
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """MQTT bytes of this process by topic: ``(sent by the server, received by the server)``."""
+        flows = self._transport.traffic.by_topic().items()
+        return {name: (up.packet_bytes, down.packet_bytes) for name, (up, down) in flows}
+
+    def stop(self) -> None:
+        """Ask :meth:`serve` to return soon; safe in a signal handler."""
+        self._stop.set()
+        self._events.put(machine.Tick())
+
+    def serve(self, *, connect_timeout_s: float = 30.0) -> None:
+        """Run to the end.
+
+        Raises:
+            BrokerError: The broker cannot be reached at first, or the managed one died.
+            QuorumError: Too few devices; the run can be resumed.
+            FedzoError: Training diverged, or the journal cannot be written.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
+        try:
+            self._transport.connect(connect_timeout_s)
+            while not self._stop.is_set() and not self.coordinator.finished:
+                self._carry_out(self._next_batch(), pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._transport.close(self._goodbye)
+
+    # --- one batch ------------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> list[TransportEvent | machine.CoordinatorEvent | FedzoError]:
+        wakeup = self.coordinator.wakeup
+        wait_s = BROKER_CHECK_S if wakeup is None else min(BROKER_CHECK_S, max(0.0, wakeup - time.monotonic()))
+        try:
+            batch = [self._events.get(timeout=wait_s)]
+        except queue.Empty:
+            if (failure := self._broker.failure()) is not None:
+                raise BrokerError(f"the broker is gone: {failure}", hint="resume the run") from None
+            return [machine.Tick()]
+        until = time.monotonic() + BATCH_S
+        while len(batch) < BATCH_EVENTS and (left_s := until - time.monotonic()) > 0:
+            try:
+                batch.append(self._events.get(timeout=left_s))
+            except queue.Empty:
+                break
+        return batch
+
+    def _carry_out(
+        self, batch: list[TransportEvent | machine.CoordinatorEvent | FedzoError], pool: ThreadPoolExecutor
+    ) -> None:
+        commands: list[machine.CoordinatorCommand] = []
+        tokens: list[Token] = []
+        for item in batch:
+            if isinstance(item, FedzoError):
+                raise item
+            if isinstance(item, Arrived) and item.token is not None:
+                tokens.append(item.token)
+            event = self._translate(item)
+            if event is not None:
+                commands += self.coordinator.on(event, time.monotonic())
+        self._record([c for c in commands if isinstance(c, machine.Record)])
+        for command in commands:
+            self._do(command, pool)
+        for token in tokens:
+            self._transport.acknowledge(token)
+        if self._observer is not None and any(isinstance(c, machine.Record) for c in commands):
+            self._observer(self.progress)
+        for command in commands:
+            if isinstance(command, machine.Finish) and command.error is not None:
+                raise command.error
+
+    def _translate(self, item: TransportEvent | machine.CoordinatorEvent) -> machine.CoordinatorEvent | None:
+        if isinstance(item, Connected):
+            return machine.Connected()
+        if isinstance(item, Disconnected):
+            _log.warning("the link to the broker is lost: %s", item.reason)
+            return None
+        if isinstance(item, Arrived):
+            return self._parse(item)
+        if isinstance(item, (machine.Tick, machine.ServerEvaluated)):
+            return item
+        return None
+
+    def _parse(self, arrived: Arrived) -> machine.DeviceSaid | None:
+        """The only place where foreign bytes enter the server; what does not parse is counted and dropped."""
+        try:
+            place = parse_topic(arrived.topic)
+            if place.federation != self._federation or not arrived.payload:
+                return None
+            if place.channel is Channel.HELLO:
+                return machine.DeviceSaid(place.device, place.channel, parse(Hello, arrived.payload))
+            if place.channel is Channel.STATE:
+                return machine.DeviceSaid(place.device, place.channel, parse(Presence, arrived.payload))
+            return machine.DeviceSaid(place.device, place.channel, decode(arrived.payload))
+        except ProtocolError as error:
+            self.undecodable += 1
+            _log.warning("dropped a payload on %s: %s", arrived.topic[:120], error.message)
+            return None
+
+    def _record(self, records: list[machine.Record]) -> None:
+        if not records:
+            return
+        now = time.time()
+        entries = [Entry(r.kind, r.round, r.device, r.payload, now) for r in records]
+        sequences = self._journal.append(entries)
+        updates = [s for s, r in zip(sequences, records, strict=True) if r.kind == "update"]
+        self._log_sequences += updates
+
+    def _do(self, command: machine.CoordinatorCommand, pool: ThreadPoolExecutor) -> None:
+        if isinstance(command, machine.Send):
+            self._send(command.channel, command.message.encode(), command.device)
+        elif isinstance(command, machine.OfferBlob):
+            self._blobs.offer(command.sha256, command.data)
+        elif isinstance(command, machine.ServeBlob):
+            block = self._blobs.block(command.request)
+            if block is not None:
+                self._send(Channel.BLOCK, block.encode(), command.device)
+        elif isinstance(command, machine.ServeLog):
+            self._send_log(command)
+        elif isinstance(command, machine.Evaluate):
+            pool.submit(self._evaluate, command)
+
+    def _send(self, channel: Channel, payload: bytes, device: str = "") -> None:
+        self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
+
+    def _send_log(self, command: machine.ServeLog) -> None:
+        """As many records as fit one payload; the device asks again for the rest."""
+        first, size = command.request.first, 0
+        records: list[UpdateRecord] = []
+        for number in range(first, min(first + command.request.count, len(self._log_sequences))):
+            payload = self._journal.get(self._log_sequences[number]).payload
+            size += len(payload) + 4
+            if records and size > SLICE_BYTES:
+                break
+            record = decode(payload)
+            assert isinstance(record, UpdateRecord)
+            records.append(record)
+        if records:
+            self._send(Channel.BLOCK, LogSlice(first, tuple(records)).encode(), command.device)
+
+    def _evaluate(self, command: machine.Evaluate) -> None:
+        assert self._test_set is not None
+        try:
+            with Engine(self._folder.artifact, command.mask, threads=self._threads, micro_batch=64) as engine:
+                loss_sum, correct, count = 0.0, 0, 0
+                for batch in self._test_set.batches(512):
+                    part = engine.evaluate(command.weights, batch.x, batch.y)
+                    loss_sum, correct, count = loss_sum + part[0], correct + part[1], count + part[2]
+            self._events.put(machine.ServerEvaluated(command.round, loss_sum / count, correct / count, count))
+        except FedzoError as error:
+            self._events.put(error)
+        except Exception as error:  # noqa: BLE001 (a future's exception would otherwise be lost, and the round hang)
+            self._events.put(FedzoError(f"the server's evaluation failed: {type(error).__name__}: {error}"))
+
+    # --- the rest -------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        entries = []
+        for sequence, entry in self._journal.read():
+            if entry.kind == "update":
+                self._log_sequences.append(sequence)
+            entries.append((entry.kind, entry.round, entry.device, entry.payload))
+        for command in self.coordinator.restore(entries):
+            if isinstance(command, machine.OfferBlob):
+                self._blobs.offer(command.sha256, command.data)
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands now."""
+        coordinator = self.coordinator
+        accuracy: float | None = None
+        if coordinator.evaluations:
+            latest = coordinator.evaluations[-1]
+            value = latest["server_accuracy"] if latest["server_accuracy"] is not None else latest["accuracy"]
+            accuracy = None if value is None else float(value)
+        return Progress(
+            phase=coordinator.head.phase,
+            round=coordinator.head.round,
+            updates=coordinator.replica.index,
+            updates_total=coordinator.run.training.rounds,
+            devices=len(coordinator.roster.members),
+            ready=len(coordinator.roster.ready()),
+            accuracy=accuracy,
+        )

@@ -1,0 +1,113 @@
+"""What a run came to, in numbers: out of its journal, its coordinator and the traffic of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..protocol.codec import decode
+from ..protocol.coordinator import Coordinator
+from ..protocol.errors import ProtocolError
+from ..protocol.messages import Report
+from ..protocol.topics import TO_DEVICE, parse_topic
+from .journal import Journal
+
+__all__ = ["Summary", "summarise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The numbers of a run.
+
+    Attributes:
+        run: Run id.
+        phase: Where it stands.
+        accuracy: Held-out accuracy: the server's test set if it has one, else the devices' own; None if neither.
+        device_accuracy: Accuracy on the devices' own held-out samples.
+        rounds: Updates made.
+        queries: Forward passes of all devices, one per batch and set of weights.
+        reports: Accepted reports.
+        refused: Refused reports.
+        bytes_up_per_device_round: MQTT bytes from a device, per update; everything counted but CONNECT and pings.
+        bytes_down_per_device_round: MQTT bytes to a device, per update; the graphs included.
+        device_peak_rss_mib: Largest peak that a device reported.
+        survivors: Weights that the mask keeps.
+        parameters: Weights of the dense model.
+        mask_bytes: Size of the encoded mask.
+        weights_digest: Digest of the server's weights, hex.
+        digests_agree: Every enrolled device ended with that digest.
+        devices: Enrolled devices.
+    """
+
+    run: str
+    phase: str
+    accuracy: float | None
+    device_accuracy: float | None
+    rounds: int
+    queries: int
+    reports: int
+    refused: int
+    bytes_up_per_device_round: float
+    bytes_down_per_device_round: float
+    device_peak_rss_mib: float
+    survivors: int
+    parameters: int
+    mask_bytes: int
+    weights_digest: str
+    digests_agree: bool
+    devices: int
+
+
+def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, tuple[int, int]]) -> Summary:
+    """Add up a run.
+
+    Args:
+        coordinator: After the run.
+        journal: Its journal.
+        traffic: MQTT bytes by topic, ``(sent by the server, received by the server)``.
+    """
+    queries = reports = refused = peak_kib = 0
+    for _, entry in journal.read(kinds={"report", "refusal"}):
+        if entry.kind == "refusal":
+            refused += 1
+            continue
+        message = decode(entry.payload)
+        assert isinstance(message, Report)
+        reports += 1
+        queries += message.queries
+        peak_kib = max(peak_kib, message.peak_rss_kib)
+    up = down = 0.0
+    members = coordinator.roster.members
+    devices = max(1, len(members))
+    for name, (sent, received) in traffic.items():
+        up += received / devices
+        try:
+            to_one = parse_topic(name).channel in TO_DEVICE
+        except ProtocolError:
+            continue
+        down += sent / devices if to_one else sent
+    rounds = max(1, coordinator.replica.index)
+    latest = coordinator.evaluations[-1] if coordinator.evaluations else None
+    server = latest["server_accuracy"] if latest else None
+    own = latest["accuracy"] if latest else None
+    accuracy = server if server is not None else own
+    digest = coordinator.replica.digest.hex()
+    return Summary(
+        run=coordinator.run.run,
+        phase=coordinator.head.phase,
+        accuracy=None if accuracy is None else float(accuracy),
+        device_accuracy=None if own is None else float(own),
+        rounds=coordinator.replica.index,
+        queries=queries,
+        reports=reports,
+        refused=refused,
+        bytes_up_per_device_round=round(up / rounds, 1),
+        bytes_down_per_device_round=round(down / rounds, 1),
+        device_peak_rss_mib=round(peak_kib / 1024, 1),
+        survivors=coordinator.mask.n_survivors,
+        parameters=coordinator.manifest.layout.size,
+        mask_bytes=coordinator.head.mask_size,
+        weights_digest=digest,
+        digests_agree=bool(members) and all(member.weights_digest == digest for member in members.values()),
+        devices=len(members),
+    )

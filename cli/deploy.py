@@ -1,0 +1,88 @@
+"""`fedzo deploy`: from a run to a plain inference model."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command import command
+from .output import Output
+
+__all__ = ["register"]
+
+
+class ModelOutput(str, Enum):
+    """What the model yields."""
+
+    logits = "logits"
+    softmax = "softmax"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the app."""
+
+    @command(app)
+    def deploy(
+        output: Output,
+        run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")],
+        out: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="ONNX file to write.")] = Path(
+            "model.onnx"
+        ),
+        kind: Annotated[ModelOutput, typer.Option("--kind", help="What the model yields.")] = ModelOutput.logits,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    ) -> None:
+        """Write a plain ONNX model with the trained weights, and check it against the run.
+
+        The weights are rebuilt from the journal: initial weights from the seed, mask, and every update replayed.
+
+        Example:
+            $ fedzo deploy runs/lenet5-20260101-120000-1 -o model.onnx
+            $ fedzo deploy runs/lenet5-20260101-120000-1 --kind softmax -o model.onnx --json
+        """
+        from ..broker_server.replay import replay_run
+        from ..exporter.deploy import deploy as write_model
+
+        with output.progress("replaying the journal"):
+            folder, coordinator = replay_run(run)
+        facts = {"id": folder.path.name, "updates": str(coordinator.replica.index)}
+        if coordinator.evaluations:
+            latest = coordinator.evaluations[-1]
+            accuracy = latest["server_accuracy"] if latest["server_accuracy"] is not None else latest["accuracy"]
+            facts["accuracy"] = str(accuracy)
+        report = write_model(
+            folder.artifact_path,
+            coordinator.manifest,
+            coordinator.mask,
+            coordinator.replica.weights,
+            out,
+            output=kind.value,
+            facts=facts,
+            overwrite=overwrite,
+        )
+        rows: list[tuple[str, object]] = [
+            ("model", report.path),
+            ("size", f"{report.size_bytes / 1024:.1f} KiB"),
+            ("output", report.output),
+            ("updates", coordinator.replica.index),
+            ("non-zero weights", f"{report.nonzero} of {report.parameters}"),
+            ("largest difference", f"{report.largest_difference:.2e} (limit {report.tolerance:.0e})"),
+            ("weights digest", coordinator.replica.digest.hex()),
+        ]
+        output.table(("deployed", ""), rows)
+        output.result(
+            {
+                "model": report.path,
+                "size_bytes": report.size_bytes,
+                "sha256": report.sha256.hex(),
+                "output": report.output,
+                "updates": coordinator.replica.index,
+                "nonzero": report.nonzero,
+                "parameters": report.parameters,
+                "largest_difference": report.largest_difference,
+                "tolerance": report.tolerance,
+                "weights_digest": coordinator.replica.digest.hex(),
+            }
+        )

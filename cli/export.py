@@ -1,0 +1,86 @@
+"""`fedzo export`: from a model to an artifact folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command import command
+from .output import Output
+
+__all__ = ["parse_shape", "register"]
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``3x32x32`` as numbers.
+
+    Raises:
+        typer.BadParameter: It is no shape.
+    """
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or any(n < 1 for n in shape):
+        raise typer.BadParameter(f"{text!r} is no shape; write channels first, such as 1x32x32 or 9x128")
+    return shape
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the app."""
+
+    @command(app)
+    def export(
+        output: Output,
+        model: Annotated[
+            str,
+            typer.Argument(help="lenet5, resnet8, resnet20, resnet32, resnet56, cnn1d, or your own module:function."),
+        ],
+        out: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Artifact folder to write.")],
+        input_shape: Annotated[
+            str, typer.Option("--input", metavar="CxHxW", help="Shape of one sample, channels first.")
+        ] = "1x32x32",
+        classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
+        sparsity: Annotated[
+            float, typer.Option(help="Fraction of the weights that pruning will remove; 0 for none.")
+        ] = 0.8,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 1,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    ) -> None:
+        """Turn a model into an artifact: ONNX graphs whose weights are inputs, with hashes and a known answer.
+
+        Example:
+            $ fedzo export lenet5 --input 1x32x32 --classes 10 --sparsity 0.8 -o artifact
+            $ fedzo export my_package.models:build --input 9x128 --classes 6 -o artifact
+        """
+        from ..exporter.artifact import export_artifact
+
+        shape = parse_shape(input_shape)
+        with output.progress(f"exporting {model}"):
+            manifest = export_artifact(model, shape, classes, sparsity, seed, out, overwrite=overwrite)
+        size = sum(graph.size for graph in manifest.graphs)
+        rows: list[tuple[str, object]] = [
+            ("model", manifest.model),
+            ("parameters", manifest.layout.size),
+            ("prunable", manifest.layout.maskable_size),
+            ("sparsity", manifest.sparsity),
+            ("scoring passes", 1 + sum(unit.n_units for unit in manifest.units if not unit.is_output)),
+            ("graphs", f"{len(manifest.graphs)}, {size / 1024:.1f} KiB"),
+            ("golden loss", f"{manifest.golden.mean_loss:.6f}"),
+            ("folder", out),
+        ]
+        output.table(("artifact", ""), rows)
+        output.result(
+            {
+                "model": manifest.model,
+                "folder": out,
+                "parameters": manifest.layout.size,
+                "prunable": manifest.layout.maskable_size,
+                "sparsity": manifest.sparsity,
+                "graph_bytes": size,
+                "golden_loss": manifest.golden.mean_loss,
+                "graphs": {graph.name: graph.sha256.hex() for graph in manifest.graphs},
+            }
+        )

@@ -1,0 +1,240 @@
+"""What `fedzo serve` does once its flags are read: settings, run folder, broker, server, summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..broker_server.brokers.choose import open_broker
+from ..broker_server.brokers.credentials import Login
+from ..broker_server.journal import SqliteJournal
+from ..broker_server.replay import run_document
+from ..broker_server.run_folder import RunFolder
+from ..broker_server.server import Progress, Server
+from ..broker_server.summary import Summary, summarise
+from ..edge_runtime.artifact import load_artifact
+from ..edge_runtime.data import Samples, load_dataset
+from ..edge_runtime.endpoint import TlsConfig, read_password
+from ..protocol.documents import RunDocument
+from ..protocol.errors import ConfigError
+from ..protocol.manifest import Manifest
+from ..protocol.settings import RunSettings
+from .command import show_config
+from .config import ConfigFile, Resolved, find_file, resolve
+from .output import Output
+
+__all__ = ["ServeSettings", "serve_run"]
+
+PLACE_NAME = "serve.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings(RunSettings):
+    """A run's settings and where it is served.
+
+    Attributes:
+        artifact: Folder of ``fedzo export``.
+        resume: Folder of the run to go on with.
+        runs: Where run folders lie.
+        run: Run id.
+        test_data: The server's own test set.
+        broker: ``auto``, ``mosquitto``, ``embedded`` or a URL.
+        host: Address that a managed broker listens on.
+        port: Its port.
+        federation: Topic level.
+        username: Of the server, for a broker by URL.
+        password_file: Its password.
+        ca: CA of a ``mqtts://`` broker.
+    """
+
+    artifact: Path | None = None
+    resume: Path | None = None
+    runs: Path = Path("runs")
+    run: str | None = None
+    test_data: Path | None = None
+    broker: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 1883
+    federation: str = "default"
+    username: str | None = None
+    password_file: Path | None = None
+    ca: Path | None = None
+
+    def run_settings(self) -> RunSettings:
+        """The part that the devices must know."""
+        return RunSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunSettings)})
+
+    def place(self) -> dict[str, Any]:
+        """The part that a resumed run takes over; paths are absolute."""
+        names = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca")
+        values = {name: getattr(self, name) for name in names}
+        return {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
+
+
+def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool) -> None:
+    """Serve one run.
+
+    Raises:
+        FedzoError: See ``Server.serve`` and the parts that are opened before.
+    """
+    file = find_file(config)
+    first = resolve(ServeSettings, flags=flags, file=file)
+    if first.settings.resume is not None:
+        resolved, folder = _resumed(flags, file, first.settings.resume)
+    else:
+        resolved, folder = _fresh(flags, file, first.settings.artifact), None
+    if show:
+        show_config(output, resolved)
+        return
+    _serve(output, resolved.settings, folder)
+
+
+def _fresh(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path | None) -> Resolved[ServeSettings]:
+    if artifact is None:
+        raise ConfigError("no artifact is named", hint="fedzo serve ARTIFACT, or fedzo serve --resume RUN")
+    sparsity = load_artifact(artifact).manifest.sparsity
+    return resolve(ServeSettings, flags=flags, file=file, profile={"sparsity": sparsity}, profile_name="artifact")
+
+
+def _resumed(
+    flags: Mapping[str, Any], file: ConfigFile | None, path: Path
+) -> tuple[Resolved[ServeSettings], RunFolder]:
+    folder = RunFolder.open(path)
+    try:
+        place = json.loads((folder.path / PLACE_NAME).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read {folder.path / PLACE_NAME}: {error}", hint="give --broker and --port"
+        ) from error
+    paths = {name: Path(place[name]) for name in ("test_data", "password_file", "ca") if name in place}
+    profile = {**place, **paths}
+    return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
+
+
+def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) -> None:
+    started = time.monotonic()
+    resuming = folder is not None
+    if folder is None:
+        assert settings.artifact is not None
+        manifest = load_artifact(settings.artifact).manifest
+        _check(settings, manifest)
+        test_set = _test_set(settings, manifest)
+        folder = RunFolder.create(settings.runs, settings.artifact, name=settings.run)
+        (folder.path / PLACE_NAME).write_text(json.dumps(settings.place(), indent=1) + "\n")
+    else:
+        test_set = _test_set(settings, folder.artifact.manifest)
+    login = None
+    if settings.username is not None:
+        login = Login(settings.username, read_password(settings.password_file) or "")
+    tls = TlsConfig(ca=settings.ca) if settings.ca is not None else None
+    with ExitStack() as stack:
+        journal = stack.enter_context(SqliteJournal(folder.journal_path))
+        run = run_document(journal, folder.path) if resuming else folder.document(settings.run_settings())
+        broker = stack.enter_context(open_broker(settings.broker, settings.host, settings.port, login=login, tls=tls))
+        observer = stack.enter_context(_progress(output, run))
+        server = Server(
+            folder, run, broker, journal, federation=settings.federation, test_set=test_set, observer=observer
+        )
+        received = stack.enter_context(_signals(server))
+        output.say(f"run {run.run} in {folder.path}")
+        output.say(f"broker: {broker.description}")
+        output.say(f"devices join with: fedzo-device join {broker.url} --federation {settings.federation} --data ...")
+        server.serve()
+        summary = summarise(server.coordinator, journal, server.traffic)
+    _report(output, folder, summary, round(time.monotonic() - started, 1))
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+
+
+def _check(settings: ServeSettings, manifest: Manifest) -> None:
+    if settings.sparsity > 0 and manifest.layout.maskable_size == 0:
+        raise ConfigError(
+            f"the sparsity is {settings.sparsity}, but the artifact was exported without pruning",
+            hint="fedzo export ... --sparsity 0.8, or --sparsity 0 here",
+        )
+
+
+def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
+    if settings.test_data is None:
+        return None
+    dataset = load_dataset(settings.test_data, manifest.input_shape, manifest.n_classes)
+    return dataset.test if len(dataset.test) else dataset.train
+
+
+@contextmanager
+def _signals(server: Server) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT end the run after the batch at hand; a second one is no longer caught."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        server.stop()
+        for caught, earlier in before.items():
+            signal.signal(caught, earlier)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def _progress(output: Output, run: RunDocument) -> Iterator[Callable[[Progress], None]]:
+    """A live bar on a terminal; elsewhere a line for every change of phase and every evaluation."""
+    total = run.training.rounds
+    seen: dict[str, object] = {"phase": "", "accuracy": None, "updates": 0}
+
+    def lines(progress: Progress) -> None:
+        changed = progress.phase != seen["phase"] and progress.phase not in ("train", "evaluate")
+        if changed or progress.accuracy != seen["accuracy"]:
+            accuracy = "" if progress.accuracy is None else f", accuracy {progress.accuracy:.4f}"
+            output.say(
+                f"{progress.phase}: update {progress.updates}/{total}, "
+                f"{progress.ready} of {progress.devices} devices ready{accuracy}"
+            )
+        seen.update(phase=progress.phase, accuracy=progress.accuracy)
+
+    if not output.interactive:
+        yield lines
+        return
+    with output.progress("waiting for devices", total) as advance:
+
+        def bar(progress: Progress) -> None:
+            accuracy = "" if progress.accuracy is None else f" accuracy {progress.accuracy:.1%}"
+            text = f"{progress.phase:<9} {progress.ready}/{progress.devices} devices{accuracy}"
+            advance(progress.updates - int(str(seen["updates"])), text)
+            seen["updates"] = progress.updates
+
+        yield bar
+
+
+def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) -> None:
+    done = summary.phase == "done"
+    accuracy = "not evaluated" if summary.accuracy is None else f"{summary.accuracy:.2%}"
+    rows: list[tuple[str, object]] = [
+        ("state", "done" if done else f"stopped in phase {summary.phase}"),
+        ("held-out accuracy", accuracy),
+        ("updates", summary.rounds),
+        ("loss queries", summary.queries),
+        ("bytes up per device and round", summary.bytes_up_per_device_round),
+        ("bytes down per device and round", summary.bytes_down_per_device_round),
+        ("peak RSS of a device", f"{summary.device_peak_rss_mib} MiB"),
+        ("survivors", f"{summary.survivors} of {summary.parameters}"),
+        ("weights digest", summary.weights_digest),
+        ("all devices agree", "yes" if summary.digests_agree else "no"),
+        ("seconds", wall_s),
+    ]
+    output.table(("run", summary.run), rows)
+    if not done:
+        output.say(f"go on with: fedzo serve --resume {folder.path}")
+    output.result({**dataclasses.asdict(summary), "folder": folder.path, "wall_s": wall_s})
