@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..protocol.errors import BrokerError, ConfigError
+from ..protocol.wire import MAX_PAYLOAD_BYTES
 from .endpoint import Endpoint, TlsConfig
 from .mqtt_link import Link, LinkSettings, Loss
 from .mqtt_types import (
@@ -79,7 +80,7 @@ class MqttTransport:
         clean_start: bool = True,
         session_expiry_s: int = 0,
         manual_ack: bool = False,
-        max_packet_bytes: int = 262_144,
+        max_packet_bytes: int = MAX_PAYLOAD_BYTES + 1024,
         max_inflight: int = 4,
         max_queued: int = 1000,
     ) -> None:

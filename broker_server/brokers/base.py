@@ -50,7 +50,7 @@ class Broker(ABC):
 
     @abstractmethod
     def failure(self) -> str | None:
-        """Say in a line why it is not alive; None when it is, or when it was stopped on purpose."""
+        """Say in a line why it will not come back by itself; None while it is alive, restarting, or stopped."""
 
     def __enter__(self) -> Self:
         self.start()

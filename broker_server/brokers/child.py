@@ -92,6 +92,7 @@ class ChildBroker:
         self._stopping = threading.Event()
         self._listening = False  # the first start succeeded
         self._failure: str | None = None
+        self._gave_up: str | None = None
         self._input = b""
 
     @property
@@ -111,7 +112,7 @@ class ChildBroker:
         """
         if self._thread is not None:
             return
-        self._input, self._listening, self._failure = first_input, False, None
+        self._input, self._listening, self._failure, self._gave_up = first_input, False, None, None
         self._stopping.clear()
         self._lines.clear()
         self._thread = threading.Thread(target=self._supervise, name=f"supervise-{self._name}", daemon=True)
@@ -167,8 +168,8 @@ class ChildBroker:
         return self.pid is not None and _listens(self._host, self._port)
 
     def failure(self) -> str | None:
-        """Say how the child died last; None while it runs."""
-        return None if self._failure is None or self.alive() else self._failure
+        """Say how the child died for good; None while it runs, and while it is being restarted."""
+        return self._gave_up
 
     def _supervise(self) -> None:
         crashes = 0
@@ -182,7 +183,8 @@ class ChildBroker:
             if not self._listening:  # `start` waits, and reports
                 break
             if crashes >= _MOST_CRASHES:
-                _log.error("%s; it is not started again after %d crashes", self._failure, crashes)
+                self._gave_up = f"{self._failure}; it crashed {crashes} times in a row and is not started again"
+                _log.error("%s", self._gave_up)
                 break
             delay_s = min(_RESTART_CAP_S, _RESTART_BASE_S * 2.0 ** (crashes - 1))
             _log.error("%s; starting it again in %.1f s", self._failure, delay_s)

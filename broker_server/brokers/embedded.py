@@ -80,7 +80,7 @@ class EmbeddedBroker(Broker):
         return self._child is not None and self._child.alive()
 
     def failure(self) -> str | None:
-        """Say how the process died."""
+        """Say how the process died for good."""
         return self._child.failure() if self._child else None
 
     def _settings(self) -> bytes:

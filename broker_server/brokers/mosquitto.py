@@ -146,7 +146,7 @@ class MosquittoBroker(Broker):
         return self._child is not None and self._child.alive()
 
     def failure(self) -> str | None:
-        """Say how mosquitto died."""
+        """Say how mosquitto died for good."""
         return self._child.failure() if self._child else None
 
     def update_credentials(self, credentials: Credentials) -> None:

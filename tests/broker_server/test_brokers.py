@@ -324,6 +324,25 @@ def test_a_crashed_broker_comes_back(kind: type[MosquittoBroker | EmbeddedBroker
         assert client.wait(Arrived).payload == b"back"
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_a_broker_that_keeps_crashing_is_given_up(
+    kind: type[MosquittoBroker | EmbeddedBroker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedzo.broker_server.brokers.child._MOST_CRASHES", 2)
+    with kind(port=0) as broker:
+        for _ in range(2):
+            assert broker.failure() is None
+            wait_until(lambda: broker.pid is not None)
+            killed = broker.pid
+            assert killed is not None
+            os.kill(killed, signal.SIGKILL)
+            wait_until(lambda: broker.pid != killed)  # noqa: B023
+        wait_until(lambda: broker.failure() is not None)
+        assert "signal SIGKILL" in (broker.failure() or "")
+        assert "crashed 2 times" in (broker.failure() or "")
+        assert not broker.alive()
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -444,10 +463,12 @@ def test_a_missing_amqtt_leads_to_the_pip_command(monkeypatch: pytest.MonkeyPatc
     assert "pip install 'fedzo[server]'" in caught.value.hint
 
 
-def test_an_external_broker_that_is_not_there_is_named() -> None:
+def test_an_external_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedzo.broker_server.brokers.external._TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     broker = ExternalBroker(f"mqtt://user:secret@127.0.0.1:{port}")
     assert "secret" not in broker.url + broker.description
     assert not broker.alive()
-    assert str(port) in (broker.failure() or "")
+    with pytest.raises(BrokerError, match=f"127.0.0.1:{port} within 1 s: nobody listens there"):
+        broker.start()
