@@ -1,26 +1,32 @@
 """The JSON documents: rare, small, schema-checked. What is hot travels as the binary messages of ``messages.py``.
 
-A document is one flat frozen dataclass. :func:`parse` checks each field against its annotation, refuses unknown and
-missing keys, numbers that are not finite and texts that are too long, and raises nothing but ``ProtocolError``.
+A document is one flat frozen dataclass. :func:`parse` checks each field against its annotation, refuses unknown,
+repeated and missing keys, numbers that are not finite and texts that are too long, and raises nothing but
+``ProtocolError``. A document's own limits hold from its construction on.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import math
-import types
+import re
 import typing
 import zlib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .directions import MAX_POSITION
 from .errors import ConfigError, ProtocolError
+from .manifest import MAX_MANIFEST_BYTES
 from .settings import RunSettings, SaliencySettings, TrainingSettings
+from .topics import check_name
+from .wire import DIGEST_BYTES, MAX_SCALARS, check_unsigned
 
 __all__ = [
     "Announcement",
@@ -31,13 +37,16 @@ __all__ = [
     "Presence",
     "RunDocument",
     "ServerPresence",
+    "Status",
     "pack_participants",
     "parse",
     "unpack_participants",
 ]
 
 MAX_DOCUMENT_BYTES = 64 << 10
-MAX_TEXT = 48 << 10
+MAX_LINE = 1_000
+MAX_PARTICIPANTS = 24 << 10  # 100,000 random ordinals take 16.7 kB
+MAX_MASK_BYTES = 64 << 20
 Phase = Literal["enrol", "saliency", "train", "evaluate", "done", "stopped"]
 Status = Literal["joining", "ready", "done", "refused", "left", "lost"]
 
@@ -52,6 +61,17 @@ class Document:
         """The payload: compact JSON, keys sorted."""
         data = {**dataclasses.asdict(self), "kind": self.KIND}
         return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _check_hex(name: str, text: str, length: int, *, optional: bool = True) -> None:
+    if not (optional and not text) and not re.fullmatch(f"[0-9a-f]{{{2 * length}}}", text):
+        raise ProtocolError(f"{name} {text[:80]!r} is not {2 * length} hex digits")
+
+
+def _check_lines(*texts: str, limit: int = MAX_LINE) -> None:
+    for text in texts:
+        if len(text) > limit:
+            raise ProtocolError(f"a text of {len(text)} characters is over the limit of {limit}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +104,12 @@ class RunDocument(Document):
     manifest_sha256: str
     manifest_size: int
     settings: RunSettings
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        _check_hex("the manifest's hash", self.manifest_sha256, 32, optional=False)
+        if not 1 <= self.manifest_size <= MAX_MANIFEST_BYTES:
+            raise ProtocolError(f"a manifest has 1 to {MAX_MANIFEST_BYTES} bytes, not {self.manifest_size}")
 
     @property
     def saliency(self) -> SaliencySettings:
@@ -129,6 +155,20 @@ class Announcement(Document):
     weights_digest: str = ""
     deadline_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        check_unsigned("round", self.round, 32)
+        check_unsigned("log length", self.log_length, 32)
+        _check_lines(self.participants, limit=MAX_PARTICIPANTS)
+        if not 0 <= self.k <= MAX_SCALARS or not 0 <= self.cursor < MAX_POSITION:
+            raise ProtocolError(f"{self.k} directions from position {self.cursor} are out of range")
+        _check_hex("the mask's hash", self.mask_sha256, 32)
+        least, most = (1, MAX_MASK_BYTES) if self.mask_sha256 else (0, 0)
+        if not least <= self.mask_size <= most:
+            raise ProtocolError(f"the mask {self.mask_sha256!r} has {least} to {most} bytes, not {self.mask_size}")
+        _check_hex("the log's head", self.log_head, DIGEST_BYTES)
+        _check_hex("the weights' digest", self.weights_digest, DIGEST_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Hello(Document):
@@ -152,6 +192,10 @@ class Hello(Document):
     holdout: int
     versions: str
     machine: str
+
+    def __post_init__(self) -> None:
+        check_unsigned("session", self.session, 32)
+        _check_lines(self.profile, self.versions, self.machine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +221,14 @@ class Presence(Document):
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_unsigned("session", self.session, 32)
+        check_unsigned("log length", self.log_length, 32)
+        if self.run:
+            check_name("run", self.run)
+        _check_lines(self.detail)
+        _check_hex("the weights' digest", self.weights_digest, DIGEST_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class Order(Document):
@@ -197,6 +249,12 @@ class Order(Document):
     ordinal: int = 0
     detail: str = ""
 
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        check_unsigned("session", self.session, 32)
+        check_unsigned("ordinal", self.ordinal, 32)
+        _check_lines(self.detail)
+
 
 _Kind = TypeVar("_Kind", bound=Document)
 
@@ -214,31 +272,50 @@ def parse(kind: type[_Kind], data: bytes) -> _Kind:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ProtocolError(f"a document of {len(data)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     try:
-        raw = json.loads(data)
+        raw = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
-        raise ProtocolError(f"a {kind.KIND} document is not JSON") from None
+        raise ProtocolError(f"a {kind.KIND} document is not JSON, or repeats a key") from None
     if not isinstance(raw, dict) or raw.pop("kind", None) != kind.KIND:
         raise ProtocolError(f"a payload is not a {kind.KIND} document")
     try:
         return typing.cast(_Kind, _build(kind, raw))
+    except RecursionError:
+        raise ProtocolError(f"a {kind.KIND} document is nested too deeply") from None
     except (TypeError, ValueError, OverflowError, ConfigError) as error:
         raise ProtocolError(f"malformed {kind.KIND} document: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a repeated key")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Annotations of a document's fields; resolving them takes longer than parsing the document."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _build(kind: type, raw: object) -> object:
     if not isinstance(raw, dict):
         raise TypeError(f"{kind.__name__} is not an object")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := set(raw) - set(fields):
-        raise ValueError(f"unknown key {sorted(unknown)[0][:40]!r}")
+    hints = _hints(kind)
+    if wrong := raw.keys() ^ hints.keys():
+        raise ValueError(f"the key {min(wrong)[:40]!r} is {'unknown' if min(wrong) in raw else 'missing'}")
     return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
 
 
 def _value(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _build(hint, value)
-    if typing.get_origin(hint) in (Literal, types.UnionType):
+    if typing.get_origin(hint) is Literal:
         if not isinstance(value, str) or value not in typing.get_args(hint):
             raise ValueError(f"{str(value)[:40]!r} is not one of {', '.join(typing.get_args(hint))}")
         return value
@@ -248,7 +325,7 @@ def _value(hint: Any, value: Any) -> Any:
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if hint is str and isinstance(value, str) and len(value) <= MAX_TEXT:
+    if hint is str and isinstance(value, str):
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
         return value
     raise TypeError(f"{str(value)[:40]!r} is not a valid {getattr(hint, '__name__', hint)}")

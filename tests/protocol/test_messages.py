@@ -152,7 +152,7 @@ def test_what_is_no_message_is_refused(payload: bytes, match: str) -> None:
 
 
 def report(**changes: Any) -> Report:
-    fields = {
+    fields: dict[str, Any] = {
         "kind": ReportKind.PROBE, "round": 1, "session": 1, "samples": 1, "weights_digest": bytes(16), "mean_loss": 0.0,
         "queries": 1, "elapsed_ms": 1, "peak_rss_kib": 1, "blocks": (floats(1),), "decline": Decline.NONE,
     }  # fmt: skip
