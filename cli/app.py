@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ..edge_runtime.versions import installed_versions
 from . import deploy, export, profiles, serve
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
-from .version import installed_versions
 
 __all__ = ["app"]
 
@@ -47,8 +47,8 @@ def root(
     output.json |= json
     output.debug |= debug
     if show_version:
-        versions = installed_versions()
-        output.text("\n".join(f"{name} {number or 'not installed'}" for name, number in versions.items()))
+        versions = installed_versions("torch", "onnx")
+        output.text("\n".join(f"{name} {number}" for name, number in versions.items()))
         output.result({"versions": versions})
         raise typer.Exit
     help_without_command(context)

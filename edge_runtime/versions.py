@@ -10,10 +10,10 @@ __all__ = ["installed_versions"]
 _DISTRIBUTIONS = ("fedzo", "numpy", "onnxruntime", "paho-mqtt")
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of fedzo, of what decides its numbers, and of Python; ``missing`` for what is not installed."""
+def installed_versions(*more: str) -> dict[str, str]:
+    """Versions of fedzo, of what decides its numbers, of ``more`` and of Python; ``missing`` for what is not there."""
     versions = {}
-    for name in _DISTRIBUTIONS:
+    for name in (*_DISTRIBUTIONS, *more):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -98,7 +98,7 @@ def run(*arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_command_line_page_is_up_to_date() -> None:
+def test_the_generated_pages_are_up_to_date() -> None:
     run("docs/generate.py", "--check")
 
 

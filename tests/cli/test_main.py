@@ -126,7 +126,7 @@ def test_version_names_what_decides_the_numbers(run: Run) -> None:
     code, stdout, _ = run("--version")
     assert code == 0
     names = [line.split()[0] for line in stdout.splitlines()]
-    assert names == ["fedzo", "onnxruntime", "numpy", "paho-mqtt", "torch", "onnx", "python"]
+    assert names == ["fedzo", "numpy", "onnxruntime", "paho-mqtt", "torch", "onnx", "python"]
     code, stdout, _ = run("--version", "--json")
     versions = json.loads(stdout)["versions"]
     assert list(versions) == names
