@@ -22,7 +22,7 @@ MAX_LINES = 400
 ALLOWED: dict[str, tuple[set[str], set[str] | None]] = {
     "protocol": (set(), {"numpy"}),
     "hardware_profiles": ({"protocol"}, {"tomli"}),
-    "edge_runtime": ({"protocol", "hardware_profiles"}, {"numpy", "onnxruntime", "paho", "PIL"}),
+    "edge_runtime": ({"protocol", "hardware_profiles"}, {"numpy", "onnxruntime", "paho", "PIL", "tomli"}),
     "exporter": ({"protocol", "hardware_profiles"}, None),
     "broker_server": ({"protocol", "hardware_profiles", "edge_runtime", "exporter"}, None),
     "cli": ({"protocol", "hardware_profiles", "edge_runtime", "exporter", "broker_server"}, None),
