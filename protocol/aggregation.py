@@ -19,6 +19,8 @@ from .settings import Assignment, RunSettings
 
 __all__ = ["Evaluation", "average_blocks", "check_report", "combine_probes", "evaluate_reports"]
 
+MAX_EVALUATED = float(1 << 32)
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -59,16 +61,26 @@ def check_report(
         wanted = (3,)
     if counts != wanted:
         raise ProtocolError(f"blocks of {counts} scalars instead of {wanted}")
-    if report.samples < 1:
-        raise ProtocolError("no samples behind the scalars")
-    largest = max(float(np.abs(block).max()) for block in report.blocks)
-    smallest = min(float(block.min()) for block in report.blocks)
+    if not 1 <= report.samples <= _most_samples(kind, settings):
+        most = _most_samples(kind, settings)
+        raise ProtocolError(f"{report.samples} samples behind the scalars, the settings allow 1 to {most}")
+    largest = max(float(np.abs(block).max(initial=0.0)) for block in report.blocks)
+    smallest = min(float(block.min(initial=0.0)) for block in report.blocks)
     if largest > settings.scalar_limit and kind is not ReportKind.EVALUATE:
         raise ProtocolError(f"a scalar of {largest:.3g} is over the limit of {settings.scalar_limit:.3g}")
     if kind is not ReportKind.PROBE and smallest < 0:
         raise ProtocolError(f"a {kind.name.lower()} scalar is negative")
-    if kind is ReportKind.EVALUATE and float(report.blocks[0][1]) > float(report.blocks[0][2]):
-        raise ProtocolError("more correct answers than samples")
+    if kind is ReportKind.EVALUATE:
+        _, correct, samples = (float(value) for value in report.blocks[0])
+        if correct > samples or not 1.0 <= samples <= MAX_EVALUATED:
+            raise ProtocolError(f"{correct:g} correct answers of {samples:g} samples")
+
+
+def _most_samples(kind: ReportKind, settings: RunSettings) -> int:
+    """A report weighs as much as its samples, so it cannot claim more than it was asked to take."""
+    if kind is ReportKind.PROBE:
+        return settings.training.batch
+    return settings.saliency.samples if kind is ReportKind.SALIENCY else int(MAX_EVALUATED)
 
 
 def combine_probes(

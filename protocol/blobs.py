@@ -30,6 +30,7 @@ class BlobDownload:
         self._data = bytearray(size)
         self._missing = set(range(0, size, BLOCK_BYTES))
         self._asked: dict[int, float] = {}
+        self._latest = 0.0
 
     @property
     def wakeup(self) -> float | None:
@@ -54,7 +55,8 @@ class BlobDownload:
         """Take a block; a foreign, repeated or misplaced one changes nothing.
 
         Returns:
-            The whole blob once it is complete and has its hash. A blob with a wrong hash is pulled again.
+            The whole blob once it is complete and has its hash. One with a wrong hash is pulled again, ``retry_s``
+            after the last request.
         """
         expected = min(BLOCK_BYTES, self.size - block.offset)
         if block.sha256 != self.sha256 or block.total != self.size or block.offset not in self._missing:
@@ -70,6 +72,7 @@ class BlobDownload:
         if hashlib.sha256(data).digest() == self.sha256:
             return data
         self._missing = set(range(0, self.size, BLOCK_BYTES))
+        self._asked = dict.fromkeys(self._missing, self._latest)
         return None
 
 
@@ -82,8 +85,8 @@ class BlobFetcher:
 
     def __init__(self, *, retry_s: float) -> None:
         self._retry_s = retry_s
-        self._asked: set[bytes] = set()
         self._present: dict[bytes, bool] = {}
+        self._looking: set[bytes] = set()
         self._download: BlobDownload | None = None
         self._read = False
 
@@ -102,7 +105,7 @@ class BlobFetcher:
         return self._present.get(sha256, False)
 
     def fetch(self, sha256: bytes, size: int, now: float, *, read: bool) -> list[DeviceCommand]:
-        """The next step towards a blob.
+        """The next step towards a blob; a download of another one is given up.
 
         Args:
             sha256: Of the blob.
@@ -111,12 +114,14 @@ class BlobFetcher:
             read: Whether its bytes are wanted when it is there.
         """
         self._read = read
-        if sha256 not in self._asked:
-            self._asked.add(sha256)
-            return [FindBlob(sha256, read)]
-        if sha256 not in self._present:
+        if self._download is not None and self._download.sha256 != sha256:
+            self._download = None
+        if sha256 in self._looking:
             return []
-        if self._download is None or self._download.sha256 != sha256:
+        if self._present.get(sha256, True):
+            self._looking.add(sha256)
+            return [FindBlob(sha256, read)]
+        if self._download is None:
             self._download = BlobDownload(sha256, size, retry_s=self._retry_s)
         return [Send(Channel.GET, request) for request in self._download.requests(now)]
 
@@ -126,8 +131,10 @@ class BlobFetcher:
         if data is None:
             return []
         self._download = None
+        self._looking.add(block.sha256)
         return [StoreBlob(block.sha256, data, self._read)]
 
     def found(self, event: BlobFound) -> None:
         """Take the local store's answer."""
+        self._looking.discard(event.sha256)
         self._present[event.sha256] = event.present

@@ -19,6 +19,7 @@ Assignment = Literal["shared", "dealt"]
 Schedule = Literal["constant", "cosine"]
 Inputs = Literal["gaussian", "data"]
 MAX_DIRECTIONS = 60_000
+MAX_SCALAR = 1e20  # well below the largest coefficient of an update, 2**80
 
 
 def _check(ok: bool, name: str, value: object, want: str) -> None:
@@ -138,7 +139,7 @@ class RunSettings:
         _check(0.01 <= self.enrol_deadline_s <= 1e7, "enrol deadline", self.enrol_deadline_s, "0.01 s or more")
         _check(1 <= self.patience <= 1_000_000, "patience", self.patience, "1 or more")
         _check(0 <= self.evaluate_every <= 1 << 30, "evaluate every", self.evaluate_every, "0 or more")
-        _check(self.scalar_limit > 0, "scalar limit", self.scalar_limit, "above 0")
+        _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")
 
 
 def positions_of(

@@ -1,0 +1,99 @@
+"""Settings: ranges, the learning rate's schedule, and which device probes which directions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedzo.protocol.errors import ConfigError
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings, positions_of
+
+NAN, INFINITY = float("nan"), float("inf")
+BAD: list[tuple[type, str, list[Any]]] = [
+    (SaliencySettings, "steps", [0, 1001]),
+    (SaliencySettings, "samples", [0, (1 << 16) + 1]),
+    (SaliencySettings, "shift", [0.0, -1.0, 10.0, NAN, INFINITY]),
+    (SaliencySettings, "draws", [-1, 1025]),
+    (SaliencySettings, "inputs", ["", "images"]),
+    (TrainingSettings, "rounds", [-1, (1 << 30) + 1]),
+    (TrainingSettings, "directions", ["", "normal"]),
+    (TrainingSettings, "assignment", ["", "both"]),
+    (TrainingSettings, "k", [0, 60_001]),
+    (TrainingSettings, "sigma", [0.0, 1e-9, -1e-3, 10.0, NAN, INFINITY]),
+    (TrainingSettings, "batch", [0, (1 << 16) + 1]),
+    (TrainingSettings, "learning_rate", [0.0, -1.0, 1e3, NAN, INFINITY]),
+    (TrainingSettings, "schedule", ["", "linear"]),
+    (RunSettings, "seed", [-1, 1 << 64]),
+    (RunSettings, "sparsity", [-0.1, 1.0, NAN]),
+    (RunSettings, "devices", [0, 100_001]),
+    (RunSettings, "quorum", [0, 9]),
+    (RunSettings, "deadline_s", [0.0, -1.0, 1e8, NAN, INFINITY]),
+    (RunSettings, "enrol_deadline_s", [0.0, 1e8, NAN]),
+    (RunSettings, "patience", [0, 1_000_001]),
+    (RunSettings, "evaluate_every", [-1, (1 << 30) + 1]),
+    (RunSettings, "scalar_limit", [0.0, -1.0, 1e21, NAN, INFINITY]),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "values"), BAD, ids=[f"{k.__name__}.{n}" for k, n, _ in BAD])
+def test_values_out_of_range_are_refused(kind: type, name: str, values: list[Any]) -> None:
+    kind()
+    for value in values:
+        with pytest.raises(ConfigError, match=name.removesuffix("_s").replace("_", " ")):
+            kind(**{name: value})
+
+
+@given(sigma=st.floats(1e-6, 9.0))
+def test_sigma_is_what_both_sides_multiply_with(sigma: float) -> None:
+    kept = TrainingSettings(sigma=sigma).sigma
+    assert kept == float(np.float32(sigma))
+    assert isinstance(kept, float)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 7, 500])
+def test_a_constant_rate(rounds: int) -> None:
+    training = TrainingSettings(rounds=rounds, learning_rate=0.1, schedule="constant")
+    assert [training.rate(step) for step in range(rounds + 2)] == [float(np.float32(0.1))] * (rounds + 2)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 7, 500])
+def test_a_cosine_rate_falls_and_stays_positive(rounds: int) -> None:
+    training = TrainingSettings(rounds=rounds, learning_rate=0.1)
+    rates = [training.rate(step) for step in range(rounds + 1)]
+    assert rates[0] == float(np.float32(0.1))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
+    assert all(float(np.float32(rate)) == rate for rate in rates)
+    if rounds % 2 == 0 and rounds:
+        assert rates[rounds // 2] == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-3, 999.0])
+@pytest.mark.parametrize("step", [0, 1, 10**6])
+def test_rates_are_finite_at_any_step(rate: float, step: int) -> None:
+    assert math.isfinite(TrainingSettings(rounds=10, learning_rate=rate).rate(step))
+
+
+@given(n=st.integers(1, 20), k=st.integers(1, 9), cursor=st.integers(0, 2**60), round_=st.integers(0, 2**32 - 1))
+def test_dealt_positions_are_disjoint_and_without_gaps(n: int, k: int, cursor: int, round_: int) -> None:
+    parts = [positions_of("dealt", round_, cursor, k, rank, n) for rank in range(n)]
+    assert all(part.dtype == np.int64 and part.size == k for part in parts)
+    together = np.sort(np.concatenate(parts))
+    assert np.array_equal(together, np.arange(cursor, cursor + n * k))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_dealt_positions_rotate(n: int) -> None:
+    for rank in range(n):
+        firsts = {int(positions_of("dealt", round_, 0, 3, rank, n)[0]) for round_ in range(n)}
+        assert firsts == set(range(0, 3 * n, 3))
+
+
+def test_shared_positions_are_everybodys() -> None:
+    for rank in range(4):
+        assert positions_of("shared", rank, 10, 3, rank, 4).tolist() == [10, 11, 12]
