@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 
 from fedzo.edge_runtime import memory
+from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
 from fedzo.protocol.errors import ConfigError, MemoryBudgetError
-from fedzo.protocol.manifest import GraphMemory, Manifest
+from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.manifest import GraphMemory, Manifest, golden_batch
+from fedzo.protocol.mask import Mask, threshold
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc")
 
@@ -49,7 +52,7 @@ def test_largest_micro_batch_that_fits_is_chosen(big: Manifest, batch: int, samp
 
 def test_parts_add_up_and_grow(big: Manifest) -> None:
     base = _plan(big, 500, 32, micro_batch=8)
-    assert base.live_mib == pytest.approx(8 + (8 * 20 + 65536) / 2**20)
+    assert base.live_mib == pytest.approx(8 + 8 * 20 / 2**20)
     parts = base.floor_mib + base.session_mib + base.feeds_mib + base.live_mib + base.margin_mib
     assert base.planned_peak_mib == parts
     assert base.arena_bytes == pytest.approx((base.live_mib + base.margin_mib) * 2**20, abs=1)
@@ -100,6 +103,7 @@ import json, sys
 import numpy as np
 import fedzo.edge_runtime.transport, fedzo.protocol.device, fedzo.protocol.documents
 from fedzo.edge_runtime import memory
+from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.data import Batch
 from fedzo.edge_runtime.engine import Engine
@@ -154,3 +158,49 @@ def test_a_system_without_proc_reports_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "read_text", missing)
     assert memory.peak_rss_mib() == memory.total_mib() == memory.available_mib() == 0.0
     assert memory.reset_peak() is False
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    exporter = pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
+    artifacts = {}
+    for model in ("lenet5", "resnet8"):
+        folder = tmp_path_factory.mktemp("exported") / model
+        exporter.export_artifact(model, (3, 32, 32), 10, 0.8, 1, folder)
+        artifacts[model] = load_artifact(folder)
+    return artifacts
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8, 32])
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("model", ["lenet5", "resnet8"])
+def test_planned_arena_is_enough_and_tight_for_real_models(
+    exported: dict[str, Artifact], model: str, dense: bool, micro_batch: int
+) -> None:
+    artifact = exported[model]
+    manifest = artifact.manifest
+    weights = initial_weights(manifest.layout, 1)
+    mask = Mask.dense(manifest.layout) if dense else threshold(manifest.layout, np.abs(weights), 0.8)
+    x, y = golden_batch(manifest.input_shape, 10, 1, micro_batch)
+    shift = np.zeros(manifest.n_units, np.float32)
+    calls = {
+        "probe.onnx": lambda engine: engine.loss(weights[mask.kept], x, y),
+        "predict.onnx": lambda engine: engine.logits(weights[mask.kept], x),
+        "saliency.onnx": lambda engine: engine.shifted_logits(weights[mask.kept], x, shift),
+        "moments.onnx": lambda engine: engine.moments(weights[mask.kept], x),
+    }
+    for graph, call in calls.items():
+        limits = plan(manifest, mask.n_survivors, 1e6, graphs=[graph], batch=micro_batch, micro_batch=micro_batch)
+        with Engine(artifact, mask, micro_batch=micro_batch, arena_bytes=limits.arena_bytes) as engine:
+            for _ in range(3):
+                call(engine)
+        if micro_batch == 32:
+            tight = Engine(artifact, mask, micro_batch=micro_batch, arena_bytes=int(0.7 * limits.arena_bytes))
+            with tight, pytest.raises(MemoryBudgetError):
+                call(tight)
+
+
+def test_known_answer_of_real_models(exported: dict[str, Artifact]) -> None:
+    for artifact in exported.values():
+        with Engine(artifact, Mask.dense(artifact.manifest.layout), micro_batch=8) as engine:
+            assert engine.check_golden() < 1e-6
