@@ -58,7 +58,7 @@ from .manifest import Manifest
 from .mask import Mask, threshold
 from .messages import Receipt, Report, UpdateRecord, Verdict
 from .open_round import KINDS, OpenRound
-from .roster import Roster
+from .roster import Member, Roster
 from .saliency import diagonal_scores
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
@@ -144,6 +144,8 @@ class Coordinator:
                 self.roster.enrol(device, parse(Hello, payload))
             elif kind == "announce":
                 self.head = parse(Announcement, payload)
+                if not self.roster.is_numbered:
+                    self.roster.number()
                 self._round = OpenRound(self.head, self.roster) if self.head.phase in KINDS else None
             elif kind == "report":
                 message = decode(payload)
@@ -232,7 +234,14 @@ class Coordinator:
             member = self.roster.enrol(device, hello)
             self._record("enrolment", hello.encode(), device=device)
         member.take_hello(hello)
-        self._out.append(Send(Channel.COMMAND, Order(self.run.run, "welcome", hello.session, member.ordinal), device))
+self._welcome(member)
+
+    def _welcome(self, member: Member) -> None:
+        if self.roster.is_numbered:
+            order = Order(self.run.run, "welcome", member.session, member.ordinal)
+        else:
+            order = Order(self.run.run, "enrol", member.session)
+        self._out.append(Send(Channel.COMMAND, order, member.name))
 
     def _take_report(self, device: str, report: Report) -> None:
         if self._round is None or report.round != self.head.round:
@@ -264,6 +273,10 @@ class Coordinator:
                 return
             if not self._gathered(now):
                 return
+            if not self.roster.is_numbered:
+                self.roster.number()
+                for member in self.roster.members.values():
+                    self._welcome(member)
             self._close_if_due(self._open(phase, now), now)
 
     def _next_phase(self) -> Phase:

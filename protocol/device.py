@@ -114,6 +114,7 @@ class Device:
     def _forget_run(self) -> None:
         self._run: RunDocument | None = None
         self._head: Announcement | None = None
+        self._is_enrolled = False
         self._ordinal: int | None = None
         self._manifest: Manifest | None = None
         self._planned: float | None = None
@@ -232,7 +233,9 @@ class Device:
         if order.action == "refuse":
             self._refuse(ProtocolError(f"the server refuses this device: {order.detail}"))
             return
-        self._ordinal = order.ordinal
+        self._is_enrolled = True
+        if order.action == "welcome":
+            self._ordinal = order.ordinal
         self._sent.pop("hello", None)
 
     def _replay(self, records: tuple[UpdateRecord, ...]) -> None:
@@ -292,7 +295,8 @@ class Device:
         self.stage = "waiting"
         if self._run is None:
             return
-        if self._ordinal is None:
+        starts = self._head is not None and self._head.run == self._run.run and self._head.phase != "enrol"
+        if not self._is_enrolled or (self._ordinal is None and starts):
             self.stage = "greeting"
             if self._due("hello", now):
                 self._out.append(Send(Channel.HELLO, self._hello))
@@ -366,9 +370,15 @@ class Device:
         assert self.replica is not None
         if not head.log_head:
             return False
-        if self.replica.index > head.log_length or (
-            self.replica.index == head.log_length and self.replica.head.hex() != head.log_head
-        ):
+        if self.replica.index > head.log_length:
+            # An update comes before the head that counts it; a head that stays behind is of a server that lost some.
+            self.stage = "following"
+            if now - self._sent.setdefault("ahead", now) >= self._retry_s:
+                del self._sent["ahead"]
+                self._diverged(f"the server's log has {head.log_length} records, this one {self.replica.index}")
+            return True
+        self._sent.pop("ahead", None)
+        if self.replica.index == head.log_length and self.replica.head.hex() != head.log_head:
             self._diverged(f"the log of {head.log_length} records has another head here")
             if self.finished:
                 return True

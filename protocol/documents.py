@@ -236,7 +236,7 @@ class Order(Document):
 
     Attributes:
         run: Run id.
-        action: ``welcome``, or ``refuse`` for good.
+        action: ``enrol``: known, wait for a number; ``welcome``: the ordinal holds from now on; ``refuse`` for good.
         session: The session that it answers.
         ordinal: The device's number in the run, from 0; its place in every round follows from it.
         detail: One line for people.
@@ -244,7 +244,7 @@ class Order(Document):
 
     KIND: ClassVar[str] = "order"
     run: str
-    action: Literal["welcome", "refuse"]
+    action: Literal["enrol", "welcome", "refuse"]
     session: int
     ordinal: int = 0
     detail: str = ""

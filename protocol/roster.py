@@ -17,7 +17,7 @@ class Member:
 
     Attributes:
         name: Device id.
-        ordinal: Its number in the run, from 0, in the order of enrolment.
+        ordinal: Its number in the run, from 0; -1 until the run starts (:meth:`Roster.number`).
         hello: Its latest introduction.
         status: Its latest presence.
         session: Boot counter of that presence.
@@ -79,11 +79,13 @@ class Roster:
     """All enrolled devices.
 
     Attributes:
-        members: By device id, in the order of ordinals.
+        members: By device id.
+        is_numbered: Whether the run has started, and everybody has an ordinal.
     """
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
+        self.is_numbered = False
         self._names: list[str] = []
         self._packed = ""
         self._unpacked: list[str] = []
@@ -95,23 +97,35 @@ class Roster:
     @property
     def is_full(self) -> bool:
         """Whether no further device can be enrolled."""
-        return len(self._names) >= MAX_DEVICES
+        return len(self.members) >= MAX_DEVICES
 
     def enrol(self, name: str, hello: Hello) -> Member:
-        """Add a device with the next ordinal, or return the one that is there."""
+        """Add a device, or return the one that is there. Once the run has started it gets the next ordinal."""
         member = self.members.get(name)
         if member is None:
-            member = Member(name, len(self._names), hello, session=hello.session)
+            member = Member(name, -1, hello, session=hello.session)
             self.members[name] = member
-            self._names.append(name)
+            if self.is_numbered:
+                self._give_number(member)
         return member
+
+    def number(self) -> None:
+        """Number everybody in the order of names, so that a run does not depend on who came first."""
+        self.is_numbered = True
+        for name in sorted(self.members):
+            self._give_number(self.members[name])
+
+    def _give_number(self, member: Member) -> None:
+        member.ordinal = len(self._names)
+        self._names.append(member.name)
 
     def ready(self) -> list[Member]:
         """Devices that a new round can count on, in the order of ordinals."""
-        return [member for member in self.members.values() if member.is_ready]
+        ready = [member for member in self.members.values() if member.is_ready]
+        return sorted(ready, key=lambda member: member.ordinal)
 
     def alive(self) -> list[Member]:
-        """Devices that may still be heard of, in the order of ordinals."""
+        """Devices that may still be heard of."""
         return [member for member in self.members.values() if member.is_alive]
 
     def names_of(self, packed: str) -> list[str]:
