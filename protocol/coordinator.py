@@ -234,7 +234,7 @@ class Coordinator:
             member = self.roster.enrol(device, hello)
             self._record("enrolment", hello.encode(), device=device)
         member.take_hello(hello)
-self._welcome(member)
+        self._welcome(member)
 
     def _welcome(self, member: Member) -> None:
         if self.roster.is_numbered:
