@@ -6,7 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_durably"]
+__all__ = ["remove_leftovers", "write_durably"]
+
+_PREFIX = ".partial-"
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -15,7 +17,7 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         OSError: It cannot be written; the old file is untouched.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -32,3 +34,9 @@ def write_durably(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder that nobody writes to now."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        path.unlink(missing_ok=True)

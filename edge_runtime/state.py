@@ -27,7 +27,7 @@ from typing import IO, TYPE_CHECKING
 from ..protocol.errors import ConfigError
 from ..protocol.topics import check_name
 from .artifact import BlobStore
-from .durable import write_durably
+from .durable import remove_leftovers, write_durably
 from .outbox import Outbox
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class DeviceState:
             self.folder.mkdir(exist_ok=True)
             self._lock = _locked(self.folder / "lock")
             try:
+                remove_leftovers(self.folder)
+                remove_leftovers(self.folder / "blobs")
                 self.session = self._next_session()
             except BaseException:
                 self._lock.close()
