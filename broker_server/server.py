@@ -39,6 +39,7 @@ from .blobs import BlobServer
 from .brokers.base import Broker
 from .journal import Entry, Journal
 from .run_folder import RunFolder
+from .summary import held_out_accuracy
 
 __all__ = ["Progress", "Server"]
 
@@ -299,11 +300,7 @@ class Server:
     def progress(self) -> Progress:
         """Where the run stands now."""
         coordinator = self.coordinator
-        accuracy: float | None = None
-        if coordinator.evaluations:
-            latest = coordinator.evaluations[-1]
-            value = latest["server_accuracy"] if latest["server_accuracy"] is not None else latest["accuracy"]
-            accuracy = None if value is None else float(value)
+        evaluations = coordinator.evaluations
         return Progress(
             phase=coordinator.head.phase,
             round=coordinator.head.round,
@@ -311,5 +308,5 @@ class Server:
             updates_total=coordinator.run.training.rounds,
             devices=len(coordinator.roster.members),
             ready=len(coordinator.roster.ready()),
-            accuracy=accuracy,
+            accuracy=held_out_accuracy(evaluations[-1]) if evaluations else None,
         )

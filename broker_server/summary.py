@@ -12,7 +12,7 @@ from ..protocol.messages import Report
 from ..protocol.topics import TO_DEVICE, parse_topic
 from .journal import Journal
 
-__all__ = ["Summary", "summarise"]
+__all__ = ["Summary", "held_out_accuracy", "summarise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Summary:
         weights_digest: Digest of the server's weights, hex.
         digests_agree: Every enrolled device ended with that digest.
         devices: Enrolled devices.
+        curve: ``(updates, accuracy)`` of every evaluation, oldest first.
     """
 
     run: str
@@ -56,6 +57,14 @@ class Summary:
     weights_digest: str
     digests_agree: bool
     devices: int
+    curve: tuple[tuple[int, float], ...]
+
+
+def held_out_accuracy(evaluation: Mapping[str, float | int | str | None]) -> float | None:
+    """Accuracy of one evaluation: on the server's test set if it has one, else on the devices' own samples."""
+    server = evaluation["server_accuracy"]
+    accuracy = evaluation["accuracy"] if server is None else server
+    return None if accuracy is None else float(accuracy)
 
 
 def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, tuple[int, int]]) -> Summary:
@@ -87,15 +96,17 @@ def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, 
             continue
         down += sent / devices if to_one else sent
     rounds = max(1, coordinator.replica.index)
-    latest = coordinator.evaluations[-1] if coordinator.evaluations else None
-    server = latest["server_accuracy"] if latest else None
-    own = latest["accuracy"] if latest else None
-    accuracy = server if server is not None else own
+    curve = tuple(
+        (int(found["log_length"] or 0), float(accuracy))
+        for found in coordinator.evaluations
+        if (accuracy := held_out_accuracy(found)) is not None
+    )
+    own = coordinator.evaluations[-1]["accuracy"] if coordinator.evaluations else None
     digest = coordinator.replica.digest.hex()
     return Summary(
         run=coordinator.run.run,
         phase=coordinator.head.phase,
-        accuracy=None if accuracy is None else float(accuracy),
+        accuracy=curve[-1][1] if curve else None,
         device_accuracy=None if own is None else float(own),
         rounds=coordinator.replica.index,
         queries=queries,
@@ -110,4 +121,5 @@ def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, 
         weights_digest=digest,
         digests_agree=bool(members) and all(member.weights_digest == digest for member in members.values()),
         devices=len(members),
+        curve=curve,
     )

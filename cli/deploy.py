@@ -43,15 +43,14 @@ def register(app: typer.Typer) -> None:
             $ fedzo deploy runs/lenet5-20260101-120000-1 --kind softmax -o model.onnx --json
         """
         from ..broker_server.replay import replay_run
+        from ..broker_server.summary import held_out_accuracy
         from ..exporter.deploy import deploy as write_model
 
         with output.progress("replaying the journal"):
             folder, coordinator = replay_run(run)
         facts = {"id": folder.path.name, "updates": str(coordinator.replica.index)}
         if coordinator.evaluations:
-            latest = coordinator.evaluations[-1]
-            accuracy = latest["server_accuracy"] if latest["server_accuracy"] is not None else latest["accuracy"]
-            facts["accuracy"] = str(accuracy)
+            facts["accuracy"] = str(held_out_accuracy(coordinator.evaluations[-1]))
         report = write_model(
             folder.artifact_path,
             coordinator.manifest,

@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace, output: Output, folder: Path) -> dict[str
     model = arguments.output / "demo-model.onnx"
     deployed = fedzo("deploy", summary["folder"], "-o", model, "--overwrite", quiet=True)
     numbers = {**summary, "wall_s": round(time.monotonic() - started, 1), "deployed_model": str(model)}
-    return {**{key: numbers[key] for key in KEYS}, "deployed_bytes": deployed["size_bytes"]}
+    return {**{key: numbers[key] for key in KEYS}, "deployed_bytes": deployed["size_bytes"], "curve": summary["curve"]}
 
 
 def show(output: Output, numbers: dict[str, Any]) -> None:
