@@ -48,6 +48,7 @@ class TlsConfig:
         try:
             context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.sslsocket_class = _TidySocket
             if self.certificate is not None and self.key is not None:
                 # Without a callback OpenSSL asks on the terminal for the passphrase: a daemon would hang there.
                 context.load_cert_chain(self.certificate, self.key, password=_refuse_passphrase)
@@ -138,6 +139,17 @@ def read_password(path: Path | None, *, variable: str = PASSWORD_VARIABLE) -> st
             f"the first line of the password file {path} has {len(line)} bytes; allowed are 1 to {_MAX_PASSWORD_BYTES}"
         )
     return password
+
+
+class _TidySocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails, which paho leaves to the garbage collector."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
 
 
 def _without_password(url: str) -> str:

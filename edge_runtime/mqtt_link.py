@@ -24,7 +24,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from ..protocol.errors import ConfigError
 from .endpoint import Endpoint
 from .mqtt_types import ProtocolName, Will
-from .traffic import publish_packet_bytes
+from .traffic import PUBACK_BYTES, publish_packet_bytes
 from .wake import Wake
 
 __all__ = ["Link", "LinkSettings", "Loss"]
@@ -99,7 +99,7 @@ class Link:
         connack_timeout_s: float,
         on_accepted: Callable[[bool], None],
         on_message: Callable[[str, bytes, int, bool, int, int], None],
-        on_acknowledged: Callable[[int, str | None], None],
+        on_acknowledged: Callable[[int, str | None, int], None],
     ) -> None:
         """Prepare one attempt.
 
@@ -109,7 +109,8 @@ class Link:
             connack_timeout_s: How long the broker may take to answer CONNECT.
             on_accepted: Called with "session present" when CONNACK is positive; SUBSCRIBE is on its way then.
             on_message: Called with topic, payload, QoS, retain flag, packet id and length of an arriving PUBLISH.
-            on_acknowledged: Called with the packet id of a publish, and the reason when the broker refused it.
+            on_acknowledged: Called with the packet id of a publish, the reason when the broker refused it, and the
+                length of the answer.
         """
         self.protocol: ProtocolName = protocol
         self.ready = False  # subscriptions are granted, publishing may begin
@@ -144,7 +145,7 @@ class Link:
                 self._client.connect(endpoint.host, endpoint.port, settings.keepalive_s)
             sock = self._socket()
             if sock is None:
-                self.loss = Loss("the broker closed the link at once", silent=True)
+                self._lose("the link closed")
                 return
             # Nagle plus delayed ACK cost 40 ms a message: 45 MB in 128 KiB blocks took 2.75 s instead of 0.18 s.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -159,7 +160,7 @@ class Link:
             return
         sock = self._socket()
         if sock is None:
-            self._lose(Loss("the link closed"))
+            self._lose("the link closed")
             return
         if wake.receiver not in self._selector.get_map():
             self._selector.register(wake.receiver, selectors.EVENT_READ)
@@ -177,10 +178,8 @@ class Link:
         if self.loss is None:
             self._check(self._client.loop_misc())
         if self.loss is None and not self.ready and time.monotonic() > self._deadline:
-            missing, limit_s = "CONNACK", self._connack_timeout_s
-            if self._accepted:
-                missing, limit_s = "SUBACK", _SUBACK_TIMEOUT_S
-            self._lose(Loss(f"the broker sent no {missing} within {limit_s:g} s", silent=not self._accepted))
+            missing = f"no SUBACK for {_SUBACK_TIMEOUT_S:g} s"
+            self._lose(missing if self._accepted else f"{self._connack_timeout_s:g} s passed")
 
     def publish(self, topic: str, payload: bytes, qos: int, retain: bool, expiry_s: int | None) -> int:
         """Hand a message to the client, to be written by the next `step`, and return its packet id."""
@@ -209,7 +208,7 @@ class Link:
 
     def drop(self, reason: str) -> None:
         """Cut the link."""
-        self._lose(Loss(reason))
+        self._lose(reason)
 
     def close(self) -> None:
         """Free the socket. Idempotent."""
@@ -247,7 +246,7 @@ class Link:
         ]
         if refused:
             hint = "this user needs the right to read these topics"
-            self._lose(Loss(f"the broker refused the subscription to {', '.join(refused)}", hint, final=True))
+            self.loss = Loss(f"the broker refused the subscription to {', '.join(refused)}", hint, final=True)
         else:
             self.ready = True
 
@@ -264,15 +263,13 @@ class Link:
     def _on_publish(
         self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        self._told_acknowledged(mid, str(reason) if reason.is_failure else None)
+        self._told_acknowledged(mid, str(reason) if reason.is_failure else None, PUBACK_BYTES + (reason.value != 0))
 
     def _on_disconnect(
         self, _client: Client, _data: Any, flags: DisconnectFlags, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        if self.loss is None:
-            by_broker = flags.is_disconnect_packet_from_server
-            self.loss = Loss(f"the broker closed the link: {reason}" if by_broker else f"the link was lost ({reason})",
-                             silent=not self._accepted)  # fmt: skip
+        by_broker = flags.is_disconnect_packet_from_server
+        self._lose(f"the broker closed the link: {reason}" if by_broker else f"the link was lost ({reason})")
 
     def _new_client(self) -> Client:
         settings = self._settings
@@ -314,11 +311,17 @@ class Link:
     def _check(self, code: MQTTErrorCode) -> None:
         """Turn paho's return code into a loss; `_on_disconnect` may have told a better reason already."""
         if self.loss is None and (code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._client.socket() is None):
-            self._lose(Loss(f"the link was lost ({code.name})", silent=not self._accepted))
+            self._lose(f"the link was lost ({code.name})")
 
-    def _lose(self, loss: Loss) -> None:
-        if self.loss is None:
-            self.loss = loss
+    def _lose(self, reason: str) -> None:
+        """End the link, unless it has ended for a reason that is known better."""
+        if self.loss is not None:
+            return
+        if self._accepted:
+            self.loss = Loss(reason)
+        else:
+            hint = "" if self._settings.endpoint.tls else "is this a port with TLS? Then use mqtts://"
+            self.loss = Loss(f"the broker did not answer CONNECT: {reason}", hint, silent=True)
 
     def _refusal(self, reason: ReasonCode) -> Loss:
         if reason.value == _UNSUPPORTED_VERSION:
@@ -337,8 +340,9 @@ def _explain(error: OSError | ValueError, endpoint: Endpoint) -> Loss:
     if isinstance(error, ssl.SSLCertVerificationError):
         hint = "give the CA that signed the broker's certificate, and use the host name that the certificate names"
         return Loss(f"the broker's certificate is not trusted: {error.verify_message}", hint, final=True)
-    if isinstance(error, ssl.SSLError):
-        return Loss(f"TLS failed: {error.reason or error}", "is this a port without TLS? Then use mqtt://")
+    if isinstance(error, (ssl.SSLError, ConnectionResetError)) and endpoint.tls:
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        return Loss(f"TLS failed: {reason or error}", "is this a port without TLS? Then use mqtt://")
     if isinstance(error, socket.gaierror) or (isinstance(error, ValueError) and not isinstance(error, OSError)):
         return Loss(f"the host name {endpoint.host!r} cannot be resolved", "check the host name and the network")
     if isinstance(error, ConnectionRefusedError):

@@ -11,7 +11,7 @@ __all__ = ["Flow", "Traffic", "publish_packet_bytes"]
 _MAX_TOPICS = 4096
 OTHER_TOPICS = "(other)"
 
-PUBACK_BYTES = 4  # without a reason code, which is how brokers and paho send a success
+PUBACK_BYTES = 4  # of a plain success, which is sent without a reason code
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Traffic:
     """Bytes up (sent by this client) and down (received), safe to use from any thread.
 
     PUBLISH packets are counted exactly as MQTT lays them out, except that properties which a peer may add to an
-    arriving MQTT 5 packet count as one byte. PUBACKs count with 4 bytes. CONNECT, SUBSCRIBE, pings, TLS and TCP/IP
+    arriving MQTT 5 packet count as one byte, and reason strings not at all. CONNECT, SUBSCRIBE, pings, TLS and TCP/IP
     headers are not counted.
     """
 
@@ -73,13 +73,13 @@ class Traffic:
             self.down.add(payload_bytes, packet_bytes)
             self._topic(topic)[1].add(payload_bytes, packet_bytes)
 
-    def acknowledged(self, *, up: bool) -> None:
+    def acknowledged(self, packet_bytes: int, *, up: bool) -> None:
         """Count one PUBACK."""
         with self._lock:
             if up:
-                self.acknowledgement_bytes_up += PUBACK_BYTES
+                self.acknowledgement_bytes_up += packet_bytes
             else:
-                self.acknowledgement_bytes_down += PUBACK_BYTES
+                self.acknowledgement_bytes_down += packet_bytes
 
     def by_topic(self) -> dict[str, tuple[Flow, Flow]]:
         """Return a copy: topic -> (up, down). Topics beyond the first 4096 share the key ``(other)``."""

@@ -33,7 +33,7 @@ from .mqtt_types import (
 )
 from .retry import Retry
 from .send_queue import SendQueue
-from .traffic import Traffic
+from .traffic import PUBACK_BYTES, Traffic
 from .wake import Wake
 
 __all__ = [
@@ -153,10 +153,7 @@ class MqttTransport:
         return self._ready
 
     def connect(self, timeout_s: float | None = 30.0) -> None:
-        """Start, and wait for the first connection with all subscriptions granted.
-
-        Args:
-            timeout_s: Give up after this long; None never does (a device that boots before its broker).
+        """Start, and wait for the first connection with all subscriptions granted; for ever when `timeout_s` is None.
 
         Raises:
             BrokerError: Not connected in time, or refused for good (credentials, certificate, rights). The transport
@@ -273,11 +270,7 @@ class MqttTransport:
             self._wake.close()
 
     def _one_link(self) -> tuple[Loss | None, bool]:
-        """Serve one connection to its end.
-
-        Returns:
-            Why it ended, None when `close` was called, and whether it had been usable for a while.
-        """
+        """Serve one connection; return why it ended (None: `close`), and whether it had been usable for a while."""
         ready_since: float | None = None
         link = Link(
             self._settings,
@@ -326,7 +319,7 @@ class MqttTransport:
             token = self._tokens.popleft()
             if token.generation == self._generation:
                 link.acknowledge(token.mid)
-                self.traffic.acknowledged(up=True)
+                self.traffic.acknowledged(PUBACK_BYTES, up=True)
         if link.ready:
             self._send_waiting(link)
             oldest = next(iter(self._inflight.values()), None)
@@ -397,10 +390,10 @@ class MqttTransport:
         manual = self._settings.manual_ack and qos > 0
         self._emit(Arrived(topic, payload, retain, Token(self._generation, mid) if manual else None))
         if qos and not manual:
-            self.traffic.acknowledged(up=True)
+            self.traffic.acknowledged(PUBACK_BYTES, up=True)
 
-    def _acknowledged(self, mid: int, refusal: str | None) -> None:
+    def _acknowledged(self, mid: int, refusal: str | None, packet_bytes: int) -> None:
         entry = self._inflight.pop(mid, None)
         if entry is not None:  # QoS 0 is reported here too, and is finished already
-            self.traffic.acknowledged(up=False)
+            self.traffic.acknowledged(packet_bytes, up=False)
             self._finish(entry[0], 1, refusal)

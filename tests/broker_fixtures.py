@@ -191,7 +191,8 @@ def mosquitto() -> Iterator[RunningBroker]:
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Client]]:
     """``connect(url, client_id, **settings)``: a connected client, closed at the end of the test."""
-    monkeypatch.setattr("fedzo.edge_runtime.retry._CAP_S", 1.0)  # tests have no fleet to spread
+    monkeypatch.setattr("fedzo.edge_runtime.retry._BASE_S", 0.1)  # tests have no fleet to spread
+    monkeypatch.setattr("fedzo.edge_runtime.retry._CAP_S", 1.0)
     clients: list[Client] = []
 
     def factory(url: str, client_id: str, *, connected: bool = True, **settings: Any) -> Client:
