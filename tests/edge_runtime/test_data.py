@@ -62,7 +62,7 @@ def test_every_form_gives_the_same_batch(tmp_path: Path, form: str) -> None:
     x, y = _images((4, 5)), _labels()
     data = load_dataset(_write(tmp_path, form, x, y), (1, 4, 5), 3)
     batch = data.train.batch(np.array([7, 2]))
-    assert (batch.x.dtype, batch.y.dtype) == (np.float32, np.int64)
+    assert (batch.x.dtype.name, batch.y.dtype.name) == ("float32", "int64")
     np.testing.assert_array_equal(batch.x, (x[[7, 2], None] * np.float32(1 / 255.0)).astype(np.float32))
     np.testing.assert_array_equal(batch.y, y[[7, 2]])
     assert (len(data.train), len(data.test)) == (N, 0)
@@ -212,7 +212,7 @@ def test_header_that_lies_about_the_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_mapped_npz_members_equal_what_numpy_reads(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, Any] = {
         "a": np.arange(60, dtype=np.float32).reshape(3, 4, 5),
         "b": np.asfortranarray(np.arange(12, dtype=np.int16).reshape(3, 4)),
         "c": np.arange(7, dtype=">f8"),

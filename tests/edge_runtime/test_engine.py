@@ -192,8 +192,9 @@ def test_wrong_weights_and_masks_are_refused(tiny: Any) -> None:
 
 @pytest.mark.parametrize("keyword", ["threads", "micro_batch", "arena_bytes"])
 def test_numbers_below_one_are_refused(tiny: Any, keyword: str) -> None:
+    arguments: dict[str, Any] = {keyword: 0}
     with pytest.raises(ConfigError, match="at least 1"):
-        Engine(tiny.artifact, tiny.dense, **{keyword: 0})
+        Engine(tiny.artifact, tiny.dense, **arguments)
 
 
 def test_absent_providers_fall_back_or_are_refused(tiny: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_planned_arena_is_enough_and_tight_for_real_models(
     mask = Mask.dense(manifest.layout) if dense else threshold(manifest.layout, np.abs(weights), 0.8)
     x, y = golden_batch(manifest.input_shape, 10, 1, micro_batch)
     shift = np.zeros(manifest.n_units, np.float32)
-    calls = {
+    calls: dict[str, Callable[[Engine], object]] = {
         "probe.onnx": lambda engine: engine.loss(weights[mask.kept], x, y),
         "predict.onnx": lambda engine: engine.logits(weights[mask.kept], x),
         "saliency.onnx": lambda engine: engine.shifted_logits(weights[mask.kept], x, shift),
