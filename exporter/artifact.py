@@ -242,6 +242,8 @@ def _write_folder(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows cannot open a folder
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

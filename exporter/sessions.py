@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ def dense_feeds(layout: Layout, weights: NDArray[np.float32]) -> dict[str, NDArr
     return {"w": weights, "index": index, "counts": np.array(sizes, np.int64)}
 
 
-def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = False) -> dict[str, NDArray[np.generic]]:
+def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = False) -> dict[str, NDArray[Any]]:
     """Run a graph once on the CPU.
 
     Args:
@@ -64,7 +65,7 @@ def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = Fals
         ) from error
 
 
-def run_every_value(model: ModelProto, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+def run_every_value(model: ModelProto, feeds: Feeds) -> dict[str, NDArray[Any]]:
     """Run a graph once and return every value that it computes, by name."""
     copy = ModelProto()
     copy.CopyFrom(model)

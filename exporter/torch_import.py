@@ -68,16 +68,23 @@ def import_torch_model(reference: str, input_shape: tuple[int, ...], n_classes: 
     size = 3 * int(np.prod(input_shape))
     x = torch.linspace(-1.0, 1.0, size).reshape(3, *input_shape)
     expected = _logits(reference, module, x, n_classes)
-    graph = _to_forward(reference, _trace(reference, module, x[:2]), module, trained, input_shape, n_classes)
+    atol = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if not np.allclose(_logits(reference, module, x[2:], n_classes), expected[2:], 0.0, atol):
+        raise ConfigError(
+            f"{reference} computes something else for a sample alone than for the same sample in a batch",
+            hint="every sample must be processed on its own",
+        )
+    graph = _to_forward(
+        reference, _trace(reference, module, x[:2].flip(0) + 0.5), module, trained, input_shape, n_classes
+    )
     feeds = {t.name: t.value for t in trained.values()}
     graph = _with_static_shapes(graph, {**feeds, "x": x.numpy()})
-    scale = max(1.0, float(np.abs(expected).max()))
     for batch in (3, 1):
         logits = run_graph(graph, {**feeds, "x": x[:batch].numpy()})["logits"]
-        if logits.shape != (batch, n_classes) or not np.allclose(logits, expected[:batch], 0.0, TOLERANCE * scale):
+        if logits.shape != (batch, n_classes) or not np.allclose(logits, expected[:batch], 0.0, atol):
             raise ConfigError(
                 f"the exported graph of {reference} does not compute what the module computes (batch of {batch})",
-                hint="the module's path must not depend on values or on the batch size",
+                hint="the module must not use inputs or parameters as Python numbers, nor branch on their values",
             )
     by_name = {t.name: t for t in trained.values()}
     used = [n for n in dict.fromkeys(name for node in graph.graph.node for name in node.input) if n in by_name]
