@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
 from fedzo.edge_runtime.agent import Agent, Connection
 from fedzo.edge_runtime.artifact import BlobStore, load_artifact
 from fedzo.edge_runtime.data import Dataset, load_dataset

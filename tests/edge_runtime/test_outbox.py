@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fedzo.edge_runtime.outbox import Outbox
 from fedzo.protocol.messages import Decline, Report, ReportKind
 

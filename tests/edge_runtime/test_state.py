@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fedzo.edge_runtime.state import DeviceState, default_folder, generate_id
 from fedzo.protocol.errors import ConfigError
 

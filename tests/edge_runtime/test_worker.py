@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from fedzo.edge_runtime import worker as worker_module
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.data import batch_indices
@@ -42,8 +44,6 @@ from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Decline, Report, ReportKind
 from fedzo.protocol.saliency import gaussian_inputs
 from fedzo.protocol.settings import SaliencySettings, TrainingSettings
-from numpy.typing import NDArray
-
 from tests.edge_runtime.federation import (
     INPUT_SHAPE,
     N_CLASSES,
