@@ -1,0 +1,90 @@
+"""The artifact, the data and the undisturbed run that the other runs are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
+from tests.end_to_end.fleet import CLASSES, SIDE, Fleet, agree, write_images
+
+DEVICES = 3
+MakeFleet = Callable[..., Fleet]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over."""
+
+    fleet: Fleet
+    server: dict[str, Any]
+    devices: Sequence[dict[str, Any]]
+    digest: str
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Images of four devices, and the server's as the last."""
+    folder = tmp_path_factory.mktemp("data")
+    return [write_images(folder / f"images-{seed}.npz", seed) for seed in range(5)]
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LeNet-5 for 16x16 images, pruned to a tenth."""
+    from fedzo.exporter.artifact import export_artifact
+
+    folder = tmp_path_factory.mktemp("artifact") / "lenet"
+    export_artifact("lenet5", (1, SIDE, SIDE), CLASSES, 0.9, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_fleet(tmp_path_factory: pytest.TempPathFactory, artifact: Path, data: list[Path]) -> MakeFleet:
+    """Makes a fleet of a few devices; whoever makes it closes it."""
+
+    def make(devices: int = DEVICES, **settings: Any) -> Fleet:
+        return Fleet(tmp_path_factory.mktemp("fleet"), artifact, data[:devices], data[-1], **settings)
+
+    return make
+
+
+@pytest.fixture
+def fleets(make_fleet: MakeFleet) -> Iterator[MakeFleet]:
+    """Makes fleets that are closed when the test ends."""
+    made: list[Fleet] = []
+
+    def make(*arguments: Any, **settings: Any) -> Fleet:
+        made.append(make_fleet(*arguments, **settings))
+        return made[-1]
+
+    yield make
+    for fleet in made:
+        fleet.close()
+
+
+@pytest.fixture
+def mosquitto_url() -> Iterator[str]:
+    """A mosquitto that outlives every server."""
+    if find_mosquitto() is None:
+        pytest.skip("mosquitto is not installed")
+    broker = MosquittoBroker(port=0)
+    broker.start()
+    yield broker.url
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(make_fleet: MakeFleet) -> Iterator[Finished]:
+    """A run in which nothing happens, over the broker that the server chooses."""
+    fleet = make_fleet(broker="auto")
+    try:
+        server, devices = fleet.serve(), fleet.devices()
+        answer, answers = server.answer(), [device.answer() for device in devices]
+        yield Finished(fleet, answer, answers, agree(answer, answers))
+    finally:
+        fleet.close()

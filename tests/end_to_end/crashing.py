@@ -1,0 +1,114 @@
+"""Runs a fedzo program that kills itself with SIGKILL at a named point: POINT server|device ARGUMENT...
+
+=======================  ===============================================================
+point                    dies
+=======================  ===============================================================
+``before:KIND:N``        server, before the Nth entry of a kind is committed
+``after:KIND:N``         server, right after, before anything is sent or acknowledged
+``sent:CHANNEL:N``       server, shortly after the Nth message on a channel was published
+``computing:N``          device, at the beginning of its Nth probe
+``saved:N``              device, with its Nth report in the outbox and not sent
+``received:N``           device, with the Nth receipt, the report still in the outbox
+=======================  ===============================================================
+
+SIGKILL leaves no handler, no ``finally`` and no flush; what is in the kernel stays.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+FLUSH_S = 0.05  # enough for the network thread to write to a socket on this machine
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Countdown:
+    """True at the Nth call, once."""
+
+    def __init__(self, n: int) -> None:
+        self._left = n
+
+    def __call__(self, count: int = 1) -> bool:
+        before = self._left
+        self._left -= count
+        return before > 0 >= self._left
+
+
+def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+    """Call something around a method, with the method's arguments."""
+    method = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        if before is not None:
+            before(*arguments, **keywords)
+        result = method(*arguments, **keywords)
+        if after is not None:
+            after(*arguments, **keywords)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def arm_server(point: str) -> None:
+    from fedzo.broker_server.journal import Entry, SqliteJournal
+    from fedzo.edge_runtime.transport import MqttTransport
+
+    when, what, number = point.split(":")
+    reached = Countdown(int(number))
+
+    def on_append(_: object, entries: Sequence[Entry]) -> None:
+        if reached(sum(entry.kind == what for entry in entries)):
+            die()
+
+    def on_publish(_: object, topic: str, *__: object, **___: object) -> None:
+        if topic.endswith(f"/{what}") and reached():
+            threading.Timer(FLUSH_S, die).start()
+
+    if when == "sent":
+        wrap(MqttTransport, "publish", None, on_publish)
+    else:
+        wrap(SqliteJournal, "append", on_append if when == "before" else None, on_append if when == "after" else None)
+
+
+def arm_device(point: str) -> None:
+    from fedzo.edge_runtime.estimators import SteinEstimator
+    from fedzo.edge_runtime.outbox import Outbox
+
+    when, number = point.split(":")
+    reached = Countdown(int(number))
+
+    def count(*_: object, **__: object) -> None:
+        if reached():
+            die()
+
+    if when == "computing":
+        wrap(SteinEstimator, "probe", count, None)
+    elif when == "saved":
+        wrap(Outbox, "save", None, count)
+    else:
+        wrap(Outbox, "drop", count, None)
+
+
+def main() -> int:
+    point, role, *arguments = sys.argv[1:]
+    if role == "server":
+        from fedzo.cli.main import main as server
+
+        arm_server(point)
+        return server(arguments)
+    from fedzo.edge_runtime.__main__ import main as device
+
+    arm_device(point)
+    return device(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
