@@ -3,7 +3,7 @@
 The plan adds what was measured to what can be computed:
 
 ========  =====================================================================================================
-floor     Python, numpy, ONNX Runtime, the MQTT client and this package, imported. Measured.
+floor     Python, numpy, ONNX Runtime, the MQTT client and this package at work. Measured.
 session   Code pages and structures of one loaded graph; at most one is loaded at a time. Measured.
 feeds     Weights, indices, one batch, the state of optimiser and directions, the data set if it is in memory.
 live      Largest set of tensors alive at once (manifest), the copies of weights and indices that the graph splits
@@ -44,10 +44,12 @@ __all__ = [
 SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
 TRAINING_GRAPHS: Final = ("probe.onnx", "predict.onnx")
 
-PROCESS_FLOOR_MIB: Final = 60.5
-"""Resident after all imports: 59.3 to 59.4 MiB in three runs, x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime 1.32.0,
-paho-mqtt 2.2.0, OPENBLAS_NUM_THREADS=1 and MALLOC_ARENA_MAX=1. 28 MiB of it is file-backed code that the kernel may
-drop. Emulated aarch64 libraries have the same size within 10 %; no board was measured."""
+PROCESS_FLOOR_MIB: Final = 65.0
+"""Resident without a graph, a batch and weights: 59.1 MiB after all imports, 1.8 MiB for a TLS context, 2.4 MiB for
+the rest of a device at work (threads, connection, state), rounded up. Whole runs of `fedzo-device` peaked at 76.4 and
+77.6 MiB where the other parts of the plan sum up to 14.8 and 15.3. x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime
+1.32.0, paho-mqtt 2.2.0, one heap (M_ARENA_MAX). 28 MiB are file-backed code that the kernel may drop. Emulated
+aarch64 libraries have the same size within 10 %; no board was measured."""
 
 SESSION_MIB: Final = 10.6
 """First loaded graph and first run, without tensors: 10.5 MiB for LeNet-5, 12.0 MiB for ResNet-20 on that machine;
