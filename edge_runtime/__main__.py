@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("fedzo.edge_runtime")  # under -m the module's name is __main__
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -51,28 +51,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _version(options)
     if options.command is None:
         _parser().error("give a command: join or profiles")
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s"
-    )
-    logging.getLogger().handlers[0].setFormatter(_LogLine())
     result: dict[str, Any] = {}
-    code = EXIT_UNEXPECTED
-    try:
-        code = int(options.run(options, result))
-    except KeyboardInterrupt:
-        code = _failed(result, "interrupted", exit_code=EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FedzoError as error:
-        _log.debug("the error came from here", exc_info=True)
-        code = _failed(result, error.message, hint=error.hint, kind=type(error).__name__, exit_code=error.exit_code)
-    except Exception as error:  # noqa: BLE001 (the last resort of a program)
-        _log.debug("the error came from here", exc_info=True)
-        hint = "" if options.verbose else "--verbose shows the traceback"
-        code = _failed(result, f"unexpected {type(error).__name__}: {error}", hint=hint, kind=type(error).__name__)
+    with _logging(verbose=options.verbose):
+        code = _guarded(options, result)
     if options.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, sort_keys=True), flush=True)
     return code
+
+
+def _guarded(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Run the command; an exception becomes lines on stderr, a key of ``result`` and an exit code."""
+    try:
+        return int(options.run(options, result))
+    except KeyboardInterrupt:
+        return _failed(result, "interrupted", exit_code=EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNEXPECTED
+    except FedzoError as error:
+        _log.debug("the error came from here", exc_info=True)
+        return _failed(result, error.message, hint=error.hint, kind=type(error).__name__, exit_code=error.exit_code)
+    except Exception as error:  # noqa: BLE001 (the last resort of a program)
+        _log.debug("the error came from here", exc_info=True)
+        hint = "" if options.verbose else "--verbose shows the traceback"
+        return _failed(result, f"unexpected {type(error).__name__}: {error}", hint=hint, kind=type(error).__name__)
 
 
 def _failed(
@@ -87,6 +89,19 @@ def _failed(
 
 def _say(line: str) -> None:
     print(line.translate(_CONTROL), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _logging(*, verbose: bool) -> Iterator[None]:
+    """Show what fedzo logs, warnings only or everything."""
+    logger, handler = logging.getLogger("fedzo"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogLine())
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _LogLine(logging.Formatter):

@@ -152,6 +152,10 @@ class FakeServer:
             if isinstance(message, kind) and all(getattr(message, name) == value for name, value in wanted.items()):
                 return message, entry[2]
 
+    def expect_device(self) -> str:
+        """Who sent the last message that was expected."""
+        return self.heard[-1][0]
+
     def nothing(self, kind: type, seconds: float) -> None:
         """No message of the kind comes in a while."""
         time.sleep(seconds)

@@ -1,0 +1,337 @@
+"""``fedzo-device`` as a process: options, exit codes, signals, and what survives kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.edge_runtime.__main__ import main
+from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.protocol.documents import Hello, Presence, RunDocument
+from fedzo.protocol.layout import Layout
+from fedzo.protocol.mask import Mask
+from fedzo.protocol.messages import Receipt, Report, Verdict
+from fedzo.protocol.settings import TrainingSettings
+from fedzo.protocol.topics import Channel
+from fedzo.protocol.update import Replica
+from tests.edge_runtime.federation import FakeServer, export_lenet, run_document, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "fedzo.edge_runtime"]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("FEDZO_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_lenet(tmp_path_factory.mktemp("main") / "lenet5")
+
+
+@pytest.fixture(scope="module")
+def run(artifact: Path) -> RunDocument:
+    return run_document(artifact, seed=5, training=TrainingSettings(k=6, batch=8, rounds=4))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data.npz")
+
+
+@pytest.fixture
+def server(mosquitto: Any, artifact: Path, run: RunDocument) -> Iterator[FakeServer]:
+    made = FakeServer(mosquitto.url, artifact, run)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``spawn("join", ...)``: a running process; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def factory(*arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        started.append(process)
+        return process
+
+    yield factory
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(*arguments: object, timeout_s: float = 30.0) -> tuple[int, str, str]:
+    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr
+
+
+def announce_training(server: FakeServer, artifact: Path, round_: int, k: int = 6) -> None:
+    manifest = load_artifact(artifact).manifest
+    training = server.run.training
+    layout: Layout = manifest.layout
+    replica = Replica(
+        layout, Mask.dense(layout), manifest.seed, server.run.settings.seed, training.directions, training.optimiser
+    )
+    server.announce(round_, "train", k=k, log_head=replica.head.hex(), weights_digest=replica.digest.hex())
+
+
+# --- without a broker -----------------------------------------------------------------------------------------------
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["join", "--help"], ["profiles", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 0
+    assert "--ram-budget-mib" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert list(shown) == ["fedzo", "numpy", "onnxruntime", "paho-mqtt", "python"]
+    assert "missing" not in shown.values()
+
+
+def test_help_loads_no_library() -> None:
+    script = (
+        "import sys; from fedzo.edge_runtime.__main__ import main\n"
+        "try:\n    main(['join', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'numpy', 'onnxruntime', 'paho', 'ssl'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["join", "--threads", "x"], ["join", "--mean", "a,b"], ["join", "--nothing"]]
+)
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error", "hint"),
+    [
+        (["--data", "DATA"], 3, "the setting url has no value", "FEDZO_URL"),
+        (["mqtt://h"], 3, "the setting data has no value", "FEDZO_DATA"),
+        (["http://h", "--data", "DATA"], 3, "no scheme mqtt://", "mqtts://"),
+        (["mqtt://h:99999", "--data", "DATA"], 3, "cannot be read", "mqtt://"),
+        (["mqtt://u:secret@h/path", "--data", "DATA"], 3, "goes on after the port", "mqtt://"),
+        (["mqtt://h", "--data", "absent.npz"], 3, "there is no data at absent.npz", ".npz"),
+        (["mqtt://h", "--data", "pyproject.toml"], 3, "is of no kind that can be read", ".npz"),
+        (
+            ["mqtt://h", "--data", "DATA", "--profile", "rpi-zero-2"],
+            3,
+            "no hardware profile",
+            "did you mean rpi-zero-2w",
+        ),
+        (["mqtt://h", "--data", "DATA", "--id", "Upper Case"], 3, "not a valid name", "a-z"),
+        (["mqtt://h", "--data", "DATA", "--federation", "a/b"], 3, "not a valid name", "a-z"),
+        (["mqtt://h", "--data", "DATA", "--holdout", "1"], 3, "holdout is 1.0", ""),
+        (["mqtt://h", "--data", "DATA", "--threads", "0"], 3, "threads is 0", ""),
+        (["mqtt://h", "--data", "DATA", "--ram-budget-mib", "nan"], 3, "ram_budget_mib is nan", ""),
+        (["mqtt://h", "--data", "DATA", "--password-file", "absent"], 3, "cannot read the password file absent", ""),
+        (["mqtt://h", "--data", "DATA", "--ca", "absent.pem"], 3, "without TLS", "mqtts://"),
+        (["mqtts://h", "--data", "DATA", "--ca", "absent.pem"], 3, "absent.pem does not exist", ""),
+        (["mqtts://h", "--data", "DATA", "--cert", "absent.pem"], 3, "the key is missing", ""),
+        (["mqtt://h", "--data", "DATA", "--config", "absent.toml"], 3, "absent.toml", ""),
+    ],
+)
+def test_what_is_wrong_ends_with_its_code(
+    arguments: list[str], code: int, error: str, hint: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(data) if part == "DATA" else part for part in arguments]
+    assert main(["join", *arguments, "--json"]) == code
+    captured = capsys.readouterr()
+    assert "secret" not in captured.out + captured.err
+    assert "Traceback" not in captured.err
+    lines = captured.err.splitlines()
+    assert any(line.startswith("error: ") and error in line for line in lines), lines
+    if hint:
+        assert any(line.startswith("hint: ") and hint in line for line in lines), lines
+    (answer,) = captured.out.splitlines()
+    assert json.loads(answer)["error"]["exit_code"] == code
+    assert error in json.loads(answer)["error"]["message"]
+
+
+def test_no_broker_ends_with_5(data: Path) -> None:
+    code, out, err = finish("join", "mqtt://127.0.0.1:1", "--data", data, "--connect-timeout", 0.5, "--json")
+    assert code == 5
+    assert "error: no connection to the broker 127.0.0.1:1 within 0.5 s" in err
+    answer = json.loads(out)
+    assert answer["error"]["kind"] == "BrokerError"
+    assert re.fullmatch(r"[a-z0-9-]{1,48}", answer["device"])
+    assert "Traceback" not in err
+
+
+def test_sources_come_in_order(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    config = tmp_path / "device.toml"
+    config.write_text(
+        'url = "mqtt://u:secret@file"\nthreads = 3\nholdout = 0.5\nprofile = "rpi-zero-2w"\ndata = "x.npz"\n'
+    )
+    monkeypatch.setenv("FEDZO_THREADS", "2")
+    monkeypatch.setenv("FEDZO_FEDERATION", "garden")
+    arguments = ["join", "--config", str(config), "--federation", "kitchen", "--mean", "0.5,0.25", "--show-config"]
+    assert main([*arguments, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {name: (shown[name]["value"], shown[name]["origin"].split()[0]) for name in shown} == {
+        "url": ("mqtt://file:1883", "file"),
+        "data": (str(tmp_path / "x.npz"), "file"),
+        "federation": ("kitchen", "flag"),
+        "id": (None, "default"),
+        "ram_budget_mib": (160, "profile"),
+        "threads": (2, "environment"),
+        "micro_batch": (None, "default"),
+        "state": (None, "default"),
+        "holdout": (0.5, "file"),
+        "mean": ([0.5, 0.25], "flag"),
+        "std": (None, "default"),
+        "pad": (False, "default"),
+        "username": (None, "default"),
+        "password_file": (None, "default"),
+        "ca": (None, "default"),
+        "cert": (None, "default"),
+        "key": (None, "default"),
+        "connect_timeout": (None, "default"),
+        "retry": (5.0, "default"),
+        "profile": ("rpi-zero-2w", "file"),
+    }
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "secret" not in out
+    assert "threads\t2\tenvironment FEDZO_THREADS" in out
+
+
+def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profiles"]) == 0
+    assert "rpi-zero-2w\t160 MiB\t4 threads\tRaspberry Pi Zero 2 W" in capsys.readouterr().out.splitlines()
+    assert main(["profiles", "rpi-zero-2w", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ram_budget_mib"] == 160
+    assert main(["profiles", "rpi-zero-2w"]) == 0
+    assert "memcpy_mb_s\t1300\tsbc-bench" in capsys.readouterr().out
+    assert main(["profiles", "nothing-like-it"]) == 3
+
+
+def test_an_unexpected_error_is_one_line(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("odd \x1b[2J")
+
+    monkeypatch.setattr("fedzo.edge_runtime.join.count_samples", fail)
+    assert main(["join", "mqtt://h", "--data", str(data)]) == 1
+    err = capsys.readouterr().err
+    assert "error: unexpected ZeroDivisionError: odd \\x1b[2J" in err
+    assert "Traceback" not in err
+    assert main(["join", "mqtt://h", "--data", str(data), "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# --- with a broker --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_over_budget_ends_with_4(server: FakeServer, mosquitto: Any, data: Path) -> None:
+    code, out, err = finish("join", mosquitto.url, "--data", data, "--ram-budget-mib", 40, "--json")
+    assert code == 4
+    assert re.search(r"error: lenet5 needs \d+\.\d MiB .*the budget is 40 MiB", err)
+    answer = json.loads(out)
+    assert (answer["status"], answer["run"], answer["error"]["kind"]) == ("refused", "run-1", "MemoryBudgetError")
+    assert "does not fit" in server.expect(Presence, status="refused").detail
+
+
+def test_a_run_to_its_end(server: FakeServer, mosquitto: Any, artifact: Path, data: Path, spawn: Any) -> None:
+    process = spawn("join", mosquitto.url, "--data", data, "--id", "dev-a", "--profile", "rpi-zero-2w", "--json")
+    hello = server.expect(Hello)
+    assert (hello.profile, hello.ram_budget_mib, hello.samples, hello.holdout) == ("rpi-zero-2w", 160.0, 40, 10)
+    assert re.match(r"fedzo \S+, numpy \S+, onnxruntime \S+, paho-mqtt \S+, python \S+$", hello.versions)
+    server.expect(Presence, status="ready")
+    announce_training(server, artifact, 1)
+    report = server.expect(Report)
+    server.announce(2, "done")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    answer = json.loads(out)
+    assert (answer["status"], answer["device"], answer["reports"], answer["queries"]) == ("done", "dev-a", 1, 7)
+    assert report.peak_rss_kib / 1024 <= answer["peak_rss_mib"] < 160
+    assert err.splitlines()[-1] == "done: 0 updates, 1 reports"
+    assert "warning" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_leaves_cleanly(
+    server: FakeServer, mosquitto: Any, artifact: Path, data: Path, spawn: Any, number: int, code: int
+) -> None:
+    process = spawn("join", mosquitto.url, "--data", data, "--json")
+    server.expect(Presence, status="ready")
+    announce_training(server, artifact, 1, k=50_000)  # in the middle of a task
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code, err
+    assert json.loads(out)["status"] == "left"
+    left = server.expect(Presence, status="left")
+    assert left.session == json.loads(out)["session"]
+    server.nothing(Presence, 0.3)  # no will follows
+
+
+def test_a_killed_device_is_lost_and_its_report_is_not(
+    server: FakeServer, mosquitto: Any, artifact: Path, data: Path, spawn: Any, tmp_path: Path
+) -> None:
+    server.acknowledge = False
+    arguments = ("join", mosquitto.url, "--data", data, "--state", tmp_path / "state", "--json")
+    first = spawn(*arguments)
+    session = server.expect(Presence, status="ready").session
+    announce_training(server, artifact, 1)
+    payload = server.expect_bytes(Report)[1]
+    first.kill()
+    first.wait(10)
+    assert server.expect(Presence, status="lost").session == session
+    assert (tmp_path / "state" / "outbox").is_file()
+    second = spawn(*arguments)
+    assert server.expect(Hello).session > session
+    assert server.expect_bytes(Report)[1] == payload
+    server.send(Channel.ACK, Receipt(1, Verdict.ACCEPTED), server.expect_device())
+    deadline = time.monotonic() + 10
+    while (tmp_path / "state" / "outbox").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second.send_signal(signal.SIGTERM)
+    out, _ = second.communicate(timeout=20)
+    assert json.loads(out)["queries"] == 0
+
+
+def test_two_processes_cannot_be_one_device(server: FakeServer, mosquitto: Any, data: Path, spawn: Any) -> None:
+    spawn("join", mosquitto.url, "--data", data)
+    server.expect(Presence, status="ready")
+    code, _, err = finish("join", mosquitto.url, "--data", data)
+    assert code == 3
+    assert "another fedzo-device (process " in err
+    assert "--id or --state" in err
+
+
+def test_a_password_and_a_user_name_of_its_own(mosquitto: Any, data: Path, tmp_path: Path) -> None:
+    """Where no password is asked for, one that is given does no harm; the file is read and never shown."""
+    password = tmp_path / "password"
+    password.write_text("hunter2\n")
+    code, out, err = finish(
+        "join", "mqtt://127.0.0.1:1", "--data", data, "--password-file", password, "--connect-timeout", 0.3, "--verbose"
+    )
+    assert code == 5
+    assert "hunter2" not in out + err
