@@ -151,7 +151,8 @@ class Server:
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
         try:
-            self._transport.connect(connect_timeout_s)
+            if not self.coordinator.finished:  # Else the run was resumed after its end.
+                self._transport.connect(connect_timeout_s)
             while not self._stop.is_set() and not self.coordinator.finished:
                 self._carry_out(self._next_batch(), pool)
         finally:

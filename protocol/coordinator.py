@@ -67,6 +67,8 @@ from .wire import MAX_SCALARS
 
 __all__ = ["Coordinator"]
 
+_DONE = "done"
+
 
 class Coordinator:
     """One run of one federation.
@@ -160,6 +162,8 @@ class Coordinator:
                 self._advance_cursor()
             elif kind == "evaluation":
                 self._adopt_evaluation(json.loads(payload))
+            elif kind == "phase":
+                self._adopt_end(device, payload)
             if kind in ("mask", "update", "evaluation"):
                 self._round = None
         return self._out
@@ -191,7 +195,8 @@ class Coordinator:
             self._record("run", self.run.encode(), round_=0)
             self._recorded_run = True
         if self._round is None and self._gather_until is None:
-            self._gather_until = now + self._settings.enrol_deadline_s
+            over = self.head.phase == "done"
+            self._gather_until = now + (self._settings.deadline_s if over else self._settings.enrol_deadline_s)
         if self._round is not None and self._round.deadline is None:
             self._round.deadline = now + self._settings.deadline_s
         if isinstance(event, Connected):
@@ -214,7 +219,7 @@ class Coordinator:
             return  # A stranger's report means nothing; its hello will come.
         if isinstance(message, Presence):
             if message.run in ("", self.run.run):
-                member.take_presence(message)
+                self._take_presence(member, message)
         elif isinstance(message, Report):
             member.silent = False
             self._take_report(event.device, message)
@@ -223,6 +228,13 @@ class Coordinator:
         elif isinstance(message, LogRequest) and message.first < self.replica.index:
             count = min(message.count, self.replica.index - message.first)
             self._out.append(ServeLog(event.device, LogRequest(message.first, count)))
+
+    def _take_presence(self, member: Member, presence: Presence) -> None:
+        """Note it; a device that has ended is not waited for, nor asked again, after a restart."""
+        ended = member.has_ended
+        member.take_presence(presence)
+        if self.head.phase == "done" and not ended and member.has_ended:
+            self._record("phase", f"{_DONE} {member.weights_digest}".encode(), device=member.name)
 
     def _greet(self, device: str, hello: Hello) -> None:
         member = self.roster.get(device)
@@ -443,8 +455,17 @@ class Coordinator:
             self._gather_until = now + self._settings.deadline_s
         assert self._gather_until is not None
         if now >= self._gather_until or all(member.status == "done" for member in self.roster.alive()):
-            self._record("phase", b"done")
+            self._record("phase", _DONE.encode())
             self._finish(None)
+
+    def _adopt_end(self, device: str, payload: bytes) -> None:
+        """What was only stopped goes on; what is done stays so."""
+        word, _, digest = payload.decode().partition(" ")
+        member = self.roster.get(device)
+        if word == _DONE and member is not None:
+            member.status, member.weights_digest = "done", digest
+        elif word == _DONE:
+            self.finished = True
 
     def _stop(self, error: FedzoError) -> None:
         self._record("phase", f"stopped: {error.message}".encode())

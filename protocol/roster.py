@@ -70,6 +70,11 @@ class Member:
         """Whether it may still be heard of soon."""
         return self.status in ("joining", "ready", "done") and not self.silent
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has said with which weights it ended."""
+        return self.status == "done" and bool(self.weights_digest)
+
     def may_answer(self, round_: int) -> bool:
         """Whether the open round should wait for it."""
         return self.is_alive and self.refused_round != round_

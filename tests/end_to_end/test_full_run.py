@@ -46,10 +46,8 @@ def test_the_journal_alone_gives_the_weights_again(undisturbed: Finished) -> Non
 def test_the_result_does_not_depend_on_the_broker(
     broker: str, undisturbed: Finished, fleets: MakeFleet, request: pytest.FixtureRequest
 ) -> None:
-    if broker == "external":
-        fleet = fleets(url=request.getfixturevalue("mosquitto_url"))
-    else:
-        fleet = fleets(broker=broker)
+    place = {"url": request.getfixturevalue("mosquitto_url")} if broker == "external" else {"broker": broker}
+    fleet = fleets(**place)
     server, devices = fleet.serve(), fleet.devices()
     assert agree(server.answer(), [device.answer() for device in devices]) == undisturbed.digest
     assert ("embedded amqtt" if broker == "embedded" else "external broker") in server.stderr
