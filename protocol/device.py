@@ -8,7 +8,7 @@ reordered therefore needs no transition of its own: the next event, or the next 
 stage          what is missing                               step taken
 =============  ============================================  ===================================
 ``offline``    the link                                      wait
-``waiting``    the run document                              wait
+``waiting``    the run document, or the open round           wait
 ``greeting``   the server's welcome                          send the hello
 ``fetching``   the manifest, a graph, the mask               find it, or pull its blocks
 ``planning``   a memory plan that fits                       plan
@@ -24,11 +24,7 @@ stage          what is missing                               step taken
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import numpy as np
-
-from .blobs import BlobFetcher
 from .device_events import (
     BlobFound,
     Cancel,
@@ -50,36 +46,23 @@ from .device_events import (
     Send,
     Task,
 )
-from .documents import (
-    Announcement,
-    Hello,
-    Order,
-    Phase,
-    Presence,
-    RunDocument,
-    ServerPresence,
-    Status,
-    unpack_participants,
-)
+from .documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence, Status
 from .errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError, SelfTestError
-from .manifest import Manifest
+from .log_follower import LogFollower
 from .mask import Mask
-from .messages import Receipt, Report, ReportKind, UpdateRecord
-from .settings import positions_of
+from .messages import KINDS, Receipt, Report, UpdateRecord
+from .repeater import Repeater
+from .run_files import RunFiles
+from .tasks import make_report, make_task
 from .topics import Channel
-from .transfers import BlobBlock, LogRequest, LogSlice
+from .transfers import BlobBlock, LogSlice
 from .update import Replica
 
 __all__ = ["RETRY_S", "Device"]
 
 RETRY_S = 5.0
 PRESENCE_S = 60.0
-LOG_REQUEST_RECORDS = 1024
-_KINDS: dict[Phase, ReportKind] = {
-    "saliency": ReportKind.SALIENCY,
-    "train": ReportKind.PROBE,
-    "evaluate": ReportKind.EVALUATE,
-}
+MAX_DETAIL = 500
 
 
 class Device:
@@ -92,7 +75,6 @@ class Device:
 
     Attributes:
         stage: What it is doing, a word of the module's table.
-        replica: Its weights once a run is known; updated in place.
         finished: Whether :class:`Finish` was given.
     """
 
@@ -103,7 +85,8 @@ class Device:
         self._online = False
         self._server_birth = -1
         self._presence = Presence(hello.session, "joining")
-        self._sent: dict[str, float] = {}
+        self._greeting, self._delivery = Repeater(retry_s), Repeater(retry_s)
+        self._heartbeat = Repeater(max(PRESENCE_S, retry_s))
         self._out: list[DeviceCommand] = []
         self._tasks = 0
         self._now = 0.0
@@ -114,18 +97,23 @@ class Device:
     def _forget_run(self) -> None:
         self._run: RunDocument | None = None
         self._head: Announcement | None = None
+        self._other_head: Announcement | None = None
         self._is_enrolled = False
         self._ordinal: int | None = None
-        self._manifest: Manifest | None = None
+        self._files: RunFiles | None = None
         self._planned: float | None = None
-        self._blobs = BlobFetcher(retry_s=self._retry_s)
-        self._mask_data: tuple[str, bytes] = ("", b"")
-        self._replica_mask: str | None = None
+        self._is_planning = self._is_preparing = False
+        self._followed_mask: str | None = None
         self._prepared_mask: str | None = None
         self._computing: Task | None = None
+        self._is_cancelled = False
         self._answered = -1
-        self._divergences = 0
-        self.replica: Replica | None = None
+        self._follower: LogFollower | None = None
+
+    @property
+    def replica(self) -> Replica | None:
+        """Its weights once a run and a mask are known; updated in place."""
+        return self._follower.replica if self._follower else None
 
     @property
     def wakeup(self) -> float | None:
@@ -135,10 +123,9 @@ class Device:
         """
         if not self._online or self.finished:
             return None
-        times = [sent + self._period(key) for key, sent in self._sent.items()]
-        if self._blobs.wakeup is not None:
-            times.append(self._blobs.wakeup)
-        return min((time for time in times if self._now < time < math.inf), default=None)
+        parts = (self._greeting, self._delivery, self._heartbeat, self._files, self._follower)
+        times = (part.wakeup for part in parts if part is not None)
+        return min((time for time in times if time is not None and time > self._now), default=None)
 
     def on(self, event: DeviceEvent, now: float) -> list[DeviceCommand]:
         """Take one event.
@@ -159,7 +146,10 @@ class Device:
                 self._advance(now)
         except ProtocolError as error:
             # A peer's bad message changes nothing: replicas roll back, documents were checked before they count.
-            self._say(self._presence.status, detail=error.message[:200])
+            if _line(error.message) != self._presence.detail:
+                self._say(self._presence.status, detail=error.message)
+        except (ArtifactError, SelfTestError) as error:
+            self._refuse(error)
         return self._out
 
     # --- facts --------------------------------------------------------------------------------------------------
@@ -167,23 +157,19 @@ class Device:
     def _take(self, event: DeviceEvent, now: float) -> None:
         if isinstance(event, Connected):
             self._online = True
-            # Requests may be lost with the old link; what this machine itself works on is not.
-            self._sent = {key: sent for key, sent in self._sent.items() if math.isinf(sent)}
-            self._blobs.forget_requests()
-            self._sent["presence"] = now
+            self._forget_requests()
+            self._heartbeat.postpone(now)
             self._out.append(Send(Channel.STATE, self._presence))
         elif isinstance(event, Disconnected):
             self._online = False
         elif isinstance(event, Received):
             self._receive(event)
-        elif isinstance(event, BlobFound):
-            self._blob_found(event)
+        elif isinstance(event, BlobFound) and self._files is not None:
+            self._files.found(event)
         elif isinstance(event, Planned) and self._run is not None and event.run == self._run.run:
-            self._planned = event.peak_mib
-            self._sent.pop("plan", None)
+            self._planned, self._is_planning = event.peak_mib, False
         elif isinstance(event, Prepared) and self._run is not None and event.run == self._run.run:
-            self._prepared_mask = event.mask_sha256
-            self._sent.pop("prepare", None)
+            self._prepared_mask, self._is_preparing = event.mask_sha256, False
         elif isinstance(event, Failed) and (not event.run or (self._run is not None and event.run == self._run.run)):
             self._refuse(event.error)
         elif isinstance(event, Computed):
@@ -201,28 +187,31 @@ class Device:
         elif isinstance(message, Order):
             self._obey(message)
         elif isinstance(message, Announcement):
-            if self._head is None or message.run != self._head.run or message.round >= self._head.round:
-                self._head = message
-        elif isinstance(message, UpdateRecord):
-            self._replay((message,))
-        elif isinstance(message, LogSlice):
-            self._sent.pop("log", None)
-            self._replay(message.records)
+            self._announced(message)
+        elif isinstance(message, UpdateRecord) and self._follower is not None:
+            self._follower.hear(message)
+        elif isinstance(message, LogSlice) and self._follower is not None:
+            self._follower.read(message)
         elif isinstance(message, Receipt):
             if self._outbox is not None and self._outbox[1].round == message.round:
                 self._answered = max(self._answered, message.round)  # also by an earlier session
                 self._drop_outbox()
-        elif isinstance(message, BlobBlock):
-            self._out += self._blobs.add(message)
+        elif isinstance(message, BlobBlock) and self._files is not None:
+            self._out += self._files.add(message)
+
+    def _announced(self, head: Announcement) -> None:
+        if self._run is None or head.run != self._run.run:
+            self._other_head = head  # Of the next run perhaps: retained documents come in any order.
+        elif self._head is None or head.round >= self._head.round:
+            self._head = head
 
     def _start_run(self, run: RunDocument) -> None:
-        head = self._head
-        if self._computing is not None:
-            self._out.append(Cancel())
+        heads = (self._head, self._other_head)
+        self._cancel()
         self._forget_run()
-        self._sent.clear()
-        self._run = run
-        self._head = head if head is not None and head.run == run.run else None
+        self._forget_requests()
+        self._run, self._files = run, RunFiles(run, retry_s=self._retry_s)
+        self._head = next((head for head in heads if head is not None and head.run == run.run), None)
         if self._outbox is not None and self._outbox[0] != run.run:
             self._drop_outbox()
         self._say("joining")
@@ -236,55 +225,24 @@ class Device:
         self._is_enrolled = True
         if order.action == "welcome":
             self._ordinal = order.ordinal
-        self._sent.pop("hello", None)
-
-    def _replay(self, records: tuple[UpdateRecord, ...]) -> None:
-        for record in records:
-            if self.replica is None or record.index != self.replica.index:
-                continue
-            try:
-                self.replica.apply(record)
-            except ProtocolError as error:
-                self._diverged(error.message)
-                return
-
-    def _diverged(self, detail: str) -> None:
-        """Start over from the seed; a second failure in a row means that this machine computes something else."""
-        self._divergences += 1
-        if self._divergences > 1 or self.replica is None:
-            self._refuse(SelfTestError(f"replaying the log fails: {detail}", hint="run fedzo-device doctor"))
-            return
-        self.replica.restore_from_start()
-        self._sent.pop("log", None)
+        self._greeting.forget()
 
     def _computed(self, event: Computed) -> None:
         task, outcome = self._computing, event.outcome
         if task is None or task.number != event.number:
             return
-        self._computing = None
-        if outcome is None or self._run is None or self.replica is None:
+        self._computing, self._is_cancelled = None, False
+        if outcome is None or self._run is None:
             return
-        report = Report(
-            kind=task.kind,
-            round=task.round,
-            session=self._hello.session,
-            samples=outcome.samples,
-            weights_digest=self.replica.digest,
-            mean_loss=outcome.mean_loss,
-            queries=outcome.queries,
-            elapsed_ms=outcome.elapsed_ms,
-            peak_rss_kib=outcome.peak_rss_kib,
-            blocks=outcome.blocks,
-            decline=outcome.decline,
-        )
+        report = make_report(task, outcome, self._hello.session)
         self._answered = max(self._answered, task.round)
         if self._head is None or task.round < self._head.round:
             return  # The round closed without us.
         self._outbox = (self._run.run, report)
-        self._sent.pop("report", None)
+        self._delivery.forget()
         self._out.append(SaveReport(self._run.run, report))
         if outcome.detail:
-            self._say(self._presence.status, detail=outcome.detail[:200])
+            self._say(self._presence.status, detail=outcome.detail)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -293,24 +251,27 @@ class Device:
         if not self._online:
             return
         self.stage = "waiting"
-        if self._run is None:
+        if self._run is None or self._files is None:
             return
-        starts = self._head is not None and self._head.run == self._run.run and self._head.phase != "enrol"
+        starts = self._head is not None and self._head.phase != "enrol"
         if not self._is_enrolled or (self._ordinal is None and starts):
             self.stage = "greeting"
-            if self._due("hello", now):
+            if self._greeting.is_due(now):
                 self._out.append(Send(Channel.HELLO, self._hello))
             return
         self._deliver(now)
-        if self._due("presence", now):
-            self._out.append(Send(Channel.STATE, self._presence))  # A broker may lose even what it retained.
+        if self._heartbeat.is_due(now):  # A broker may lose even what it retained.
+            self._say(self._presence.status, detail=self._presence.detail)
         if self._computing is not None and self._head is not None and self._computing.round != self._head.round:
-            self._out.append(Cancel())
-        if self._artifact_missing(now) or self._head is None or self._head.run != self._run.run:
+            self._cancel()
+        run, files, head = self._run, self._files, self._head
+        if self._artifact_missing(run, files, now):
             return
-        if self._mask_missing(now) or self._behind(self._head, now):
+        self.stage = "waiting"
+        if head is None or self._mask_missing(run, files, head, now):
             return
-        self._work(self._run, self._head, now)
+        if self._follower is not None and not self._is_behind(self._follower, head, now):
+            self._work(run, head, self._follower.replica)
 
     def _deliver(self, now: float) -> None:
         if self._outbox is None:
@@ -318,143 +279,97 @@ class Device:
         report = self._outbox[1]
         if self._head is not None and self._head.round > report.round:
             self._drop_outbox()
-        elif self._due("report", now):
+        elif self._delivery.is_due(now):
             self._out.append(Send(Channel.REPORT, report))
 
-    def _artifact_missing(self, now: float) -> bool:
+    def _artifact_missing(self, run: RunDocument, files: RunFiles, now: float) -> bool:
         """Fetch the manifest, plan, fetch the graphs, in this order: a plan that does not fit loads nothing."""
-        assert self._run is not None
-        if self._manifest is None:
-            self._fetch(bytes.fromhex(self._run.manifest_sha256), self._run.manifest_size, now, read=True)
+        self.stage = "fetching"
+        if files.manifest is None:
+            self._out += files.pull_manifest(now)
             return True
         if self._planned is None:
             self.stage = "planning"
-            if "plan" not in self._sent:
-                self._sent["plan"] = math.inf
-                self._out.append(Plan(self._run, self._manifest))
+            if not self._is_planning:
+                self._is_planning = True
+                self._out.append(Plan(run, files.manifest))
             return True
-        for graph in self._manifest.graphs:
-            if not self._blobs.has(graph.sha256):
-                self._fetch(graph.sha256, graph.size, now, read=False)
-                return True
+        if (steps := files.pull_graphs(now)) is not None:
+            self._out += steps
+            return True
         if self._presence.status == "joining":
             self._say("ready")
         return False
 
-    def _mask_missing(self, now: float) -> bool:
+    def _mask_missing(self, run: RunDocument, files: RunFiles, head: Announcement, now: float) -> bool:
         """Get the announced mask, the replica that starts from it, and an engine for it."""
-        assert self._run is not None and self._manifest is not None and self._head is not None
-        wanted = self._head.mask_sha256
-        if self._replica_mask != wanted:
-            if wanted and self._mask_data[0] != wanted:
-                self._fetch(bytes.fromhex(wanted), self._head.mask_size, now, read=True)
+        assert files.manifest is not None
+        wanted, manifest = head.mask_sha256, files.manifest
+        if self._followed_mask != wanted:
+            found = files.pull_mask(head, manifest.layout, now)
+            if not isinstance(found, Mask):
+                self.stage = "fetching"
+                self._out += found
                 return True
-            layout = self._manifest.layout
-            mask = Mask.decode(self._mask_data[1], layout) if wanted else Mask.dense(layout)
-            self._mask, self._mask_data = mask, ("", b"")
-            settings = self._run.training
-            self.replica = Replica(
-                layout, mask, self._manifest.seed, self._run.settings.seed, settings.directions, settings.optimiser
+            self._mask, training = found, run.training
+            replica = Replica(
+                manifest.layout, found, manifest.seed, run.settings.seed, training.directions, training.optimiser
             )
-            self._replica_mask, self._divergences = wanted, 0
-        if self._prepared_mask != wanted and self._head.phase in _KINDS:
+            self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
+        if self._prepared_mask != wanted and head.phase in KINDS:
             self.stage = "preparing"
-            if "prepare" not in self._sent:
-                self._sent["prepare"] = math.inf
-                self._out.append(Prepare(self._run, self._manifest, self._mask, wanted))
+            if not self._is_preparing:
+                self._is_preparing = True
+                self._out.append(Prepare(run, manifest, self._mask, wanted))
             return True
         return False
 
-    def _behind(self, head: Announcement, now: float) -> bool:
-        """Replay up to the announced log; the chain digest proves that it is the same log."""
-        assert self.replica is not None
-        if not head.log_head:
+    def _is_behind(self, follower: LogFollower, head: Announcement, now: float) -> bool:
+        """Ask for the update records up to the announced log, if there is anything to ask for."""
+        if follower.has_reached(head):
             return False
-        if self.replica.index > head.log_length:
-            # An update comes before the head that counts it; a head that stays behind is of a server that lost some.
-            self.stage = "following"
-            if now - self._sent.setdefault("ahead", now) >= self._retry_s:
-                del self._sent["ahead"]
-                self._diverged(f"the server's log has {head.log_length} records, this one {self.replica.index}")
-            return True
-        self._sent.pop("ahead", None)
-        if self.replica.index == head.log_length and self.replica.head.hex() != head.log_head:
-            self._diverged(f"the log of {head.log_length} records has another head here")
-            if self.finished:
-                return True
-        if self.replica.index < head.log_length:
-            self.stage = "following"
-            if self._due("log", now):
-                count = min(LOG_REQUEST_RECORDS, head.log_length - self.replica.index)
-                self._out.append(Send(Channel.GET, LogRequest(self.replica.index, count)))
-            return True
-        self._sent.pop("log", None)
-        self._divergences = 0
-        return False
+        self.stage = "idle" if follower.is_ahead(head) else "following"
+        if (request := follower.request(head, now)) is not None:
+            self._out.append(Send(Channel.GET, request))
+        return True
 
-    def _work(self, run: RunDocument, head: Announcement, now: float) -> None:
-        assert self.replica is not None
-        self.stage = "idle"
+    def _work(self, run: RunDocument, head: Announcement, replica: Replica) -> None:
         if self._computing is not None:
             self.stage = "computing"
-            return
-        if head.phase == "done":
+        elif head.phase == "done":
             self.stage = "done"
             self._say("done")
             self._finish(None)
-            return
-        if self._outbox is not None:
+        elif self._outbox is not None:
             self.stage = "reporting"
-            return
-        if head.phase not in _KINDS or head.round <= self._answered or self._ordinal is None:
-            return
-        members = unpack_participants(head.participants)
-        rank = int(np.searchsorted(members, self._ordinal))
-        if rank == members.size or members[rank] != self._ordinal:
-            return
-        positions = np.zeros(0, dtype=np.int64)
-        if head.phase == "train":
-            positions = positions_of(run.training.assignment, head.round, head.cursor, head.k, rank, members.size)
-        self.stage = "computing"
-        self._tasks += 1
-        self._computing = Task(
-            self._tasks, _KINDS[head.phase], head.round, self._ordinal, positions, self.replica.weights.copy()
-        )
-        self._out.append(Compute(self._computing))
-
-    # --- blobs --------------------------------------------------------------------------------------------------
-
-    def _fetch(self, sha256: bytes, size: int, now: float, *, read: bool) -> None:
-        self.stage = "fetching"
-        self._out += self._blobs.fetch(sha256, size, now, read=read)
-
-    def _blob_found(self, event: BlobFound) -> None:
-        self._blobs.found(event)
-        if not event.present or self._run is None:
-            return
-        if self._manifest is None and event.sha256.hex() == self._run.manifest_sha256:
-            try:
-                self._manifest = Manifest.decode(event.data)
-            except ArtifactError as error:
-                self._refuse(error)
-        elif self._head is not None and event.sha256.hex() == self._head.mask_sha256:
-            self._mask_data = (event.sha256.hex(), event.data)
+        else:
+            self.stage = "idle"
+            if head.round <= self._answered or self._ordinal is None:
+                return
+            task = make_task(run, head, self._ordinal, self._tasks + 1, replica)
+            if task is not None:
+                self.stage = "computing"
+                self._tasks, self._computing = task.number, task
+                self._out.append(Compute(task))
 
     # --- small --------------------------------------------------------------------------------------------------
 
-    def _due(self, key: str, now: float) -> bool:
-        """Whether to send what ``key`` stands for now; notes the time if so."""
-        if now < self._sent.get(key, -math.inf) + self._period(key):
-            return False
-        self._sent[key] = now
-        return True
+    def _cancel(self) -> None:
+        if self._computing is not None and not self._is_cancelled:
+            self._is_cancelled = True
+            self._out.append(Cancel())
 
-    def _period(self, key: str) -> float:
-        return max(PRESENCE_S, self._retry_s) if key == "presence" else self._retry_s
+    def _forget_requests(self) -> None:
+        """Whatever was asked for may never come; what this machine itself works on will."""
+        self._greeting.forget()
+        self._delivery.forget()
+        for part in (self._files, self._follower):
+            if part is not None:
+                part.forget_requests()
 
     def _drop_outbox(self) -> None:
         self._outbox = None
-        self._sent.pop("report", None)
+        self._delivery.forget()
         self._out.append(DropReport())
 
     def _say(self, status: Status, *, detail: str = "") -> None:
@@ -463,22 +378,26 @@ class Device:
             self._presence,
             status=status,
             run=self._run.run if self._run else "",
-            detail=detail,
+            detail=_line(detail),
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
             planned_peak_mib=self._planned or 0.0,
         )
         if self._online:
-            self._sent["presence"] = self._now
+            self._heartbeat.postpone(self._now)
             self._out.append(Send(Channel.STATE, self._presence))
 
     def _refuse(self, error: FedzoError) -> None:
         kind = "does not fit: " if isinstance(error, MemoryBudgetError) else ""
-        self._say("refused", detail=f"{kind}{error.message}"[:500])
+        self._say("refused", detail=f"{kind}{error.message}")
         self._finish(error)
 
     def _finish(self, error: FedzoError | None) -> None:
         self.finished = True
-        if self._computing is not None:
-            self._out.append(Cancel())
+        self._cancel()
         self._out.append(Finish(error))
+
+
+def _line(text: str) -> str:
+    """A text as it can travel: not too long, and without the lone surrogates of undecodable file names."""
+    return text[:MAX_DETAIL].encode("utf-8", "replace").decode()

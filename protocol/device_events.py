@@ -243,6 +243,7 @@ class Task:
         ordinal: This device's number in the run.
         positions: ``int64[k]``, directions to probe; empty unless probing.
         weights: ``float32[n_survivors]``, a copy that belongs to the task.
+        weights_digest: Digest of those weights, 16 bytes.
     """
 
     number: int
@@ -251,6 +252,7 @@ class Task:
     ordinal: int
     positions: NDArray[np.int64]
     weights: NDArray[np.float32]
+    weights_digest: bytes = bytes(16)
 
 
 @dataclass(frozen=True)

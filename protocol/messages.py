@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .directions import MAX_POSITION
+from .documents import Phase
 from .errors import ProtocolError
 from .wire import (
     COUNT,
@@ -30,6 +31,7 @@ from .wire import (
 )
 
 __all__ = [
+    "KINDS",
     "MAX_SEGMENTS",
     "MAX_UPDATE_BYTES",
     "Decline",
@@ -52,6 +54,13 @@ class ReportKind(enum.IntEnum):
     SALIENCY = 1  # blocks: sensitivities, moments, layer totals
     PROBE = 2  # one block: directional derivatives, one per position
     EVALUATE = 3  # one block: loss sum, correct, samples
+
+
+KINDS: dict[Phase, ReportKind] = {
+    "saliency": ReportKind.SALIENCY,
+    "train": ReportKind.PROBE,
+    "evaluate": ReportKind.EVALUATE,
+}  # which reports a phase asks for
 
 
 class Decline(enum.IntEnum):

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from .aggregation import check_report
 from .coordinator_events import ServerEvaluated
-from .documents import Announcement, Phase
+from .documents import Announcement
 from .errors import ProtocolError, QuorumError
 from .manifest import Manifest
-from .messages import Decline, Report, ReportKind
+from .messages import KINDS, Decline, Report
 from .roster import Roster
 from .settings import RunSettings
 
 __all__ = ["KINDS", "OpenRound"]
-
-KINDS: dict[Phase, ReportKind] = {
-    "saliency": ReportKind.SALIENCY,
-    "train": ReportKind.PROBE,
-    "evaluate": ReportKind.EVALUATE,
-}
 
 
 class OpenRound:

@@ -158,6 +158,7 @@ def test_the_coordinators_slot_is_where_the_device_probes(round_: int) -> None:
     for name in "abcdef":
         roster.enrol(name, Hello(1, "", 0.0, 0, 0, "", ""))
     roster.number()
+    roster.number()
     head = Announcement("r", round_, "train", pack_participants(np.array([0, 2, 3, 5])), k=3, cursor=12)
     current = OpenRound(head, roster)
     assert current.participants == ("a", "c", "d", "f")

@@ -71,11 +71,12 @@ def test_requests_are_repeated_only_when_they_are_due() -> None:
     assert [request.offset for request in first] == [0, BLOCK_BYTES]
     assert download.requests(1.0) == []
     assert download.requests(5.9) == []
-    assert download.wakeup == 6.0
+    wakeups = [download.wakeup]
     download.add(serve(data, first[0]))
     assert [request.offset for request in download.requests(6.0)] == [BLOCK_BYTES]
     download.forget_requests()
-    assert download.wakeup is None
+    wakeups.append(download.wakeup)
+    assert wakeups == [6.0, None]
     assert [request.offset for request in download.requests(6.1)] == [BLOCK_BYTES]
 
 
@@ -183,12 +184,12 @@ def test_a_download_that_nobody_wants_any_more_does_not_wake_the_device() -> Non
     fetcher.fetch(old, 2 * BLOCK_BYTES, 0.0, read=True)
     fetcher.found(BlobFound(old, present=False))
     fetcher.fetch(old, 2 * BLOCK_BYTES, 0.0, read=True)
-    assert fetcher.wakeup == RETRY_S
+    wakeups = [fetcher.wakeup]
     (command,) = fetcher.fetch(new, 10, 1.0, read=True)
-    assert fetcher.wakeup is None
+    wakeups.append(fetcher.wakeup)
     fetcher.found(store.do(command))
     assert fetcher.has(new)
-    assert fetcher.wakeup is None
+    assert [*wakeups, fetcher.wakeup] == [RETRY_S, None, None]
 
 
 def test_the_bytes_of_a_blob_that_is_there_are_read_again() -> None:

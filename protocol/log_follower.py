@@ -1,0 +1,122 @@
+"""How a device keeps its weights at the head of the server's log: replay, ask for what is missing, start over."""
+
+from __future__ import annotations
+
+from .documents import Announcement
+from .errors import ProtocolError, SelfTestError
+from .messages import UpdateRecord
+from .repeater import Repeater
+from .transfers import LogRequest, LogSlice
+from .update import Replica
+
+__all__ = ["LogFollower"]
+
+REQUEST_RECORDS = 1024
+
+
+class LogFollower:
+    """The replica of one run and mask.
+
+    A record of another log is no proof of anything: it may be late, or of another run. What proves that this log went
+    wrong is a record that was asked for, or an announcement that names another head; then the replica starts over from
+    the seed, once. A second time in a row means that this machine computes something else than the server.
+
+    Args:
+        replica: At the start of the log.
+        retry_s: A request that is not answered in this time is repeated.
+
+    Attributes:
+        replica: The weights; updated in place.
+    """
+
+    def __init__(self, replica: Replica, *, retry_s: float) -> None:
+        self.replica = replica
+        self._question = Repeater(retry_s)
+        self._is_expecting = False
+        self._latest_round = -1
+        self._divergences = 0
+
+    @property
+    def wakeup(self) -> float | None:
+        """When :meth:`request` may have something to repeat."""
+        return self._question.wakeup
+
+    def forget_requests(self) -> None:
+        """After a reconnect: whatever was asked for may never come."""
+        self._question.forget()
+        self._is_expecting = False
+
+    def hear(self, record: UpdateRecord) -> None:
+        """Take an update as the server makes it; anything but the next one of this very log changes nothing.
+
+        Raises:
+            SelfTestError: See the class.
+        """
+        if record.index == self.replica.index and record.parent == self.replica.head:
+            self._apply(record)
+
+    def read(self, part: LogSlice) -> None:
+        """Take the answer to a request; one that nobody waits for changes nothing.
+
+        Raises:
+            SelfTestError: See the class.
+        """
+        before = self.replica.index
+        for record in part.records if self._is_expecting else ():
+            if record.index == self.replica.index and not self._apply(record):
+                return
+        if self.replica.index > before:
+            self.forget_requests()
+
+    def has_reached(self, head: Announcement) -> bool:
+        """Whether the weights are those that the announced round starts from.
+
+        An update comes before the announcement that counts it, so that a replica which is ahead only waits; unless the
+        announcement is of a later round: then the server has lost updates.
+
+        Raises:
+            SelfTestError: See the class.
+        """
+        if not head.log_head:
+            return True
+        replica = self.replica
+        if replica.index > head.log_length and head.round > self._latest_round:
+            self._start_over(f"the server's log has {head.log_length} records, this one {replica.index}")
+        if replica.index == head.log_length:
+            if replica.head.hex() == head.log_head:
+                self._divergences = 0
+                self.forget_requests()
+                return True
+            self._start_over(f"the log of {head.log_length} records has another head here")
+        return False
+
+    def is_ahead(self, head: Announcement) -> bool:
+        """Whether the announcement is older than the weights."""
+        return self.replica.index > head.log_length
+
+    def request(self, head: Announcement, now: float) -> LogRequest | None:
+        """What to ask for now, if anything."""
+        missing = head.log_length - self.replica.index
+        if missing < 1 or not self._question.is_due(now):
+            return None
+        self._is_expecting = True
+        return LogRequest(self.replica.index, min(REQUEST_RECORDS, missing))
+
+    def _apply(self, record: UpdateRecord) -> bool:
+        try:
+            self.replica.apply(record)
+        except ProtocolError as error:
+            self._start_over(error.message)
+            return False
+        self._latest_round = record.round
+        return True
+
+    def _start_over(self, detail: str) -> None:
+        self._divergences += 1
+        if self._divergences > 1:
+            raise SelfTestError(f"replaying the log fails: {detail}", hint="run fedzo-device doctor")
+        self.replica.restore_from_start()
+        self._latest_round = -1
+        self._expected = (
+            False  # The next request waits for its time, so that a repeated answer is not a second failure.
+        )

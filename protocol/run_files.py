@@ -1,0 +1,87 @@
+"""The files of a run on a device: the manifest, the graphs that it names, and the mask of the day."""
+
+from __future__ import annotations
+
+from .blobs import BlobFetcher
+from .device_events import BlobFound, DeviceCommand
+from .documents import Announcement, RunDocument
+from .errors import ProtocolError
+from .layout import Layout
+from .manifest import Manifest
+from .mask import Mask
+from .transfers import BlobBlock
+
+__all__ = ["RunFiles"]
+
+
+class RunFiles:
+    """Gets the files one after another, out of the local store or from the server.
+
+    Args:
+        run: Names the manifest.
+        retry_s: A block that has not come after this time is asked for again.
+
+    Attributes:
+        manifest: The artifact's description, once it is there.
+    """
+
+    def __init__(self, run: RunDocument, *, retry_s: float) -> None:
+        self.manifest: Manifest | None = None
+        self._run = run
+        self._blobs = BlobFetcher(retry_s=retry_s)
+        self._wanted_mask = ""
+        self._mask_data = b""
+
+    @property
+    def wakeup(self) -> float | None:
+        """When something may have to be asked for again."""
+        return self._blobs.wakeup
+
+    def forget_requests(self) -> None:
+        """After a reconnect: whatever was asked for may never come."""
+        self._blobs.forget_requests()
+
+    def add(self, block: BlobBlock) -> list[DeviceCommand]:
+        """Take a block from the server."""
+        return self._blobs.add(block)
+
+    def found(self, event: BlobFound) -> None:
+        """Take the local store's answer.
+
+        Raises:
+            ArtifactError: The manifest cannot be used.
+        """
+        self._blobs.found(event)
+        name = event.sha256.hex()
+        if event.present and name == self._run.manifest_sha256:
+            self.manifest = Manifest.decode(event.data)
+        elif event.present and name == self._wanted_mask:
+            self._mask_data = event.data
+
+    def pull_manifest(self, now: float) -> list[DeviceCommand]:
+        """The next step towards the manifest."""
+        return self._blobs.fetch(bytes.fromhex(self._run.manifest_sha256), self._run.manifest_size, now, read=True)
+
+    def pull_graphs(self, now: float) -> list[DeviceCommand] | None:
+        """The next step towards the graphs; None when all of them are there."""
+        for graph in self.manifest.graphs if self.manifest else ():
+            if not self._blobs.has(graph.sha256):
+                return self._blobs.fetch(graph.sha256, graph.size, now, read=False)
+        return None
+
+    def pull_mask(self, head: Announcement, layout: Layout, now: float) -> list[DeviceCommand] | Mask:
+        """The announced mask, or the next step towards it.
+
+        Raises:
+            ProtocolError: It is no mask of this layout, or its announced size is none that such a mask can have.
+        """
+        if not head.mask_sha256:
+            return Mask.dense(layout)
+        if self._wanted_mask != head.mask_sha256:
+            largest = layout.size // 7 + 1024  # one bit an entry, and what zlib adds when it gains nothing
+            if head.mask_size > largest:
+                raise ProtocolError(f"the announced mask of {head.mask_size} bytes is over the limit of {largest}")
+            self._wanted_mask, self._mask_data = head.mask_sha256, b""
+        if not self._mask_data:
+            return self._blobs.fetch(bytes.fromhex(head.mask_sha256), head.mask_size, now, read=True)
+        return Mask.decode(self._mask_data, layout)

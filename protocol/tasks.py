@@ -1,0 +1,71 @@
+"""From an announcement to a device's task, and from what came of it to the report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from .device_events import Outcome, Task
+from .documents import Announcement, RunDocument, unpack_participants
+from .errors import ProtocolError
+from .messages import KINDS, Decline, Report, ReportKind
+from .settings import positions_of
+from .update import Replica
+
+__all__ = ["make_report", "make_task"]
+
+
+def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, replica: Replica) -> Task | None:
+    """What the announced round asks of a device.
+
+    Args:
+        run: The run.
+        head: The round.
+        ordinal: The device's number in the run.
+        number: Of the task.
+        replica: At the round's weights.
+
+    Returns:
+        The task, or None if the round has no work for this device.
+
+    Raises:
+        ProtocolError: The set of participants cannot be unpacked.
+    """
+    kind = KINDS.get(head.phase)
+    if kind is None:
+        return None
+    members = unpack_participants(head.participants)
+    rank = int(np.searchsorted(members, ordinal))
+    if rank == members.size or members[rank] != ordinal:
+        return None
+    positions = np.zeros(0, dtype=np.int64)
+    if kind is ReportKind.PROBE:
+        positions = positions_of(run.training.assignment, head.round, head.cursor, head.k, rank, members.size)
+    return Task(number, kind, head.round, ordinal, positions, replica.weights.copy(), replica.digest)
+
+
+def make_report(task: Task, outcome: Outcome, session: int) -> Report:
+    """The report of a task; scalars that could not be sent become a report that declines."""
+    if not np.isfinite(outcome.mean_loss) or not all(bool(np.isfinite(block).all()) for block in outcome.blocks):
+        outcome = dataclasses.replace(outcome, blocks=(), mean_loss=0.0, decline=outcome.decline or Decline.NON_FINITE)
+    try:
+        return _report(task, outcome, session)
+    except ProtocolError:
+        return _report(task, Outcome((), 0, decline=outcome.decline or Decline.FAILED), session)
+
+
+def _report(task: Task, outcome: Outcome, session: int) -> Report:
+    return Report(
+        kind=task.kind,
+        round=task.round,
+        session=session,
+        samples=outcome.samples,
+        weights_digest=task.weights_digest,
+        mean_loss=outcome.mean_loss,
+        queries=outcome.queries,
+        elapsed_ms=outcome.elapsed_ms,
+        peak_rss_kib=outcome.peak_rss_kib,
+        blocks=outcome.blocks,
+        decline=outcome.decline,
+    )

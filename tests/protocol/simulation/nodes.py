@@ -1,0 +1,255 @@
+"""The shells around both state machines: disks, clocks and crashes, no threads and no files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from fedzo.protocol import coordinator_events as server_events
+from fedzo.protocol import device_events
+from fedzo.protocol.codec import BinaryMessage, decode
+from fedzo.protocol.coordinator import Coordinator
+from fedzo.protocol.coordinator_events import RecordKind
+from fedzo.protocol.device import Device
+from fedzo.protocol.device_events import Outcome, Task
+from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, ServerPresence
+from fedzo.protocol.mask import Mask
+from fedzo.protocol.messages import Report, UpdateRecord
+from fedzo.protocol.topics import Channel, topic
+from fedzo.protocol.transfers import BlobBlock, LogRequest, LogSlice
+from tests.protocol.simulation.fakes import FakeEngine, fake_graphs, tiny_manifest
+from tests.protocol.simulation.network import FEDERATION, LATENCY_S, SERVER, Node, Simulation
+
+SLICE_RECORDS = 3  # few, so that catching up takes several requests
+Entry = tuple[RecordKind, int, str, bytes]
+
+
+class DeviceNode(Node):
+    """The shell of one device.
+
+    Attributes:
+        machine: Its state machine; None before the first start.
+        error: Why it left, if it did.
+        computed: ``(session, round)`` of every task it worked on to the end.
+        stages: Every stage it was seen in.
+        alter: Changes what the engine measured, for devices that misbehave.
+    """
+
+    def __init__(self, world: Simulation, name: str, *, compute_s: float = 0.2) -> None:
+        super().__init__(world, name)
+        self.engine = FakeEngine(name)
+        self.compute_s = compute_s
+        self.session = 0
+        self.blobs: dict[bytes, bytes] = {}
+        self.outbox: tuple[str, Report] | None = None
+        self.machine: Device | None = None
+        self.error: Exception | None = None
+        self.computed: list[tuple[int, int]] = []
+        self.stages: set[str] = set()
+        self.alter: Callable[[Task, Outcome], Outcome] = lambda _, outcome: outcome
+        self._prepared: tuple[RunDocument, Mask] | None = None
+        self._task: Task | None = None
+
+    @property
+    def wakeup(self) -> float | None:
+        assert self.machine is not None
+        return self.machine.wakeup
+
+    @property
+    def left(self) -> bool:
+        """Whether it is done or has refused."""
+        return self.machine is not None and self.machine.finished
+
+    def start(self) -> None:
+        self.session += 1
+        self.alive, self._prepared, self._task = True, None, None
+        hello = Hello(self.session, "tests", 64.0, 12, 12, "none", "none")
+        self.machine = Device(hello, outbox=self.outbox, retry_s=1.0)
+        self.later(LATENCY_S, lambda: self.world.broker.connect(self))
+
+    def will(self) -> tuple[str, bytes]:
+        return topic(FEDERATION, Channel.STATE, self.name), Presence(self.session, "lost").encode()
+
+    def on_link(self, up: bool) -> None:
+        self.handle(device_events.Connected() if up else device_events.Disconnected())
+
+    def tick(self) -> None:
+        self.handle(device_events.Tick())
+
+    def receive(self, channel: Channel, device: str, message: Document | BinaryMessage) -> None:
+        self.handle(device_events.Received(channel, message))
+
+    def handle(self, event: device_events.DeviceEvent) -> None:
+        """One event and its commands."""
+        if not self.alive or self.machine is None:
+            return
+        for command in self.machine.on(event, self.clock):
+            if self.world.crashes():
+                self.world.crash(self)
+                return
+            self._do(command)
+        self.stages.add(self.machine.stage)
+        if self.machine.stage in ("greeting", "following", "reporting") and self.online and not self.left:
+            assert self.machine.wakeup is not None, f"{self.name} would wait for ever, {self.machine.stage}"
+        self.sleep()
+
+    def _do(self, command: device_events.DeviceCommand) -> None:
+        if isinstance(command, device_events.Send):
+            self.world.broker.publish(self, command.channel, command.message, self.name)
+        elif isinstance(command, device_events.FindBlob):
+            data = self.blobs.get(command.sha256)
+            found = device_events.BlobFound(command.sha256, data is not None, data if data and command.read else b"")
+            self.later(0.0, lambda: self.handle(found))
+        elif isinstance(command, device_events.StoreBlob):
+            assert hashlib.sha256(command.data).digest() == command.sha256
+            self.blobs[command.sha256] = command.data
+            stored = device_events.BlobFound(command.sha256, True, command.data if command.read else b"")
+            self.later(0.0, lambda: self.handle(stored))
+        elif isinstance(command, device_events.Plan):
+            planned = device_events.Planned(command.run.run, 12.5)
+            self.later(0.05, lambda: self.handle(planned))
+        elif isinstance(command, device_events.Prepare):
+            assert all(graph.sha256 in self.blobs for graph in command.manifest.graphs)
+            self.later(0.1, functools.partial(self._prepare, command))
+        elif isinstance(command, device_events.Compute):
+            assert self._task is None, "two tasks at once"
+            assert self._prepared is not None
+            assert self._prepared[1].n_survivors == command.task.weights.size
+            self._task = command.task
+            seconds = self.compute_s * self.world.random.uniform(0.5, 1.5)
+            self.later(seconds, functools.partial(self._answer, command.task))
+        elif isinstance(command, device_events.Cancel):
+            if self._task is not None:
+                number, self._task = self._task.number, None
+                self.later(0.0, lambda: self.handle(device_events.Computed(number, None)))
+        elif isinstance(command, device_events.SaveReport):
+            report = decode(command.report.encode())
+            assert isinstance(report, Report)
+            self.outbox = (command.run, report)
+        elif isinstance(command, device_events.DropReport):
+            self.outbox = None
+        else:
+            self.error = command.error
+            self.later(1.0, lambda: self.world.broker.disconnect(self, will=False))
+
+    def _prepare(self, command: device_events.Prepare) -> None:
+        self._prepared = (command.run, command.mask)
+        self.handle(device_events.Prepared(command.run.run, command.mask_sha256))
+
+    def _answer(self, task: Task) -> None:
+        if self._task is task and self._prepared is not None:
+            run, mask = self._prepared
+            self._task = None
+            self.computed.append((self.session, task.round))
+            outcome = self.alter(task, self.engine.answer(run, mask, task))
+            self.handle(device_events.Computed(task.number, outcome))
+
+
+class ServerNode(Node):
+    """The shell of the coordinator.
+
+    Attributes:
+        journal: What is on its disk.
+        machine: Its state machine; None before the first start.
+        error: Why the run stopped, if it did.
+        trace: Every command in the order in which it was carried out.
+    """
+
+    def __init__(self, world: Simulation, run: RunDocument, *, has_test_set: bool) -> None:
+        super().__init__(world, SERVER)
+        self.run = run
+        self.journal: list[Entry] = []
+        self.machine: Coordinator | None = None
+        self.error: Exception | None = None
+        self.trace: list[server_events.CoordinatorCommand] = []
+        self._has_test_set = has_test_set
+        self._birth = 0
+        self._blobs: dict[bytes, bytes] = {}
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """The state machine of the present life, or the last one."""
+        assert self.machine is not None
+        return self.machine
+
+    @property
+    def wakeup(self) -> float | None:
+        return self.coordinator.wakeup
+
+    @property
+    def left(self) -> bool:
+        """Whether the run is done or stopped."""
+        return self.coordinator.finished
+
+    def start(self) -> None:
+        self.alive, self._birth = True, self._birth + 1
+        manifest = tiny_manifest()
+        files = [manifest.encode(), *fake_graphs().values()]
+        self._blobs = {hashlib.sha256(data).digest(): data for data in files}
+        self.machine = Coordinator(self.run, manifest, birth=self._birth, has_test_set=self._has_test_set)
+        for command in self.machine.restore(self.journal):
+            self._do(command)
+        self.later(LATENCY_S, lambda: self.world.broker.connect(self))
+
+    def will(self) -> tuple[str, bytes]:
+        return topic(FEDERATION, Channel.SERVER), ServerPresence(False, self._birth).encode()
+
+    def on_link(self, up: bool) -> None:
+        if up:
+            self.handle(server_events.Connected())
+
+    def tick(self) -> None:
+        self.handle(server_events.Tick())
+
+    def receive(self, channel: Channel, device: str, message: Document | BinaryMessage) -> None:
+        self.handle(server_events.DeviceSaid(device, channel, message))
+
+    def handle(self, event: server_events.CoordinatorEvent) -> None:
+        """One event and its commands."""
+        if not self.alive:
+            return
+        for command in self.coordinator.on(event, self.clock):
+            if self.world.crashes():
+                self.world.crash(self)
+                return
+            self.trace.append(command)
+            self._do(command)
+        self.sleep()
+
+    def _do(self, command: server_events.CoordinatorCommand) -> None:
+        if isinstance(command, server_events.Record):
+            self.journal.append((command.kind, command.round, command.device, command.payload))
+        elif isinstance(command, server_events.Send):
+            self.world.broker.publish(self, command.channel, command.message, command.device)
+        elif isinstance(command, server_events.OfferBlob):
+            assert hashlib.sha256(command.data).digest() == command.sha256
+            self._blobs[command.sha256] = command.data
+        elif isinstance(command, server_events.ServeBlob):
+            self._serve_blob(command)
+        elif isinstance(command, server_events.ServeLog):
+            self._serve_log(command.device, command.request)
+        elif isinstance(command, server_events.Evaluate):
+            loss = FakeEngine(SERVER).loss(command.mask, command.weights.astype(np.float64))
+            self.later(0.3, lambda: self.handle(server_events.ServerEvaluated(command.round, loss, 0.5, 10)))
+        else:
+            self.error = command.error
+            self.later(1.0, lambda: self.world.broker.disconnect(self))
+
+    def _serve_blob(self, command: server_events.ServeBlob) -> None:
+        request, data = command.request, self._blobs.get(command.request.sha256)
+        if data is not None and request.offset < len(data):
+            part = data[request.offset : request.offset + request.length]
+            block = BlobBlock(request.sha256, request.offset, len(data), part)
+            self.world.broker.publish(self, Channel.BLOCK, block, command.device)
+
+    def _serve_log(self, device: str, request: LogRequest) -> None:
+        payloads = [payload for kind, _, _, payload in self.journal if kind == "update"]
+        records = []
+        for payload in payloads[request.first : request.first + min(request.count, SLICE_RECORDS)]:
+            record = decode(payload)
+            assert isinstance(record, UpdateRecord)
+            records.append(record)
+        self.world.broker.publish(self, Channel.BLOCK, LogSlice(request.first, tuple(records)), device)

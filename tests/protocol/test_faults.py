@@ -1,0 +1,98 @@
+"""Whole runs through lost, repeated, late and reordered messages, crashes, partitions and brokers that forget.
+
+A run is a function of its seed; FEDZO_FAULT_RUNS sets how many are tried.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from tests.protocol.simulation.network import Faults, Node
+from tests.protocol.simulation.world import World, check_end
+
+RUNS = int(os.environ.get("FEDZO_FAULT_RUNS", "40"))
+FAULTY_S = 300.0
+ROUNDS, LAST_ROUNDS = 15, 5
+
+
+def settings_of(seed: int) -> RunSettings:
+    """Settings that differ from seed to seed in everything that changes the course of a round."""
+    steps = (0, 1, 3)[seed % 3]
+    return RunSettings(
+        seed=seed,
+        sparsity=0.6 if steps else 0.0,
+        saliency=SaliencySettings(steps=max(1, steps), samples=16, draws=seed % 2),
+        training=TrainingSettings(
+            rounds=ROUNDS,
+            directions=("hadamard", "rademacher", "gaussian")[seed // 3 % 3],
+            assignment=("dealt", "shared")[seed // 2 % 2],
+            k=5,
+            learning_rate=0.05,
+        ),
+        devices=4,
+        quorum=2 + seed % 2,
+        deadline_s=8.0,
+        enrol_deadline_s=30.0,
+        patience=1_000,
+        evaluate_every=2,
+    )
+
+
+def is_faulty(world: World) -> bool:
+    """Whether things still go wrong: until a few rounds before the end, as who is away when a run ends stays behind."""
+    return world.now < FAULTY_S and world.server.coordinator.replica.index < ROUNDS - LAST_ROUNDS
+
+
+def misfortune(world: World) -> None:
+    """Something bad happens to somebody, again and again."""
+    if not is_faulty(world):
+        return
+    source = world.random
+    node: Node = source.choice(list(world.nodes()))
+    kind = source.randrange(7)
+    if kind == 0:
+        world.crash(node)
+    elif kind == 1:
+        world.break_link(node, source.uniform(0.1, 12))
+    elif kind == 2:
+        world.crash(world.server)
+    elif kind == 3:
+        world.restart_broker(keep_retained=source.random() < 0.5)
+    elif kind == 4:
+        node.clock_ahead_s += source.choice([0.5, 10.0, 100.0])
+    elif kind == 5:
+        world.faults = Faults(
+            drop=source.choice([0.0, 0.05, 0.3]),
+            duplicate=source.choice([0.0, 0.2, 0.5]),
+            delay_s=source.choice([0.0, 0.5, 5.0]),
+            crash=source.choice([0.0, 0.0, 0.005, 0.03]),
+        )
+    else:
+        world.faults = Faults()
+    world.later(source.uniform(0.1, 6), lambda: misfortune(world))
+
+
+def heal(world: World) -> None:
+    """From here on nothing goes wrong any more; everybody is started and connected."""
+    world.faults = Faults()
+    for node in world.nodes():
+        if not node.alive:
+            node.start()
+        elif not node.online:
+            world.broker.connect(node)
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
+    world = World(settings_of(seed), 4, seed=seed, has_test_set=bool(seed % 2))
+    for node in world.devices.values():
+        node.compute_s = 1.5
+    world.start()
+    misfortune(world)
+    world.run(lambda: not is_faulty(world))
+    heal(world)
+    world.finish(limit_s=2_000)
+    check_end(world)
