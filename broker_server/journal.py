@@ -312,9 +312,9 @@ def _open(path: Path, *, read_only: bool) -> sqlite3.Connection:
     connection = _connect(path, "mode=ro")
     try:
         connection.execute("PRAGMA user_version").fetchone()
-    except sqlite3.OperationalError:
+    except sqlite3.DatabaseError as error:
         connection.close()
-        if path.with_name(path.name + "-wal").exists():
+        if not isinstance(error, sqlite3.OperationalError) or path.with_name(path.name + "-wal").exists():
             raise
         # Even a reader makes the index of the write-ahead log. Where it cannot, on read-only media, nobody writes.
         connection = _connect(path, "mode=ro&immutable=1")

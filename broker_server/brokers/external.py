@@ -38,19 +38,25 @@ class ExternalBroker(Broker):
         self.description = f"external broker {self.url}: logins, topic rights and limits are its own"
 
     def start(self) -> None:
-        """Connect once with a throw-away client id.
+        """Connect once.
 
         Raises:
             BrokerError: It cannot be reached, or refuses the login.
             ConfigError: A TLS file cannot be used.
         """
+        # A broker that ties client ids to user names takes the probe for the server itself. Then it must neither wipe
+        # the server's session nor acknowledge what waits there.
+        name = self.login.username if self.login else f"fedzo-probe-{secrets.token_hex(4)}"
         probe = MqttTransport(
             self.url,
-            f"fedzo-probe-{secrets.token_hex(4)}",
+            name,
             on_event=lambda _event: None,
             username=self.login.username if self.login else None,
             password=self.login.password if self.login else None,
             tls=self.tls,
+            clean_start=self.login is None,
+            session_expiry_s=86_400 if self.login else 0,
+            manual_ack=True,
         )
         probe.connect(_TIMEOUT_S)
         probe.close()

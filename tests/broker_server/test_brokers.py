@@ -463,6 +463,25 @@ def test_a_missing_amqtt_leads_to_the_pip_command(monkeypatch: pytest.MonkeyPatc
     assert "pip install 'fedzo[server]'" in caught.value.hint
 
 
+@needs_mosquitto
+def test_probing_an_external_broker_leaves_the_servers_queue_alone(connect: Connect) -> None:
+    credentials = Credentials.generate("farm", ["dev-1"])
+    server_login, login = credentials.server, credentials.devices[0]
+    with MosquittoBroker(port=0, credentials=credentials) as real:
+
+        def server() -> Client:
+            return connect(
+                real.url, server_login.username, username=server_login.username, password=server_login.password,
+                subscriptions=["fedzo/v1/farm/d/+/report"], clean_start=False, session_expiry_s=86_400, manual_ack=True,
+            )  # fmt: skip
+
+        server().transport.close()
+        device = connect(real.url, "dev-1", username=login.username, password=login.password)
+        device.wait(Delivered, message_id=device.transport.publish("fedzo/v1/farm/d/dev-1/report", b"while away"))
+        ExternalBroker(real.url, login=server_login).start()
+        assert server().wait(Arrived).payload == b"while away"
+
+
 def test_an_external_broker_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedzo.broker_server.brokers.external._TIMEOUT_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -276,7 +276,10 @@ def test_a_copy_on_read_only_media_can_be_read(path: Path) -> None:
     if os.geteuid() == 0:
         for parent in [path.parent.parent, path.parent.parent.parent]:
             parent.chmod(0o755)
-        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", *command]
+        nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+        if subprocess.run([*nobody, sys.executable, "-c", "import fedzo.broker_server.journal"]).returncode:
+            pytest.skip("another user than root cannot run this interpreter")
+        command = nobody + command
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.stdout == "1\n", done.stderr
@@ -410,11 +413,11 @@ def test_nothing_that_was_reported_is_lost_by_kill_9(path: Path) -> None:
         ) as writer:
             assert writer.stdout is not None
             assert writer.stderr is not None
-            first = writer.stdout.readline()
-            assert first, writer.stderr.read()
-            time.sleep(dice.uniform(0.0, 0.15))
+            lines = [writer.stdout.readline() for _ in range(dice.randrange(5, 40))]
+            assert lines[0], writer.stderr.read()
+            time.sleep(dice.uniform(0.0, 0.01))
             writer.send_signal(signal.SIGKILL)
-            lines = [first, *(line for line in writer.stdout if line.endswith("\n"))]
+            lines += [line for line in writer.stdout if line.endswith("\n")]
         numbers = [int(line) for line in lines]
         assert numbers == list(range(numbers[0], numbers[-1] + 1))
         assert numbers[0] > printed
@@ -426,4 +429,3 @@ def test_nothing_that_was_reported_is_lost_by_kill_9(path: Path) -> None:
         for sequence, entry in stored:
             assert entry == Entry("report", entry.round, "dev", str(entry.round).encode() * 50, 0.0)
             assert entry.round == sequence - 1
-    assert printed > 20

@@ -274,7 +274,7 @@ def test_the_brokers_own_words_are_passed_on(connect: Connect) -> None:
     def throw_out(link: FakeLink) -> None:
         link.connack()
         link.suback(link.read()[2])
-        link.send(b"\xe0\x01\x8e")
+        link.send(b"\xe0\x06\x8e\x04\x1f\x00\x01x")  # with a reason string: paho 2.0 skips shorter ones
 
     with FakeBroker(throw_out, accept) as broker:
         client = connect(broker.url, "twin", subscriptions=["a"])
