@@ -177,7 +177,7 @@ class Worker:
         dataset = self._data(manifest.input_shape, manifest.n_classes)
         layout = manifest.layout
 
-        def phase(graphs: tuple[str, ...], n_survivors: int, batch: int) -> MemoryPlan:
+        def phase(graphs: tuple[str, ...], n_survivors: int, batch: int, resident_bytes: int) -> MemoryPlan:
             return plan(
                 manifest,
                 n_survivors,
@@ -186,13 +186,15 @@ class Worker:
                 batch=batch,
                 micro_batch=limits.micro_batch,
                 threads=limits.threads,
-                dataset_bytes=dataset.resident_bytes,
+                dataset_bytes=resident_bytes,
             )
 
-        survivors = layout.size - round(settings.sparsity * layout.maskable_size)
-        plans = [phase(TRAINING_GRAPHS, survivors, settings.training.batch)]
+        survivors, resident = layout.size - round(settings.sparsity * layout.maskable_size), dataset.resident_bytes
+        plans = [phase(TRAINING_GRAPHS, survivors, settings.training.batch, resident)]
         if settings.sparsity > 0:
-            plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples))
+            # While weights are scored, the replica of the state machine is dense: weights and two moments.
+            samples, resident = settings.saliency.samples, resident + 12 * layout.size
+            plans.append(phase(SCORING_GRAPHS, layout.size, samples, resident))
         self.plans = tuple(plans)
         return Planned(command.run.run, max(p.planned_peak_mib for p in plans))
 
