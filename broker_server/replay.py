@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ..protocol.coordinator import Coordinator
 from ..protocol.documents import RunDocument, parse
 from ..protocol.errors import ArtifactError
-from .journal import Journal, SqliteJournal
+from .journal import Entry, Journal, SqliteJournal
 from .run_folder import RunFolder
 
-__all__ = ["replay_run", "run_document"]
+__all__ = ["begin_run", "replay_run", "run_document"]
+
+
+def begin_run(journal: Journal, run: RunDocument) -> None:
+    """Make the document the first entry of an empty journal, so that whatever follows can be resumed."""
+    journal.append([Entry("run", 0, "", run.encode(), time.time())])
 
 
 def run_document(journal: Journal, path: Path) -> RunDocument:
     """The document that the run began with.
 
     Raises:
-        ArtifactError: The journal has none: the server ended before the first broker connection.
+        ArtifactError: The journal has none: the server was killed as it made it.
     """
     for _, entry in journal.read(kinds={"run"}):
         return parse(RunDocument, entry.payload)

@@ -168,7 +168,7 @@ class Server:
             batch = [self._events.get(timeout=wait_s)]
         except queue.Empty:
             if (failure := self._broker.failure()) is not None:
-                raise BrokerError(f"the broker is gone: {failure}", hint="resume the run") from None
+                raise BrokerError(f"the broker is gone: {failure}", hint="see why it ended") from None
             return [machine.Tick()]
         until = time.monotonic() + BATCH_S
         while len(batch) < BATCH_EVENTS and (left_s := until - time.monotonic()) > 0:

@@ -16,7 +16,7 @@ from typing import Any
 from ..broker_server.brokers.choose import open_broker
 from ..broker_server.brokers.credentials import Login
 from ..broker_server.journal import SqliteJournal
-from ..broker_server.replay import run_document
+from ..broker_server.replay import begin_run, run_document
 from ..broker_server.run_folder import RunFolder
 from ..broker_server.server import Progress, Server
 from ..broker_server.summary import Summary, summarise
@@ -24,7 +24,7 @@ from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
 from ..edge_runtime.endpoint import TlsConfig, read_password
 from ..protocol.documents import RunDocument
-from ..protocol.errors import ConfigError
+from ..protocol.errors import BrokerError, ConfigError, QuorumError
 from ..protocol.manifest import Manifest
 from ..protocol.settings import RunSettings
 from .command import show_config
@@ -121,24 +121,21 @@ def _resumed(
 
 def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) -> None:
     started = time.monotonic()
-    resuming = folder is not None
-    if folder is None:
-        assert settings.artifact is not None
-        manifest = load_artifact(settings.artifact).manifest
-        _check(settings, manifest)
-        test_set = _test_set(settings, manifest)
-        folder = RunFolder.create(settings.runs, settings.artifact, name=settings.run)
-        (folder.path / PLACE_NAME).write_text(json.dumps(settings.place(), indent=1) + "\n")
-    else:
-        test_set = _test_set(settings, folder.artifact.manifest)
+    manifest = _manifest(settings) if folder is None else folder.artifact.manifest
+    test_set = _test_set(settings, manifest)
     login = None
     if settings.username is not None:
         login = Login(settings.username, read_password(settings.password_file) or "")
     tls = TlsConfig(ca=settings.ca) if settings.ca is not None else None
     with ExitStack() as stack:
-        journal = stack.enter_context(SqliteJournal(folder.journal_path))
-        run = run_document(journal, folder.path) if resuming else folder.document(settings.run_settings())
+        # The lock of a run is taken before its broker is started, but a new run only begins once there is one.
+        journal = stack.enter_context(SqliteJournal(folder.journal_path)) if folder is not None else None
         broker = stack.enter_context(open_broker(settings.broker, settings.host, settings.port, login=login, tls=tls))
+        if folder is None or journal is None:
+            folder = _new_folder(settings)
+            journal = stack.enter_context(SqliteJournal(folder.journal_path))
+            begin_run(journal, folder.document(settings.run_settings()))
+        run = run_document(journal, folder.path)
         observer = stack.enter_context(_progress(output, run))
         server = Server(
             folder, run, broker, journal, federation=settings.federation, test_set=test_set, observer=observer
@@ -147,11 +144,29 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         output.say(f"run {run.run} in {folder.path}")
         output.say(f"broker: {broker.description}")
         output.say(f"devices join with: fedzo-device join {broker.url} --federation {settings.federation} --data ...")
-        server.serve()
+        try:
+            server.serve()
+        except (BrokerError, QuorumError) as error:
+            error.hint = f"{error.hint}; then: fedzo serve --resume {folder.path}"
+            raise
         summary = summarise(server.coordinator, journal, server.traffic)
     _report(output, folder, summary, round(time.monotonic() - started, 1))
     if signal.SIGINT in received:
         raise KeyboardInterrupt
+
+
+def _manifest(settings: ServeSettings) -> Manifest:
+    assert settings.artifact is not None
+    manifest = load_artifact(settings.artifact).manifest
+    _check(settings, manifest)
+    return manifest
+
+
+def _new_folder(settings: ServeSettings) -> RunFolder:
+    assert settings.artifact is not None
+    folder = RunFolder.create(settings.runs, settings.artifact, name=settings.run)
+    (folder.path / PLACE_NAME).write_text(json.dumps(settings.place(), indent=1) + "\n")
+    return folder
 
 
 def _check(settings: ServeSettings, manifest: Manifest) -> None:

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ SAMPLES = 40
 RUN = "small"
 CLI = ("-m", "fedzo.cli")
 DEVICE = ("-m", "fedzo.edge_runtime")
-CRASHING = str(Path(__file__).with_name("crashing.py"))
+RIGGED = str(Path(__file__).with_name("rigged.py"))
 TIMEOUT_S = 90.0
 POLL_S = 0.01
 
@@ -92,6 +93,13 @@ class Process:
         return self._err.read_text()
 
     @property
+    def error(self) -> dict[str, Any]:
+        """The JSON object of a failed end."""
+        (line,) = self.stdout.splitlines()
+        error: dict[str, Any] = json.loads(line)["error"]
+        return error
+
+    @property
     def running(self) -> bool:
         return self._process.poll() is None
 
@@ -109,6 +117,11 @@ class Process:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} runs after {timeout_s:g} s:\n{self.stderr}") from None
+
+    def child(self, program: str) -> int:
+        """Process id of the one child that runs a program; 0 while there is none."""
+        found = [pid for pid, name, parent in _processes() if parent == self.pid and name == program]
+        return found[0] if found else 0
 
     def answer(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """The one JSON object of a successful end."""
@@ -139,6 +152,15 @@ def wait_for(
         time.sleep(POLL_S)
 
 
+def _processes() -> Iterator[tuple[int, str, int]]:
+    """Id, name and parent of everything that runs (proc(5), ``/proc/pid/stat``)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # It ended meanwhile.
+            text = path.read_text()
+            name, _, rest = text.partition("(")[2].rpartition(")")
+            yield int(path.parent.name), name, int(rest.split()[1])
+
+
 class Fleet:
     """One run: its server, its devices, its folder.
 
@@ -167,6 +189,7 @@ class Fleet:
         self.url = url or f"mqtt://127.0.0.1:{port}"
         self.path = folder / "runs" / RUN
         self.processes: list[Process] = []
+        self.boards: list[Process] = []
 
     # --- programs ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +205,7 @@ class Fleet:
         number: int,
         *options: object,
         program: Sequence[object] = (sys.executable, *DEVICE),
-        crash: str = "",
+        rig: str = "",
         name: str = "",
     ) -> Process:
         """Start (again) the device of a number.
@@ -191,33 +214,34 @@ class Fleet:
             number: From 0; its data and its state folder belong to it.
             options: Further options of ``fedzo-device join``.
             program: What runs it.
-            crash: Where it kills itself, see ``crashing.py``.
+            rig: See ``rigged.py``.
             name: Device id.
         """
         name = name or f"board-{number}"
-        if crash:
-            program = (sys.executable, CRASHING, crash, "device")
+        if rig:
+            program = (sys.executable, RIGGED, rig, "device")
         command = [*program, "join", self.url, "--data", self.data[number], "--id", name, "--retry", "1"]
         return self.start(name, [*command, "--state", self.folder / f"state-{name}", "--json", *options])
 
-    def devices(self, *options: object) -> list[Process]:
-        """Start all."""
-        return [self.device(number, *options) for number in range(len(self.data))]
+    def devices(self, *options: object, rig: str = "") -> list[Process]:
+        """Start all; they are the ``boards``."""
+        self.boards = [self.device(number, *options, rig=rig) for number in range(len(self.data))]
+        return self.boards
 
-    def serve(self, *options: object, crash: str = "") -> Process:
+    def serve(self, *options: object, rig: str = "") -> Process:
         """Start the server of a new run; options go last, so they win."""
         n = len(self.data)
         command = ["serve", self.artifact, "--runs", self.folder / "runs", "--run", RUN, "--test-data", self.test_data]
         command += ["--devices", n, "--quorum", n, "--rounds", 6, "--k", 16, "--batch", 8, "--sigma", 0.001]
         command += ["--saliency-samples", 8, "--evaluate-every", 3, "--deadline", 60, "--enrol-deadline", 60]
-        return self.start("server", [*self._server(crash), *command, *self._place, "--json", *options])
+        return self.start("server", [*self._server(rig), *command, *self._place, "--json", *options])
 
-    def resume(self, *options: object, crash: str = "") -> Process:
+    def resume(self, *options: object, rig: str = "") -> Process:
         """Start the server again."""
-        return self.start("server", [*self._server(crash), "serve", "--resume", self.path, "--json", *options])
+        return self.start("server", [*self._server(rig), "serve", "--resume", self.path, "--json", *options])
 
-    def _server(self, crash: str) -> tuple[str, ...]:
-        return (sys.executable, CRASHING, crash, "server") if crash else (sys.executable, *CLI)
+    def _server(self, rig: str) -> tuple[str, ...]:
+        return (sys.executable, RIGGED, rig, "server") if rig else (sys.executable, *CLI)
 
     def fedzo(self, *arguments: object) -> dict[str, Any]:
         """Run a command of `fedzo` to its end."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 
+import pytest
+
+from fedzo.broker_server.brokers.mosquitto import find_mosquitto
 from tests.end_to_end.conftest import Finished, MakeFleet
-from tests.end_to_end.fleet import agree
+from tests.end_to_end.fleet import Fleet, Process, agree, wait_for
+
+needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 
 # In the order in which a run passes them; the counts start again with every process.
 POINTS = (
+    "after:run:1",
     "after:enrolment:1",
     "before:announce:1",
     "after:announce:1",
@@ -27,21 +35,24 @@ POINTS = (
 )
 
 
+def finish(fleet: Fleet, server: Process, expected: Finished) -> None:
+    """The run ends with the weights of the undisturbed one; nothing was lost and nothing counted twice."""
+    answer = server.answer()
+    assert agree(answer, [device.answer() for device in fleet.boards]) == expected.digest
+    assert (answer["reports"], answer["refused"]) == (expected.server["reports"], 0)
+
+
 def test_the_server_is_killed_at_every_kind_of_point(
     undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str
 ) -> None:
     """The broker and the devices go on; the server's next process dies a little later in the run."""
     fleet = fleets(url=mosquitto_url)
-    devices = fleet.devices()
-    server = fleet.serve(crash=POINTS[0])
-    for point in (*POINTS[1:], ""):
+    fleet.devices()
+    server = fleet.serve(rig=POINTS[0])
+    for point, following in zip(POINTS, (*POINTS[1:], ""), strict=True):
         assert server.wait() == -signal.SIGKILL, (point, server.stdout, server.stderr)
-        server = fleet.resume(crash=point)
-    answer = server.answer()
-    assert agree(answer, [device.answer() for device in devices]) == undisturbed.digest
-    # Nothing was lost and nothing counted twice.
-    assert answer["reports"] == undisturbed.server["reports"]
-    assert answer["refused"] == 0
+        server = fleet.resume(rig=following)
+    finish(fleet, server, undisturbed)
 
 
 def test_a_finished_run_is_over_at_once(undisturbed: Finished) -> None:
@@ -53,3 +64,84 @@ def test_a_finished_run_is_over_at_once(undisturbed: Finished) -> None:
     assert answer["digests_agree"] is True
     assert answer["accuracy"] == undisturbed.server["accuracy"]
     assert len(fleet.entries()) == before
+
+
+@needs_mosquitto
+def test_a_managed_mosquitto_that_is_killed_comes_back(undisturbed: Finished, fleets: MakeFleet) -> None:
+    fleet = fleets()
+    fleet.devices(rig="hasty")
+    server = fleet.serve()
+    fleet.await_entries("update", 2)
+    broker = server.child("mosquitto")
+    os.kill(broker, signal.SIGKILL)
+    finish(fleet, server, undisturbed)
+    assert any("connected again" in device.stderr for device in fleet.boards)
+
+
+@needs_mosquitto
+def test_the_server_is_killed_and_mosquitto_with_it(undisturbed: Finished, fleets: MakeFleet) -> None:
+    """No broker outlives its server, and the next one finds the port free."""
+    fleet = fleets()
+    fleet.devices(rig="hasty")
+    server = fleet.serve(rig="after:update:2")
+    assert server.wait() == -signal.SIGKILL
+    wait_for(lambda: not listens(fleet.url), "mosquitto to end with its server", 10.0)
+    assert all(device.running for device in fleet.boards)
+    finish(fleet, fleet.resume(), undisturbed)
+
+
+@needs_mosquitto
+def test_a_broker_that_cannot_be_started_again_ends_the_server_not_the_run(
+    undisturbed: Finished, fleets: MakeFleet
+) -> None:
+    fleet = fleets()
+    fleet.devices(rig="hasty")
+    server = fleet.serve(rig="last-broker")
+    fleet.await_entries("update", 1)
+    os.kill(server.child("mosquitto"), signal.SIGKILL)
+    assert server.wait() == 5, server.stderr
+    assert server.error["kind"] == "BrokerError"
+    assert "mosquitto ended with signal SIGKILL" in server.error["message"]
+    assert str(fleet.path) in server.error["hint"]
+    finish(fleet, fleet.resume(), undisturbed)
+
+
+@needs_mosquitto
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_server_that_is_asked_to_stop_can_be_resumed(
+    undisturbed: Finished, fleets: MakeFleet, number: signal.Signals, code: int
+) -> None:
+    fleet = fleets()
+    fleet.devices(rig="hasty")
+    server = fleet.serve()
+    fleet.await_entries("update", 2)
+    server.signal(number)
+    assert server.wait(20.0) == code, server.stderr
+    assert len(server.stdout.splitlines()) == 1
+    assert f"fedzo serve --resume {fleet.path}" in server.stderr
+    assert not listens(fleet.url)
+    assert len(fleet.entries("update")) < undisturbed.server["rounds"]
+    assert all(device.running for device in fleet.boards)
+    finish(fleet, fleet.resume(), undisturbed)
+
+
+def test_one_server_a_run(undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str) -> None:
+    """A second one is refused, and the first one does not notice."""
+    fleet = fleets(url=mosquitto_url)
+    server = fleet.serve()
+    server.until("devices join with")
+    second = fleet.resume()
+    assert second.wait() == 3, second.stderr
+    assert second.error["kind"] == "ConfigError"
+    assert f"in use by process {server.pid}" in second.error["message"]
+    fleet.devices()
+    finish(fleet, server, undisturbed)
+
+
+def listens(url: str) -> bool:
+    host, _, port = url.removeprefix("mqtt://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return True
+    except OSError:
+        return False

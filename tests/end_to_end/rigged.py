@@ -1,15 +1,17 @@
-"""Runs a fedzo program that kills itself with SIGKILL at a named point: POINT server|device ARGUMENT...
+"""Runs a fedzo program that is rigged, mostly to kill itself at a named point: RIG server|device ARGUMENT...
 
-=======================  ===============================================================
-point                    dies
-=======================  ===============================================================
-``before:KIND:N``        server, before the Nth entry of a kind is committed
-``after:KIND:N``         server, right after, before anything is sent or acknowledged
-``sent:CHANNEL:N``       server, with the Nth message of a channel handed to the broker
-``computing:N``          device, at the beginning of its Nth probe
-``saved:N``              device, with its Nth report in the outbox and not sent
-``received:N``           device, with the Nth receipt, the report still in the outbox
-=======================  ===============================================================
+=====================  =======================================================================
+rig                    what happens
+=====================  =======================================================================
+``before:KIND:N``      the server dies before the Nth entry of a kind is committed
+``after:KIND:N``       right after, before anything is sent or acknowledged
+``sent:CHANNEL:N``     with the Nth message of a channel handed to the broker
+``last-broker``        the server does not start a broker again that died
+``computing:N``        the device dies at the beginning of its Nth probe
+``saved:N``            with its Nth report in the outbox and not sent
+``received:N``         with the Nth receipt, the report still in the outbox
+``hasty``              the device tries a lost link again after a second at most
+=====================  =======================================================================
 
 SIGKILL leaves no handler, no ``finally`` and no flush; what is in the kernel stays.
 """
@@ -57,11 +59,15 @@ def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Call
     setattr(owner, name, wrapped)
 
 
-def arm_server(point: str) -> None:
+def rig_server(rig: str) -> None:
+    from fedzo.broker_server.brokers import child
     from fedzo.broker_server.journal import Entry, SqliteJournal
     from fedzo.edge_runtime.transport import MqttTransport
 
-    when, what, number = point.split(":")
+    if rig == "last-broker":
+        child._MOST_CRASHES = 1
+        return
+    when, what, number = rig.split(":")
     reached = Countdown(int(number))
 
     def on_append(_: object, entries: Sequence[Entry]) -> None:
@@ -79,11 +85,15 @@ def arm_server(point: str) -> None:
         wrap(SqliteJournal, "append", on_append if when == "before" else None, on_append if when == "after" else None)
 
 
-def arm_device(point: str) -> None:
+def rig_device(rig: str) -> None:
+    from fedzo.edge_runtime import retry
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
 
-    when, number = point.split(":")
+    if rig == "hasty":
+        retry._CAP_S = 1.0
+        return
+    when, number = rig.split(":")
     reached = Countdown(int(number))
 
     def count(*_: object, **__: object) -> None:
@@ -99,15 +109,15 @@ def arm_device(point: str) -> None:
 
 
 def main() -> int:
-    point, role, *arguments = sys.argv[1:]
+    rig, role, *arguments = sys.argv[1:]
     if role == "server":
         from fedzo.cli.main import main as server
 
-        arm_server(point)
+        rig_server(rig)
         return server(arguments)
     from fedzo.edge_runtime.__main__ import main as device
 
-    arm_device(point)
+    rig_device(rig)
     return device(arguments)
 
 
