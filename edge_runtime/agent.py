@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..protocol import device_events as machine
 from ..protocol.device import RETRY_S, Device
 from ..protocol.documents import Hello, Presence, RunDocument
-from ..protocol.errors import ArtifactError, ConfigError, FedzoError, ProtocolError
+from ..protocol.errors import ArtifactError, BrokerError, ConfigError, FedzoError, ProtocolError
 from ..protocol.messages import ReportKind
 from ..protocol.topics import RETAINED, Channel, device_subscriptions, topic
 from ..protocol.wire import MAX_PAYLOAD_BYTES
@@ -286,7 +286,10 @@ class Agent:
             return
         if retain:  # What is retained replaces: an older message must not count as this one's equal later.
             self._pending = {key: number for key, number in self._pending.items() if key[0] is not channel}
-        self._pending[channel, payload] = transport.publish(self._topic(channel), payload, retain=retain)
+        try:
+            self._pending[channel, payload] = transport.publish(self._topic(channel), payload, retain=retain)
+        except BrokerError as error:
+            _log.debug("not sent: %s", error.message)  # Refused for good just now; the reason is on its way here.
 
     def _blob(self, command: machine.FindBlob | machine.StoreBlob) -> machine.DeviceEvent:
         store, sha256 = self._state.blobs, command.sha256

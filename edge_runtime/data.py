@@ -154,16 +154,18 @@ def count_samples(path: str | Path, *, holdout: float | None = None, limit_mib: 
         limit_mib: As for :func:`load_dataset`.
 
     Raises:
-        DataError: The data cannot be read.
+        DataError: The data cannot be read, or there are no training samples.
     """
     source = Path(path)
     parts = _locate(source, limit_mib)
     if parts:
-        counts = [len(labels()) for _, labels in parts]
+        counts = [labels().size for _, labels in parts]
     else:
         from .images import count_images
 
         counts = count_images(source)
+    if counts[0] == 0:
+        raise DataError(f"{source} has no training samples", hint="see the kinds of data in `fedzo-device join --help`")
     if len(counts) == 2:
         return counts[0], counts[1]
     held = _held_out(counts[0], holdout)

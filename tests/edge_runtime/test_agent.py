@@ -17,6 +17,7 @@ import pytest
 from fedzo.edge_runtime.agent import Agent
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.transport import Connected, MqttTransport
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
 from fedzo.protocol.errors import (
@@ -138,7 +139,7 @@ def test_a_run_from_hello_to_done(
     scores = diagonal_scores(manifest, dense.weights, scored.blocks[0], scored.blocks[1])
     mask = threshold(manifest.layout, scores, 0.8)
     encoded = mask.encode()
-    chosen = {"mask_sha256": server.offer(encoded), "mask_size": len(encoded)}
+    chosen: dict[str, Any] = {"mask_sha256": server.offer(encoded), "mask_size": len(encoded)}
 
     replica = replica_of(run, manifest, mask)
     for round_ in (2, 3):
@@ -149,7 +150,11 @@ def test_a_run_from_hello_to_done(
         assert [block.shape for block in probed.blocks] == [(K,)]
         step(server, replica, round_, probed.blocks[0])
 
-    log = {"log_length": replica.index, "log_head": replica.head.hex(), "weights_digest": replica.digest.hex()}
+    log: dict[str, Any] = {
+        "log_length": replica.index,
+        "log_head": replica.head.hex(),
+        "weights_digest": replica.digest.hex(),
+    }
     server.announce(4, "evaluate", **chosen, **log)
     counted = server.expect(Report)
     assert (counted.kind, counted.samples) == (ReportKind.EVALUATE, 10)
@@ -447,7 +452,7 @@ def test_a_declined_round_does_not_end_the_agent(
     agent = start(holdout=0.0)
     server.expect(Presence, status="ready")
     replica = dense_replica(run, manifest)
-    log = {"log_head": replica.head.hex(), "weights_digest": replica.digest.hex()}
+    log: dict[str, Any] = {"log_head": replica.head.hex(), "weights_digest": replica.digest.hex()}
     server.announce(1, "evaluate", **log)
     assert "holds no samples" in server.expect(Presence, status="ready", run="run-1").detail
     declined = server.expect(Report)
@@ -576,3 +581,24 @@ def test_stop_in_the_middle_of_a_round_leaves_at_once(
     assert time.monotonic() - started < 5.0
     assert server.expect(Presence, status="left").session == agent.state.session
     assert not any(thread.name == "fedzo-worker" for thread in threading.enumerate())
+
+
+def test_a_connection_refused_after_it_was_accepted_ends_with_the_reason(
+    start: Callable[..., RunningAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a broker does that refuses the subscriptions: the first words find the transport closed."""
+
+    def connect(transport: MqttTransport, _: float | None) -> None:
+        transport._on_event(Connected(False, "5", 1))
+        time.sleep(0.2)
+        raise BrokerError("the broker refused the subscriptions", hint="check the rights")
+
+    def publish(*_: object, **__: object) -> int:
+        raise BrokerError("the connection is closed")
+
+    monkeypatch.setattr(MqttTransport, "connect", connect)
+    monkeypatch.setattr(MqttTransport, "publish", publish)
+    agent = start()
+    agent.wait()
+    assert agent.error is not None
+    assert agent.error.message == "the broker refused the subscriptions"

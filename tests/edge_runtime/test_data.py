@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedzo.edge_runtime.arrays import read_idx, read_npy, read_npz
-from fedzo.edge_runtime.data import batch_indices, load_dataset
+from fedzo.edge_runtime.data import batch_indices, count_samples, load_dataset
 from fedzo.protocol.errors import ConfigError, DataError
 
 N = 12
@@ -83,6 +83,33 @@ def test_idx_test_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(_idx(_labels(2).astype(np.uint8)))
     for path in (tmp_path, tmp_path / "train-images-idx3-ubyte"):
         assert len(load_dataset(path, (1, 3, 3), 3).test) == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("holdout", [None, 0.0, 0.25, 0.99])
+def test_counts_are_those_of_the_loaded_data(tmp_path: Path, form: str, holdout: float | None) -> None:
+    path = _write(tmp_path, form, _images((4, 5)), _labels())
+    data = load_dataset(path, (1, 4, 5), 3, holdout=holdout)
+    assert count_samples(path, holdout=holdout) == (len(data.train), len(data.test))
+
+
+def test_counts_of_a_file_with_a_test_part_and_of_images(tmp_path: Path) -> None:
+    x, y = _images((2, 2)), _labels()
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    assert count_samples(tmp_path / "d.npz", holdout=0.5) == (N, 4)
+    root = _image_folder(tmp_path / "images", {"cat": 3, "dog": 2})
+    assert count_samples(root, holdout=0.4) == (3, 2)
+    _image_folder(tmp_path / "split" / "train", {"0": 3, "1": 1})
+    _image_folder(tmp_path / "split" / "val", {"0": 2})
+    assert count_samples(tmp_path / "split", holdout=0.4) == (4, 2)
+
+
+def test_data_without_samples_are_refused_before_there_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "d.npz", x=np.zeros((0, 2)), y=np.zeros(0))
+    for name in ("empty", "d.npz"):
+        with pytest.raises(DataError, match="no training samples"):
+            count_samples(tmp_path / name)
 
 
 def test_holdout_is_disjoint_complete_and_seeded(tmp_path: Path) -> None:
