@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ...protocol.errors import BrokerError, ConfigError
 from .base import Broker
 from .child import ChildBroker, choose_port, client_host
 from .credentials import Credentials
-from .private_files import read_private, write_private
+from .private_files import PrivateFolder, read_private, write_private
 
 __all__ = ["MosquittoBroker", "ServerTls", "find_mosquitto"]
 
@@ -89,7 +88,7 @@ class MosquittoBroker(Broker):
         self._local_port = 0
         self._tls = tls
         self._max_queued_messages = max_queued_messages
-        self._folder: Path | None = None
+        self._folder: PrivateFolder | None = None
         self._child: ChildBroker | None = None
         self.credentials = credentials
         self.login = credentials.server if credentials else None
@@ -119,12 +118,11 @@ class MosquittoBroker(Broker):
         else:
             host = client_host(self._host)
             self.url = f"mqtt://[{host}]:{self._port}" if ":" in host else f"mqtt://{host}:{self._port}"
-        # mkdtemp: mode 0700
-        self._folder = Path(tempfile.mkdtemp(prefix="fedzo-mosquitto-"))
+        self._folder = PrivateFolder("fedzo-mosquitto-")
         user = _unprivileged_user()
         try:
-            config = self._write_files(self._folder)
-            _give_to(user, self._folder)
+            config = self._write_files(self._folder.path)
+            _give_to(user, self._folder.path)
             child = ChildBroker(
                 [self._program, "-c", str(config)], name="mosquitto", host=self._host, port=self._port, user=user
             )
@@ -159,8 +157,8 @@ class MosquittoBroker(Broker):
             raise ConfigError("this broker was started without credentials; restart it with them")
         self.credentials = credentials
         if self._child is not None and self._folder is not None:
-            self._write_credentials(self._folder, credentials)
-            _give_to(_unprivileged_user(), self._folder)
+            self._write_credentials(self._folder.path, credentials)
+            _give_to(_unprivileged_user(), self._folder.path)
             self._child.signal(signal.SIGHUP)
 
     def _write_files(self, folder: Path) -> Path:
@@ -206,7 +204,7 @@ class MosquittoBroker(Broker):
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
             self._folder = None
 
 

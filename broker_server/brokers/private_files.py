@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 from ...protocol.errors import ConfigError
 
-__all__ = ["read_private", "write_private"]
+__all__ = ["PrivateFolder", "read_private", "write_private"]
+
+_OWNER = "owner.lock"
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -48,3 +52,49 @@ def read_private(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise ConfigError(f"{path} is larger than {limit_bytes} bytes")
     return data
+
+
+class PrivateFolder:
+    """A temporary folder, mode 0700. One whose owner was killed is removed when the next one is made.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """Make it, and sweep.
+
+        Raises:
+            ConfigError: The system's temporary folder cannot be written.
+        """
+        parent = Path(tempfile.gettempdir())
+        for abandoned in parent.glob(f"{prefix}*"):
+            _remove_abandoned(abandoned)
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            # The lock ends with this process, however it ends; children do not inherit it.
+            self._owner: int | None = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._owner, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(f"cannot make a folder in {parent}: {error.strerror}", hint="set TMPDIR") from None
+
+    def remove(self) -> None:
+        """Delete it with all that is in it. Idempotent."""
+        if self._owner is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._owner)
+            self._owner = None
+
+
+def _remove_abandoned(folder: Path) -> None:
+    try:
+        handle = os.open(folder / _OWNER, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return  # not ours, or just being made or removed
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        pass  # its owner lives
+    finally:
+        os.close(handle)

@@ -20,6 +20,7 @@ from fedzo.broker_server.brokers import choose as choose_module
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
+from fedzo.broker_server.brokers.private_files import PrivateFolder
 from fedzo.edge_runtime.transport import (
     Arrived,
     Connected,
@@ -404,6 +405,28 @@ def test_mosquitto_files_are_private_and_removed() -> None:
     finally:
         broker.stop()
     assert not folder.exists()
+
+
+def test_the_folder_of_a_killed_owner_is_swept_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "import os, sys, tempfile\n"
+        "from fedzo.broker_server.brokers.private_files import PrivateFolder\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "folder = PrivateFolder('fedzo-')\n"
+        "(folder.path / 'key.pem').write_text('secret')\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    own = PrivateFolder("fedzo-")
+    (tmp_path / "fedzo-foreign").mkdir()
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    other = PrivateFolder("fedzo-")
+    assert set(tmp_path.iterdir()) == {own.path, other.path, tmp_path / "fedzo-foreign"}
+    own.remove()
+    own.remove()
+    other.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["fedzo-foreign"]
 
 
 def test_the_embedded_broker_hides_passwords_from_the_process_list() -> None:
