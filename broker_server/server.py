@@ -119,6 +119,7 @@ class Server:
             broker.login.username if broker.login else f"fedzo-server-{federation}",
             username=broker.login.username if broker.login else None,
             password=broker.login.password if broker.login else None,
+            tls=broker.tls,
             on_event=self._events.put,
             subscriptions=server_subscriptions(federation),
             will=Will(self._goodbye.topic, self._goodbye.payload),
