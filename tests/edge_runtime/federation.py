@@ -87,7 +87,7 @@ class FakeServer:
         run: The run of new devices.
     """
 
-    def __init__(self, url: str, artifact: Path, run: RunDocument) -> None:
+    def __init__(self, url: str, artifact: Path, run: RunDocument, password: str | None = None) -> None:
         self.run = run
         self.acknowledge = True
         self.welcome = True
@@ -99,7 +99,12 @@ class FakeServer:
         self.problems: list[BaseException] = []
         self._ordinals: dict[str, int] = {}
         self._transport = MqttTransport(
-            url, "fedzo-server", on_event=self._on_event, subscriptions=server_subscriptions(FEDERATION)
+            url,
+            "fedzo-server",
+            on_event=self._on_event,
+            subscriptions=server_subscriptions(FEDERATION),
+            username=None if password is None else "fedzo-server",
+            password=password,
         )
         self._transport.connect(15.0)
         self.send(Channel.SERVER, ServerPresence(True, 1))

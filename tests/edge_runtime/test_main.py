@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from fedzo.broker_server.brokers.credentials import Credentials
+from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.edge_runtime.__main__ import main
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.protocol.documents import Hello, Presence, RunDocument
@@ -326,12 +328,33 @@ def test_two_processes_cannot_be_one_device(server: FakeServer, mosquitto: Any, 
     assert "--id or --state" in err
 
 
-def test_a_password_and_a_user_name_of_its_own(mosquitto: Any, data: Path, tmp_path: Path) -> None:
-    """Where no password is asked for, one that is given does no harm; the file is read and never shown."""
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+def test_a_broker_with_passwords_and_rights(
+    artifact: Path, run: RunDocument, data: Path, tmp_path: Path, spawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials = Credentials.generate("default", ["dev-a"])
+    broker = MosquittoBroker(port=0, credentials=credentials)
+    broker.start()
     password = tmp_path / "password"
-    password.write_text("hunter2\n")
-    code, out, err = finish(
-        "join", "mqtt://127.0.0.1:1", "--data", data, "--password-file", password, "--connect-timeout", 0.3, "--verbose"
-    )
-    assert code == 5
-    assert "hunter2" not in out + err
+    password.write_text(credentials.devices[0].password + "\n")
+    password.chmod(0o600)
+    server = FakeServer(broker.url, artifact, run, credentials.server.password)
+    try:
+        process = spawn("join", broker.url, "--data", data, "--id", "dev-a", "--password-file", password, "--verbose")
+        server.expect(Presence, status="ready")
+        announce_training(server, artifact, 1)
+        server.expect(Report)
+        server.announce(2, "done")
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        assert "did not take" not in err
+        assert credentials.devices[0].password not in err
+
+        for wrong in ("FEDZO_PASSWORD=wrong", "FEDZO_PASSWORD="):
+            monkeypatch.setenv(*wrong.split("=", 1))
+            code, _, err = finish("join", broker.url, "--data", data, "--id", "dev-a")
+            assert code == 5  # at once: the same words cannot help later
+            assert "not authori" in err.lower() or "password" in err.lower(), err
+    finally:
+        server.close()
+        broker.stop()
