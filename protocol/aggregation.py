@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 from .directions import round_coefficients
 from .errors import ProtocolError
 from .manifest import Manifest
-from .messages import Report, ReportKind
+from .messages import MAX_UPDATE_BYTES, Report, ReportKind, update_bytes
 from .settings import Assignment, RunSettings
+from .wire import MAX_SCALARS
 
-__all__ = ["Evaluation", "average_blocks", "check_report", "combine_probes", "evaluate_reports"]
+__all__ = [
+    "MAX_PARTICIPANTS",
+    "Evaluation",
+    "average_blocks",
+    "check_report",
+    "combine_probes",
+    "directions_per_device",
+    "evaluate_reports",
+]
 
+MAX_PARTICIPANTS = 24_000
 MAX_EVALUATED = float(1 << 32)
 
 
@@ -81,6 +91,18 @@ def _most_samples(kind: ReportKind, settings: RunSettings) -> int:
     if kind is ReportKind.PROBE:
         return settings.training.batch
     return settings.saliency.samples if kind is ReportKind.SALIENCY else int(MAX_EVALUATED)
+
+
+def directions_per_device(k: int, n_slots: int, n_positions: int) -> int:
+    """How many directions a device gets, so that whoever reports, the update fits one message.
+
+    Args:
+        k: What the settings ask for.
+        n_slots: Disjoint runs of positions that the round hands out, at most :data:`MAX_PARTICIPANTS`.
+        n_positions: After how many positions the directions repeat.
+    """
+    longest = MAX_UPDATE_BYTES - update_bytes((n_slots + 1) // 2, 0)  # every second device missing: most segments
+    return max(1, min(k, n_positions // n_slots, MAX_SCALARS // n_slots, longest // (4 * n_slots)))
 
 
 def combine_probes(

@@ -1,7 +1,7 @@
 """The server's half of the round, without I/O: ``on(event, now) -> commands``.
 
-What the run does next is a function of what the journal holds (:meth:`Coordinator._next_phase`), so a restart needs
-no state of its own: :meth:`Coordinator.restore` reads the entries back and the run goes on where they end.
+What the run does next is a function of what the journal holds (``run_progress.py``), so a restart needs no state of its
+own: :meth:`Coordinator.restore` reads the entries back and the run goes on where they end.
 
 ============  ==========================================  ====================================
 phase         lasts until                                 then
@@ -19,13 +19,9 @@ quorum. Under the quorum the deadline starts again; participants that cannot com
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 
-import numpy as np
-
-from .aggregation import average_blocks, combine_probes, evaluate_reports
 from .codec import decode
 from .coordinator_events import (
     Connected,
@@ -42,28 +38,17 @@ from .coordinator_events import (
     ServeLog,
     ServerEvaluated,
 )
-from .documents import (
-    Announcement,
-    Hello,
-    Order,
-    Phase,
-    Presence,
-    RunDocument,
-    ServerPresence,
-    pack_participants,
-    parse,
-)
+from .documents import Announcement, Hello, Order, Phase, Presence, RunDocument, ServerPresence, parse
 from .errors import FedzoError, ProtocolError, QuorumError
 from .manifest import Manifest
-from .mask import Mask, threshold
-from .messages import Receipt, Report, UpdateRecord, Verdict
-from .open_round import KINDS, OpenRound
+from .mask import Mask
+from .messages import KINDS, Receipt, Report, UpdateRecord, Verdict
+from .open_round import OpenRound
 from .roster import Member, Roster
-from .saliency import diagonal_scores
+from .run_progress import EvaluationRecord, RunProgress
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
 from .update import Replica
-from .wire import MAX_SCALARS
 
 __all__ = ["Coordinator"]
 
@@ -81,10 +66,7 @@ class Coordinator:
 
     Attributes:
         head: What is announced now.
-        replica: The weights.
-        mask: The survivors.
         roster: The devices.
-        evaluations: What evaluation rounds found, oldest first.
         finished: Whether :class:`Finish` was given.
     """
 
@@ -92,35 +74,33 @@ class Coordinator:
         self.run = run
         self.manifest = manifest
         self.roster = Roster()
-        self.evaluations: list[dict[str, float | int | str | None]] = []
         self.finished = False
         self.head = Announcement(run.run, 0, "enrol")
         self._settings = run.settings
+        self._progress = RunProgress(run, manifest)
         self._presence = ServerPresence(True, birth)
         self._has_test_set = has_test_set
-        self._scored = 0
-        self._evaluated_at = -1
-        self._cursor = 0
         self._round: OpenRound | None = None
         self._failures = 0
         self._gather_until: float | None = None
         self._gather_target = self._settings.devices
         self._out: list[CoordinatorCommand] = []
         self._recorded_run = False
-        self._set_mask(Mask.dense(manifest.layout), b"")
 
-    def _set_mask(self, mask: Mask, encoded: bytes) -> None:
-        self.mask, self._mask_size = mask, len(encoded)
-        self._mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
-        training = self.run.training
-        self.replica = Replica(
-            self.manifest.layout,
-            mask,
-            self.manifest.seed,
-            self._settings.seed,
-            training.directions,
-            training.optimiser,
-        )
+    @property
+    def mask(self) -> Mask:
+        """The survivors."""
+        return self._progress.mask
+
+    @property
+    def replica(self) -> Replica:
+        """The weights."""
+        return self._progress.replica
+
+    @property
+    def evaluations(self) -> list[EvaluationRecord]:
+        """What evaluation rounds found, oldest first."""
+        return self._progress.evaluations
 
     # --- the journal ----------------------------------------------------------------------------------------------
 
@@ -146,26 +126,29 @@ class Coordinator:
                 self.roster.enrol(device, parse(Hello, payload))
             elif kind == "announce":
                 self.head = parse(Announcement, payload)
-                if not self.roster.is_numbered:
-                    self.roster.number()
+                self.roster.number()
                 self._round = OpenRound(self.head, self.roster) if self.head.phase in KINDS else None
             elif kind == "report":
                 message = decode(payload)
                 if isinstance(message, Report) and self._round and round_ == self.head.round:
-                    self._round.reports[device] = message
+                    self._round.accept(device, message)
+            elif kind == "refusal" and device in self.roster.members:
+                self.roster.members[device].refused_round = round_
             elif kind == "mask":
                 self._adopt_mask(payload)
             elif kind == "update":
                 record = decode(payload)
                 assert isinstance(record, UpdateRecord)
-                self.replica.apply(record)
-                self._advance_cursor()
+                self._progress.adopt_update(self.head, record)
             elif kind == "evaluation":
-                self._adopt_evaluation(json.loads(payload))
+                self._progress.adopt_evaluation(json.loads(payload))
             elif kind == "phase":
                 self._adopt_end(device, payload)
             if kind in ("mask", "update", "evaluation"):
                 self._round = None
+        if self.head.phase in KINDS:  # Between two rounds, those of the last one are given time to come back.
+            last = self.roster.names_of(self.head.participants)
+            self._gather_target = self._settings.quorum if self._round else len(last)
         return self._out
 
     def _record(self, kind: RecordKind, payload: bytes, *, round_: int | None = None, device: str = "") -> None:
@@ -220,9 +203,10 @@ class Coordinator:
         if isinstance(message, Presence):
             if message.run in ("", self.run.run):
                 self._take_presence(member, message)
-        elif isinstance(message, Report):
-            member.silent = False
-            self._take_report(event.device, message)
+            return
+        member.silent = False
+        if isinstance(message, Report):
+            self._take_report(member, message)
         elif isinstance(message, BlobRequest):
             self._out.append(ServeBlob(event.device, message))
         elif isinstance(message, LogRequest) and message.first < self.replica.index:
@@ -255,22 +239,23 @@ class Coordinator:
             order = Order(self.run.run, "enrol", member.session)
         self._out.append(Send(Channel.COMMAND, order, member.name))
 
-    def _take_report(self, device: str, report: Report) -> None:
+    def _take_report(self, member: Member, report: Report) -> None:
         if self._round is None or report.round != self.head.round:
             verdict = Verdict.LATE
-        elif device in self._round.reports:
+        elif member.name in self._round.reports:
             verdict = Verdict.DUPLICATE
         else:
             try:
-                self._round.check(device, report, self.manifest, self._settings, self.replica.digest)
-                self._record("report", report.encode(), device=device)
-                self._round.reports[device] = report
+                self._round.check(member.name, report, self.manifest, self._settings, self.replica.digest)
+                self._record("report", report.encode(), device=member.name)
+                self._round.accept(member.name, report)
                 verdict = Verdict.ACCEPTED
             except ProtocolError as error:
-                self._record("refusal", error.message.encode(), device=device)
-                self.roster.members[device].refused_round = report.round
+                if member.refused_round != report.round:  # Once a round: a device must not fill the disk.
+                    self._record("refusal", error.message.encode(), device=member.name)
+                member.refused_round = report.round
                 verdict = Verdict.REFUSED
-        self._out.append(Send(Channel.ACK, Receipt(report.round, verdict), device))
+        self._out.append(Send(Channel.ACK, Receipt(report.round, verdict), member.name))
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
@@ -279,34 +264,23 @@ class Coordinator:
         if self._round is not None:
             self._close_if_due(self._round, now)
         while self._round is None and not self.finished:
-            phase = self._next_phase()
+            phase = self._progress.next_phase()
             if phase == "done":
                 self._end(now)
                 return
             if not self._gathered(now):
                 return
-            if not self.roster.is_numbered:
-                self.roster.number()
-                for member in self.roster.members.values():
-                    self._welcome(member)
             self._close_if_due(self._open(phase, now), now)
-
-    def _next_phase(self) -> Phase:
-        settings, length = self._settings, self.replica.index
-        if settings.sparsity > 0 and self._scored < settings.saliency.steps:
-            return "saliency"
-        every = settings.evaluate_every
-        due = length == settings.training.rounds or (every > 0 and length > 0 and length % every == 0)
-        if due and self._evaluated_at != length:
-            return "evaluate"
-        return "train" if length < settings.training.rounds else "done"
 
     def _gathered(self, now: float) -> bool:
         """Whether enough devices are ready: all at the start, a quorum in between or when the time is over."""
         assert self._gather_until is not None
-        ready = len(self.roster.ready())
         over = now >= self._gather_until
-        if ready >= (self._settings.quorum if over else self._gather_target):
+        wanted = self._settings.quorum if over else self._gather_target
+        if not over and len(self.roster.members) < wanted:
+            return False
+        ready = self.roster.count_ready()
+        if ready >= wanted:
             return True
         if over:
             self._stop(
@@ -318,28 +292,13 @@ class Coordinator:
         return False
 
     def _announce(self, phase: Phase) -> None:
-        members = self.roster.ready()
-        training, size = self.run.training, len(members)
-        k = 0
-        if phase == "train":
-            slots = size if training.assignment == "dealt" else 1
-            k = max(1, min(training.k, min(self.replica.directions.n_positions, MAX_SCALARS) // slots))
-        has_log = phase != "saliency"
-        self.head = Announcement(
-            run=self.run.run,
-            round=self.head.round + 1,
-            phase=phase,
-            participants=pack_participants(np.array([member.ordinal for member in members], dtype=np.int64)),
-            k=k,
-            cursor=self._cursor if phase == "train" else 0,
-            mask_sha256=self._mask_sha256,
-            mask_size=self._mask_size,
-            log_length=self.replica.index,
-            log_head=self.replica.head.hex() if has_log else "",
-            weights_digest=self.replica.digest.hex() if has_log else "",
-            deadline_s=self._settings.deadline_s,
-        )
+        newly_numbered = not self.roster.is_numbered
+        self.roster.number()
+        self.head = self._progress.announce(phase, self.head.round + 1, self.roster.ready())
         self._record("announce", self.head.encode())
+        if newly_numbered:
+            for member in self.roster.members.values():
+                self._welcome(member)
         self._out.append(Send(Channel.HEAD, self.head))
 
     def _open(self, phase: Phase, now: float) -> OpenRound:
@@ -355,98 +314,61 @@ class Coordinator:
 
     def _close_if_due(self, current: OpenRound, now: float) -> None:
         assert current.deadline is not None
-        usable, waiting, over = current.usable(), current.waiting(), now >= current.deadline
+        over, is_waiting, quorum = now >= current.deadline, current.is_waiting(), self._settings.quorum
         if self.head.phase == "evaluate":
             counted = current.server_result is not None or not self._has_test_set
-            if over or (counted and not waiting):
-                self._close(current, usable, now)
-        elif len(usable) >= self._settings.quorum and (over or not waiting):
-            for name in waiting:
-                self.roster.members[name].silent = True
+            if over or (counted and not is_waiting):
+                self._close(current, now)
+        elif current.n_usable >= quorum and (over or not is_waiting):
             self._failures = 0
-            self._close(current, usable, now)
+            self._close(current, now)
         elif current.all_answered():
-            self._stop(current.nobody_could(self._settings.quorum))
+            if any(member.name not in current.participants for member in self.roster.ready()):
+                self._open(self.head.phase, now)  # Others have come since, and may be able to compute.
+            else:
+                self._stop(current.nobody_could(quorum))
         elif over:
-            self._miss_quorum(current, len(usable), waiting, now)
+            self._miss_quorum(current, now)
 
-    def _miss_quorum(self, current: OpenRound, usable: int, waiting: list[str], now: float) -> None:
+    def _miss_quorum(self, current: OpenRound, now: float) -> None:
         self._failures += 1
         quorum = self._settings.quorum
         if self._failures >= self._settings.patience:
-            message = (
-                f"round {self.head.round}: {usable} reports after {self._failures} deadlines, the quorum is {quorum}"
-            )
-            self._stop(QuorumError(message, hint="start more devices and resume the run, or lower --quorum"))
+            self._stop(current.too_few(quorum, self._failures))
             return
         current.deadline = now + self._settings.deadline_s
-        for name in waiting:
-            self.roster.members[name].silent = True
-        if len(self.roster.ready()) >= quorum:
+        current.silence()
+        if self.roster.count_ready() >= quorum:
             self._open(self.head.phase, now)
 
-    def _close(self, current: OpenRound, usable: list[str], now: float) -> None:
+    def _close(self, current: OpenRound, now: float) -> None:
+        current.silence()
         if self.head.phase == "saliency":
-            self._choose_mask([current.reports[name] for name in usable])
+            encoded = self._progress.choose_mask([report for _, report in current.usable()])
+            self._record("mask", encoded)
+            self._adopt_mask(encoded)
         elif self.head.phase == "train":
-            self._update(current, usable)
+            self._update(current)
         else:
-            self._count(current, [current.reports[name] for name in usable])
+            result = self._progress.count([report for _, report in current.usable()], current.server_result)
+            self._record("evaluation", json.dumps(result, sort_keys=True).encode())
+            self._progress.adopt_evaluation(result)
         self._round = None
         self._gather_until = now + self._settings.deadline_s * self._settings.patience
 
-    def _choose_mask(self, reports: list[Report]) -> None:
-        blocks = [block.astype(np.float32) for block in average_blocks(reports)]
-        dense = np.zeros(self.manifest.layout.size, dtype=np.float32)
-        dense[self.mask.kept] = self.replica.weights
-        scores = diagonal_scores(self.manifest, dense, blocks[0], blocks[1], blocks[2] if len(blocks) > 2 else None)
-        part = (self._scored + 1) / self._settings.saliency.steps
-        sparsity = 1.0 - (1.0 - self._settings.sparsity) ** part
-        encoded = threshold(self.manifest.layout, scores, sparsity, within=self.mask).encode()
-        self._record("mask", encoded)
-        self._adopt_mask(encoded)
-
     def _adopt_mask(self, encoded: bytes) -> None:
-        self._set_mask(Mask.decode(encoded, self.manifest.layout), encoded)
-        self._scored += 1
-        self._out.append(OfferBlob(bytes.fromhex(self._mask_sha256), encoded))
+        self._progress.adopt_mask(encoded)
+        self._out.append(OfferBlob(bytes.fromhex(self._progress.mask_sha256), encoded))
 
-    def _update(self, current: OpenRound, usable: list[str]) -> None:
-        training, index = self.run.training, self.replica.index
-        slots = [(current.slot(name), current.reports[name]) for name in usable]
-        segments, coefficients = combine_probes(training.assignment, self.head.cursor, self.head.k, slots)
+    def _update(self, current: OpenRound) -> None:
+        slots = [(current.slot(name), report) for name, report in current.usable()]
         try:
-            record = self.replica.prepare(index, self.head.round, training.rate(index), segments, coefficients)
-        except ProtocolError as error:
-            self._stop(FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate"))
+            record = self._progress.make_update(self.head, slots)
+        except FedzoError as error:
+            self._stop(error)
             return
         self._record("update", record.encode())
-        self._advance_cursor()
         self._out.append(Send(Channel.LOG, record))
-
-    def _advance_cursor(self) -> None:
-        slots = len(self.roster.names_of(self.head.participants)) if self.run.training.assignment == "dealt" else 1
-        self._cursor = self.head.cursor + slots * self.head.k
-
-    def _count(self, current: OpenRound, reports: list[Report]) -> None:
-        devices, server = evaluate_reports(reports), current.server_result
-        result: dict[str, float | int | str | None] = {
-            "log_length": self.replica.index,
-            "weights_digest": self.replica.digest.hex(),
-            "devices": len(reports),
-            "loss": devices.mean_loss if devices else None,
-            "accuracy": devices.accuracy if devices else None,
-            "samples": devices.samples if devices else 0,
-            "server_loss": server.mean_loss if server else None,
-            "server_accuracy": server.accuracy if server else None,
-            "server_samples": server.samples if server else 0,
-        }
-        self._record("evaluation", json.dumps(result, sort_keys=True).encode())
-        self._adopt_evaluation(result)
-
-    def _adopt_evaluation(self, result: dict[str, float | int | str | None]) -> None:
-        self.evaluations.append(result)
-        self._evaluated_at = self.replica.index
 
     def _end(self, now: float) -> None:
         """Announce the end, then wait until every live device holds the final weights."""

@@ -46,7 +46,7 @@ from .device_events import (
     Send,
     Task,
 )
-from .documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence, Status
+from .documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence, Status, one_line
 from .errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError, SelfTestError
 from .log_follower import LogFollower
 from .mask import Mask
@@ -62,7 +62,6 @@ __all__ = ["RETRY_S", "Device"]
 
 RETRY_S = 5.0
 PRESENCE_S = 60.0
-MAX_DETAIL = 500
 
 
 class Device:
@@ -146,7 +145,7 @@ class Device:
                 self._advance(now)
         except ProtocolError as error:
             # A peer's bad message changes nothing: replicas roll back, documents were checked before they count.
-            if _line(error.message) != self._presence.detail:
+            if one_line(error.message) != self._presence.detail:
                 self._say(self._presence.status, detail=error.message)
         except (ArtifactError, SelfTestError) as error:
             self._refuse(error)
@@ -378,7 +377,7 @@ class Device:
             self._presence,
             status=status,
             run=self._run.run if self._run else "",
-            detail=_line(detail),
+            detail=one_line(detail),
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
             planned_peak_mib=self._planned or 0.0,
@@ -396,8 +395,3 @@ class Device:
         self.finished = True
         self._cancel()
         self._out.append(Finish(error))
-
-
-def _line(text: str) -> str:
-    """A text as it can travel: not too long, and without the lone surrogates of undecodable file names."""
-    return text[:MAX_DETAIL].encode("utf-8", "replace").decode()

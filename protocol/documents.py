@@ -38,6 +38,7 @@ __all__ = [
     "RunDocument",
     "ServerPresence",
     "Status",
+    "one_line",
     "pack_participants",
     "parse",
     "unpack_participants",
@@ -329,6 +330,11 @@ def _value(hint: Any, value: Any) -> Any:
         value.encode()  # a lone surrogate raises UnicodeEncodeError, a ValueError
         return value
     raise TypeError(f"{str(value)[:40]!r} is not a valid {getattr(hint, '__name__', hint)}")
+
+
+def one_line(text: str) -> str:
+    """A text for people as it can travel: short, and without the lone surrogates of undecodable file names."""
+    return text[: MAX_LINE // 2].encode("utf-8", "replace").decode()
 
 
 def pack_participants(ordinals: NDArray[np.int64]) -> str:

@@ -11,7 +11,7 @@ from .messages import KINDS, Decline, Report
 from .roster import Roster
 from .settings import RunSettings
 
-__all__ = ["KINDS", "OpenRound"]
+__all__ = ["OpenRound"]
 
 
 class OpenRound:
@@ -25,6 +25,7 @@ class OpenRound:
     Attributes:
         participants: Device ids in the order of ordinals.
         reports: Accepted reports by device id, those that declined included.
+        n_usable: How many of them have scalars.
         server_result: The server's own evaluation.
     """
 
@@ -34,6 +35,8 @@ class OpenRound:
         self.deadline = deadline
         self.participants = tuple(roster.names_of(head.participants))
         self._ranks = {name: rank for rank, name in enumerate(self.participants)}
+        self._unanswered = dict.fromkeys(self.participants)
+        self.n_usable = 0
         self.reports: dict[str, Report] = {}
         self.server_result: ServerEvaluated | None = None
 
@@ -53,24 +56,45 @@ class OpenRound:
         """The device's place in a dealt round; rotates with the rounds like ``settings.positions_of``."""
         return (self._ranks[device] + self._head.round) % len(self.participants)
 
-    def usable(self) -> list[str]:
-        """Participants whose report has scalars."""
-        return [name for name in self.participants if name in self.reports and self.reports[name].blocks]
+    def accept(self, device: str, report: Report) -> None:
+        """Count a report that was checked and recorded."""
+        self.reports[device] = report
+        self._unanswered.pop(device, None)
+        self.n_usable += bool(report.blocks)
+        self._roster.members[device].take_report(report.session)
 
-    def waiting(self) -> list[str]:
-        """Participants that have not answered and may still do."""
+    def usable(self) -> list[tuple[str, Report]]:
+        """Device ids and reports with scalars, in the order of ordinals."""
+        pairs = ((name, self.reports.get(name)) for name in self.participants)
+        return [(name, report) for name, report in pairs if report is not None and report.blocks]
+
+    def is_waiting(self) -> bool:
+        """Whether a participant has not answered and may still do."""
         members, round_ = self._roster.members, self._head.round
-        return [n for n in self.participants if n not in self.reports and members[n].may_answer(round_)]
+        return any(members[name].may_answer(round_) for name in self._unanswered)
+
+    def silence(self) -> None:
+        """Those that could have answered and have not are not waited for again until they are heard of."""
+        for name in self._unanswered:
+            if self._roster.members[name].may_answer(self._head.round):
+                self._roster.members[name].silent = True
 
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""
-        return bool(self.participants) and all(name in self.reports for name in self.participants)
+        return bool(self.participants) and not self._unanswered
+
+    def too_few(self, quorum: int, deadlines: int) -> QuorumError:
+        """The error for a round that never got its quorum."""
+        return QuorumError(
+            f"round {self._head.round}: {self.n_usable} reports after {deadlines} deadlines, the quorum is {quorum}",
+            hint="start more devices and resume the run, or lower --quorum",
+        )
 
     def nobody_could(self, quorum: int) -> QuorumError:
         """The error for a round in which everybody answered and too few could compute."""
         reasons = sorted({r.decline.name.lower() for r in self.reports.values() if r.decline is not Decline.NONE})
         hint = "lower --learning-rate or --sigma" if "non_finite" in reasons else "see the devices' own logs"
-        usable, count = len(self.usable()), len(self.participants)
+        usable, count = self.n_usable, len(self.participants)
         detail = f" ({', '.join(reasons)})" if reasons else ""
         return QuorumError(
             f"round {self._head.round}: {usable} of {count} devices could answer{detail}, the quorum is {quorum}",

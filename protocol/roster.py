@@ -60,6 +60,12 @@ class Member:
         if presence.planned_peak_mib:
             self.planned_peak_mib = presence.planned_peak_mib
 
+    def take_report(self, session: int) -> None:
+        """Who reports is ready, even if its presence has not come since the server's start."""
+        self.silent = False
+        if self.status == "joining" and session >= self.session:
+            self.session, self.status = session, "ready"
+
     @property
     def is_ready(self) -> bool:
         """Whether a new round should count on it."""
@@ -115,10 +121,11 @@ class Roster:
         return member
 
     def number(self) -> None:
-        """Number everybody in the order of names, so that a run does not depend on who came first."""
-        self.is_numbered = True
-        for name in sorted(self.members):
-            self._give_number(self.members[name])
+        """Number everybody in the order of names, once, so that a run does not depend on who came first."""
+        if not self.is_numbered:
+            self.is_numbered = True
+            for name in sorted(self.members):
+                self._give_number(self.members[name])
 
     def _give_number(self, member: Member) -> None:
         member.ordinal = len(self._names)
@@ -128,6 +135,10 @@ class Roster:
         """Devices that a new round can count on, in the order of ordinals."""
         ready = [member for member in self.members.values() if member.is_ready]
         return sorted(ready, key=lambda member: member.ordinal)
+
+    def count_ready(self) -> int:
+        """How many devices a new round can count on."""
+        return sum(member.is_ready for member in self.members.values())
 
     def alive(self) -> list[Member]:
         """Devices that may still be heard of."""

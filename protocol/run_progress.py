@@ -1,0 +1,180 @@
+"""How far a run has come: mask, weights and evaluations, and what the reports of a round make of them.
+
+Everything here follows from the journal alone: what is decided is recorded, and :meth:`RunProgress.adopt_mask`,
+:meth:`RunProgress.adopt_update` and :meth:`RunProgress.adopt_evaluation` read it back after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from .aggregation import MAX_PARTICIPANTS, average_blocks, combine_probes, directions_per_device, evaluate_reports
+from .coordinator_events import ServerEvaluated
+from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
+from .errors import FedzoError, ProtocolError
+from .manifest import Manifest
+from .mask import Mask, threshold
+from .messages import Report, UpdateRecord
+from .roster import Member
+from .saliency import diagonal_scores
+from .update import Replica
+
+__all__ = ["EvaluationRecord", "RunProgress"]
+
+EvaluationRecord = dict[str, float | int | str | None]
+
+
+class RunProgress:
+    """The state of one run.
+
+    Args:
+        run: Run id, artifact and settings.
+        manifest: The artifact.
+
+    Attributes:
+        mask: The survivors.
+        mask_sha256: Hex hash of the encoded mask; empty for the dense mask.
+        replica: The weights.
+        evaluations: What evaluation rounds found, oldest first.
+    """
+
+    def __init__(self, run: RunDocument, manifest: Manifest) -> None:
+        self._run = run
+        self._manifest = manifest
+        self._scored = 0
+        self._evaluated_at = -1
+        self._cursor = 0
+        self.evaluations: list[EvaluationRecord] = []
+        self._set_mask(Mask.dense(manifest.layout), b"")
+
+    def _set_mask(self, mask: Mask, encoded: bytes) -> None:
+        self.mask, self._mask_size = mask, len(encoded)
+        self.mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
+        training, manifest = self._run.training, self._manifest
+        self.replica = Replica(
+            manifest.layout, mask, manifest.seed, self._run.settings.seed, training.directions, training.optimiser
+        )
+
+    def next_phase(self) -> Phase:
+        """What the next round is for."""
+        settings, length = self._run.settings, self.replica.index
+        if settings.sparsity > 0 and self._scored < settings.saliency.steps:
+            return "saliency"
+        every = settings.evaluate_every
+        due = length == settings.training.rounds or (every > 0 and length > 0 and length % every == 0)
+        if due and self._evaluated_at != length:
+            return "evaluate"
+        return "train" if length < settings.training.rounds else "done"
+
+    def announce(self, phase: Phase, round_: int, ready: Sequence[Member]) -> Announcement:
+        """The announcement of the next round.
+
+        Args:
+            phase: What it is for.
+            round_: Its number.
+            ready: Devices that it can count on, in the order of ordinals. Above :data:`~.aggregation.MAX_PARTICIPANTS`
+                they take turns.
+        """
+        training, members = self._run.training, list(ready)
+        if len(members) > MAX_PARTICIPANTS:
+            start = round_ * MAX_PARTICIPANTS % len(members)
+            members = (members + members)[start : start + MAX_PARTICIPANTS]
+        k = 0
+        if phase == "train":
+            n_slots = len(members) if training.assignment == "dealt" else 1
+            k = directions_per_device(training.k, n_slots, self.replica.directions.n_positions)
+        has_log = phase != "saliency"
+        return Announcement(
+            run=self._run.run,
+            round=round_,
+            phase=phase,
+            participants=pack_participants(np.array([member.ordinal for member in members], dtype=np.int64)),
+            k=k,
+            cursor=self._cursor if phase == "train" else 0,
+            mask_sha256=self.mask_sha256,
+            mask_size=self._mask_size,
+            log_length=self.replica.index,
+            log_head=self.replica.head.hex() if has_log else "",
+            weights_digest=self.replica.digest.hex() if has_log else "",
+            deadline_s=self._run.settings.deadline_s,
+        )
+
+    def _walk_on(self, head: Announcement) -> None:
+        """The next round's directions follow those that this one handed out, reported or not."""
+        dealt = self._run.training.assignment == "dealt"
+        self._cursor = head.cursor + head.k * (unpack_participants(head.participants).size if dealt else 1)
+
+    # --- decisions ------------------------------------------------------------------------------------------------
+
+    def choose_mask(self, reports: Sequence[Report]) -> bytes:
+        """The encoded mask of the next sparsity step; still to be adopted."""
+        blocks = [block.astype(np.float32) for block in average_blocks(reports)]
+        layout = self._manifest.layout
+        dense = np.zeros(layout.size, dtype=np.float32)
+        dense[self.mask.kept] = self.replica.weights
+        scores = diagonal_scores(self._manifest, dense, blocks[0], blocks[1], blocks[2] if len(blocks) > 2 else None)
+        part = (self._scored + 1) / self._run.saliency.steps
+        sparsity = 1.0 - (1.0 - self._run.settings.sparsity) ** part
+        return threshold(layout, scores, sparsity, within=self.mask).encode()
+
+    def make_update(self, head: Announcement, reports: Sequence[tuple[int, Report]]) -> UpdateRecord:
+        """The next update, applied.
+
+        Args:
+            head: The round's announcement.
+            reports: ``(slot, report)`` of every usable report.
+
+        Raises:
+            FedzoError: The update cannot be made; nothing has changed.
+        """
+        training, index = self._run.training, self.replica.index
+        try:
+            segments, coefficients = combine_probes(training.assignment, head.cursor, head.k, reports)
+            record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients)
+        except ProtocolError as error:
+            raise FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate") from None
+        self._walk_on(head)
+        return record
+
+    def count(self, reports: Sequence[Report], server: ServerEvaluated | None) -> EvaluationRecord:
+        """The result of an evaluation round; still to be adopted."""
+        devices = evaluate_reports(reports)
+        return {
+            "log_length": self.replica.index,
+            "weights_digest": self.replica.digest.hex(),
+            "devices": len(reports),
+            "loss": devices.mean_loss if devices else None,
+            "accuracy": devices.accuracy if devices else None,
+            "samples": devices.samples if devices else 0,
+            "server_loss": server.mean_loss if server else None,
+            "server_accuracy": server.accuracy if server else None,
+            "server_samples": server.samples if server else 0,
+        }
+
+    # --- the journal ----------------------------------------------------------------------------------------------
+
+    def adopt_mask(self, encoded: bytes) -> None:
+        """Go on with a recorded mask.
+
+        Raises:
+            ProtocolError: It is no mask of this artifact.
+        """
+        self._set_mask(Mask.decode(encoded, self._manifest.layout), encoded)
+        self._scored += 1
+
+    def adopt_update(self, head: Announcement, record: UpdateRecord) -> None:
+        """Replay a recorded update.
+
+        Raises:
+            ProtocolError: It gives other weights.
+        """
+        self.replica.apply(record)
+        self._walk_on(head)
+
+    def adopt_evaluation(self, result: EvaluationRecord) -> None:
+        """Note a recorded evaluation."""
+        self.evaluations.append(result)
+        self._evaluated_at = self.replica.index
