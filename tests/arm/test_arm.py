@@ -1,0 +1,178 @@
+"""Emulated Arm processors: the bits of the protocol, the engine, and a device in a real run.
+
+Emulation proves what is computed; it says nothing about speed or memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.broker_server.brokers.mosquitto import find_mosquitto
+from tests.arm.battery import LENET, MISMATCH, REFERENCE
+from tests.board_fixture import ROOT
+from tests.end_to_end.fleet import Fleet, agree, environment, write_images
+
+EMULATE = ROOT / "scripts" / "emulate-arm"
+CANNOT_BUILD = 3
+
+
+def emulate(*arguments: object, timeout_s: float = 280, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run scripts/emulate-arm."""
+    command = [str(part) for part in (EMULATE, *arguments)]
+    kept = {name: os.environ[name] for name in ("FEDZO_NO_APT",) if name in os.environ}
+    variables = environment(PYTHON=sys.executable, **kept, **extra)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=variables)
+
+
+def build(architecture: str) -> None:
+    """Build a userland, or skip the test."""
+    done = emulate(architecture, "--build", timeout_s=900)
+    if done.returncode == CANNOT_BUILD:
+        pytest.skip(next(line for line in done.stderr.splitlines() if line.startswith("error: ")))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def aarch64() -> str:
+    """The emulated 64-bit userland."""
+    build("aarch64")
+    return "aarch64"
+
+
+@pytest.fixture(scope="session")
+def armhf() -> str:
+    """The emulated 32-bit userland."""
+    build("armhf")
+    return "armhf"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this machine computes, and the models."""
+    from tests.arm.reference import write_reference
+
+    folder = tmp_path_factory.mktemp("reference")
+    write_reference(folder)
+    return folder
+
+
+# --- the battery ------------------------------------------------------------------------------------------------------
+
+
+def battery(architecture: str, cpu: str, reference: Path) -> dict[str, Any]:
+    """What one processor answers."""
+    done = emulate(architecture, "--cpu", cpu, "-m", "tests.arm.battery", reference, "--cpu", cpu)
+    assert done.returncode in (0, MISMATCH), f"{cpu} ended with {done.returncode}:\n{done.stderr[-2000:]}"
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert (answer["cpu"], bool(answer["failed"])) == (cpu, done.returncode == MISMATCH)
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)  # the first one installs the emulator
+@pytest.mark.parametrize("cpu", ["cortex-a53", "cortex-a72", "cortex-a76"])
+def test_64_bit_processors_compute_the_same(cpu: str, aarch64: str, reference: Path) -> None:
+    answer = battery(aarch64, cpu, reference)
+    assert answer["failed"] == []
+    assert (answer["machine"], answer["denormals"]) == ("aarch64", True)
+    assert answer["versions"]["onnxruntime"] in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+def test_a_32_bit_processor_computes_the_same(armhf: str, reference: Path) -> None:
+    """With Debian's own packages, although its numpy flushes denormals to zero."""
+    answer = battery(armhf, "cortex-a7", reference)
+    assert answer["failed"] == []
+    assert (answer["machine"], answer["denormals"]) == ("armv7l", False)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+@pytest.mark.parametrize(
+    ("architecture", "cpu", "machine"), [("aarch64", "cortex-a53", "aarch64"), ("armhf", "cortex-a7", "armv7l")]
+)
+def test_an_emulated_device_ends_with_the_servers_weights(
+    architecture: str, cpu: str, machine: str, request: pytest.FixtureRequest, reference: Path, tmp_path: Path
+) -> None:
+    request.getfixturevalue(architecture)
+    *data, test = [write_images(tmp_path / f"images-{seed}.npz", seed) for seed in range(3)]
+    fleet = Fleet(tmp_path, reference / LENET, data, test)
+    try:
+        server = fleet.serve("--deadline", 120, "--enrol-deadline", 120)
+        native = fleet.device(0)
+        board = fleet.device(1, program=(EMULATE, architecture, "--cpu", cpu, "-m", "fedzo.edge_runtime"), name="board")
+        answer = server.answer(280)
+        devices = [native.answer(), board.answer()]
+        assert agree(answer, devices)
+        assert (answer["rounds"], answer["devices"], answer["refused"]) == (6, 2, 0)
+        # One mask, six updates and two evaluations, none of them lost or declined.
+        assert [(device["reports"], device["declined"]) for device in devices] == [(9, 0), (9, 0)]
+    finally:
+        fleet.close()
+
+
+# --- the battery and the script themselves ----------------------------------------------------------------------------
+
+
+def native_battery(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.arm.battery", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def test_this_machine_passes_its_own_battery(reference: Path) -> None:
+    done = native_battery(reference)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["failed"] == []
+    assert not any(answer["differences"].values())
+
+
+def test_the_battery_notices_every_kind_of_difference(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    numbers = json.loads((reference / REFERENCE).read_text())
+    for name in numbers["exact"]:
+        numbers["exact"][name] = "00"
+    for name, values in numbers["close"].items():
+        if name != "golden difference":
+            numbers["close"][name] = [value * 1.01 for value in values]
+    numbers["encoded mask"] = numbers["other encoded mask"]
+    (tmp_path / REFERENCE).write_text(json.dumps(numbers))
+    done = native_battery(tmp_path)
+    assert done.returncode == MISMATCH, done.stderr
+    compared = [name for name in numbers["close"] if name != "golden difference"]
+    assert json.loads(done.stdout)["failed"] == [*compared, *numbers["exact"], "mask codec"]
+
+
+def test_a_machine_without_emulator_says_so(tmp_path: Path) -> None:
+    for tool in ("bash", "sed", "grep", "cat", "sha256sum", "mkdir", "flock", "id", "dirname", "basename"):
+        found = shutil.which(tool)
+        assert found
+        (tmp_path / tool).symlink_to(found)
+    done = emulate("aarch64", "--build", timeout_s=30, PATH=str(tmp_path))
+    assert done.returncode == CANNOT_BUILD, done.stderr
+    error, hint = done.stderr.splitlines()
+    assert error == "error: this system has no apt-get"
+    assert hint == "hint: install qemu-user-static and mmdebstrap"
+
+
+@pytest.mark.parametrize("arguments", [(), ("mips",), ("aarch64", "--cpu")])
+def test_wrong_usage_shows_the_usage(arguments: tuple[str, ...]) -> None:
+    done = emulate(*arguments, timeout_s=30)
+    assert done.returncode == 2
+    assert "scripts/emulate-arm aarch64|armhf" in done.stderr
