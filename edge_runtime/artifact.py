@@ -119,13 +119,22 @@ class Artifact:
         """The bytes of a graph, compared with the manifest.
 
         Args:
-            name: File name, such as ``probe.onnx``.
+            name: File name, such as ``probe.onnx``, or a variant's.
 
         Raises:
             ArtifactError: The artifact has no such graph, or its bytes are not the ones that the manifest names.
         """
-        graph = self.manifest.graph(name)
+        files = {variant.file.name: variant.file for variant in self.manifest.variants}
+        graph = files[name] if name in files else self.manifest.graph(name)
         return _verified(graph, self._read(graph), self.source)
+
+    def holds(self, graph: GraphFile) -> bool:
+        """Whether the bytes of ``graph`` are here and whole; variants for other machines need not be."""
+        try:
+            self.read_graph(graph.name)
+        except ArtifactError:
+            return False
+        return True
 
     @classmethod
     def from_blobs(cls, manifest_bytes: bytes, store: BlobStore) -> Artifact:

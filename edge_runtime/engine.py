@@ -7,27 +7,34 @@ into micro-batches; sums over them are kept in float64.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.errors import ArtifactError, ConfigError, DataError, SelfTestError
+from ..protocol.errors import ArtifactError, ConfigError, DataError, FedzoError, MemoryBudgetError, SelfTestError
+from ..protocol.graph_files import GraphVariant
 from ..protocol.layout import initial_weights
 from ..protocol.manifest import golden_batch
 from ..protocol.mask import Mask
 from .artifact import Artifact
-from .ort import CPU, mapped_error, open_session, release_arena
+from .bound_graph import BoundGraph
+from .memory import arena_bytes_of
+from .ort import CPU, open_session, release_arena, runtime_version
+from .variants import BlockedWeights, usable_variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Engine", "NonFiniteLossError"]
+__all__ = ["Engine", "LayoutChoice", "NonFiniteLossError"]
 
-_OUTPUTS = {"probe.onnx": "loss_sum", "predict.onnx": "logits", "saliency.onnx": "logits", "moments.onnx": "moments"}
+_log = logging.getLogger(__name__)
+
+LayoutChoice = Literal["auto", "portable", "blocked"]
 
 
 class NonFiniteLossError(ConfigError):
@@ -35,56 +42,6 @@ class NonFiniteLossError(ConfigError):
 
     A class of its own because a device answers it with ``Decline.NON_FINITE`` and stays in the run.
     """
-
-
-class _Graph:
-    """One session with its bindings; reads the engine's feeds in place."""
-
-    def __init__(self, name: str, session: Any, feeds: dict[str, NDArray[Any]], n_outputs: int) -> None:
-        self.name = name
-        self._session = session
-        self._binding = session.io_binding()
-        self._addresses: dict[str, tuple[int, int]] = {}
-        wanted = {entry.name for entry in session.get_inputs()}
-        unknown = wanted - set(feeds) - {"x", "y", "shift"}
-        if unknown or "x" not in wanted or [o.name for o in session.get_outputs()] != [_OUTPUTS[name]]:
-            raise ArtifactError(
-                f"{name} has inputs {sorted(wanted)} and outputs {[o.name for o in session.get_outputs()]}",
-                hint="it was not written by this version of fedzo: export again",
-            )
-        self._feeds = {key: value for key, value in feeds.items() if key in wanted}
-        for key, value in self._feeds.items():
-            self._bind(key, value)
-        dtype = np.float64 if name == "probe.onnx" else np.float32
-        self._per_sample = _OUTPUTS[name] == "logits"
-        self.output: NDArray[Any] = np.zeros(() if name == "probe.onnx" else n_outputs, dtype=dtype)
-        if not self._per_sample:
-            self._bind_output(self.output)
-
-    def run(self, x: NDArray[np.float32], y: NDArray[np.int64] | None, out: NDArray[np.float32] | None) -> None:
-        """Run once; the result is in ``output``, or in ``out`` for graphs with one row a sample."""
-        self._bind("x", x)
-        if y is not None:
-            self._bind("y", y)
-        if out is not None:
-            self._bind_output(out)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise mapped_error(error, f"{self.name} failed on {len(x)} samples") from error
-
-    def bind_shift(self, shift: NDArray[np.float32]) -> None:
-        self._bind("shift", shift)
-
-    def _bind(self, key: str, value: NDArray[Any]) -> None:
-        address = (value.ctypes.data, value.shape[0])
-        if self._addresses.get(key) != address:
-            self._binding.bind_input(key, "cpu", 0, value.dtype.type, list(value.shape), address[0])
-            self._addresses[key] = address
-
-    def _bind_output(self, value: NDArray[Any]) -> None:
-        name = _OUTPUTS[self.name]
-        self._binding.bind_output(name, "cpu", 0, value.dtype.type, list(value.shape), value.ctypes.data)
 
 
 class Engine:
@@ -113,6 +70,7 @@ class Engine:
         arena_bytes: int | None = None,
         providers: Sequence[str] = (CPU,),
         strict_providers: bool = False,
+        layout: LayoutChoice = "auto",
     ) -> None:
         """Prepare the feeds; a graph is loaded when it is first needed.
 
@@ -124,9 +82,13 @@ class Engine:
             arena_bytes: Limit of ONNX Runtime's tensor memory; ``None`` for none. It does not count the feeds.
             providers: Execution providers in order of preference; unavailable ones are skipped.
             strict_providers: Raise instead of skipping.
+            layout: ``portable`` runs the graphs that run everywhere. ``blocked`` computes losses with the variant of
+                ``probe.onnx`` for this machine, whose losses differ in the last bits. ``auto`` takes the variant if
+                the artifact holds one for this machine, it fits under ``arena_bytes`` and it passes
+                :meth:`check_golden`.
 
         Raises:
-            ConfigError: A number is out of range.
+            ConfigError: A number is out of range, or ``layout`` is ``blocked`` and there is no variant.
             ArtifactError: ``mask`` has another layout than ``artifact``.
         """
         if threads < 1 or micro_batch < 1 or (arena_bytes is not None and arena_bytes < 1):
@@ -149,7 +111,10 @@ class Engine:
             "index": np.ascontiguousarray(mask.index(), dtype=np.int32),
             "counts": np.ascontiguousarray(mask.counts(), dtype=np.int64),
         }
-        self._graph: _Graph | None = None
+        self._graph: BoundGraph | None = None
+        self._variant = self._chosen_variant(layout)
+        self._variant_required = layout == "blocked"
+        self._variant_checked = False
 
     @property
     def n_survivors(self) -> int:
@@ -160,6 +125,11 @@ class Engine:
     def arena_bytes(self) -> int | None:
         """Limit of ONNX Runtime's tensor memory."""
         return self._arena_bytes
+
+    @property
+    def layout(self) -> Literal["portable", "blocked"]:
+        """What losses are computed with. It turns to ``portable`` when the variant fails its check."""
+        return "portable" if self._variant is None else "blocked"
 
     def loss(self, weights: NDArray[np.float32], x: NDArray[np.float32], y: NDArray[np.int64]) -> float:
         """Mean cross-entropy of a batch.
@@ -175,7 +145,7 @@ class Engine:
         """
         x, y = self._checked(x, y)
         graph = self._open("probe.onnx")
-        self._set_weights(weights)
+        self._set_weights(graph, weights)
         total = 0.0
         for start in range(0, len(x), self.micro_batch):
             stop = start + self.micro_batch
@@ -226,7 +196,7 @@ class Engine:
         """Mean squared inputs of the weights of every unit layer: ``float32[n_moments]``, owned by the caller."""
         x, _ = self._checked(x, None)
         graph = self._open("moments.onnx")
-        self._set_weights(weights)
+        self._set_weights(graph, weights)
         total = np.zeros(self.artifact.manifest.n_moments, dtype=np.float64)
         for start in range(0, len(x), self.micro_batch):
             part = x[start : start + self.micro_batch]
@@ -271,12 +241,21 @@ class Engine:
     def check_golden(self) -> float:
         """Compare the loss of the dense initial weights with the manifest's known answer.
 
+        A variant is checked too; when it fails, losses are computed with the portable graph from then on.
+
         Returns:
-            The absolute difference.
+            The absolute difference of the portable graph.
 
         Raises:
-            SelfTestError: It is larger than the manifest's tolerance: this machine computes something else.
+            SelfTestError: It is larger than the manifest's tolerance: this machine computes something else. Also if
+                the variant's is and the caller asked for ``blocked``.
         """
+        difference = self._golden_difference("portable")
+        if self._variant is not None:
+            self._check_variant()
+        return difference
+
+    def _golden_difference(self, layout: LayoutChoice) -> float:
         manifest = self.artifact.manifest
         golden = manifest.golden
         x, y = golden_batch(manifest.input_shape, manifest.n_classes, golden.seed, golden.batch)
@@ -290,7 +269,9 @@ class Engine:
             arena_bytes=None if self._arena_bytes is None else self._arena_bytes + extra,
             providers=self._providers,
             strict_providers=self._strict,
+            layout=layout,
         ) as dense:
+            dense._variant_checked = True
             loss = dense.loss(initial_weights(manifest.layout, manifest.seed), x, y)
         difference = abs(loss - golden.mean_loss)
         if not difference <= golden.tolerance:
@@ -300,6 +281,19 @@ class Engine:
                 hint="try another onnxruntime version: some releases compute wrong results on some processors",
             )
         return difference
+
+    def _check_variant(self) -> None:
+        """Drop the variant unless it gives the known answer."""
+        self._variant_checked = True
+        try:
+            self._golden_difference("blocked")
+        except MemoryBudgetError:
+            raise
+        except FedzoError as error:
+            if self._variant_required:
+                raise
+            _log.info("losses are computed with the portable graph: %s", error.message)
+            self._variant = None
 
     def close(self) -> None:
         """Unload the graph and give its memory back; the engine stays usable and loads it again when needed."""
@@ -315,18 +309,44 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _open(self, name: str) -> _Graph:
+    def _chosen_variant(self, layout: LayoutChoice) -> GraphVariant | None:
+        if layout not in get_args(LayoutChoice):
+            raise ConfigError(f"the layout is {layout!r}, it must be one of {', '.join(get_args(LayoutChoice))}")
+        if layout == "portable":
+            return None
+        variant = usable_variant(self.artifact, "probe.onnx") if self._providers[:1] == (CPU,) else None
+        if layout == "blocked":
+            if variant is None:
+                raise ConfigError(
+                    f"{self.artifact.source} has no graph for this processor and onnxruntime {runtime_version()}",
+                    hint="export it again on this machine, or use the layout auto",
+                )
+            return variant
+        if variant is None or self._arena_bytes is None:
+            return variant
+        needed = arena_bytes_of(
+            self.artifact.manifest, (variant.file.name,), self.n_survivors, self.micro_batch, self._threads
+        )
+        return variant if needed <= self._arena_bytes else None
+
+    def _open(self, name: str) -> BoundGraph:
         if self._graph is None or self._graph.name != name:
             self.close()
+            if name == "probe.onnx" and self._variant is not None and not self._variant_checked:
+                self._check_variant()
+            variant = self._variant if name == "probe.onnx" else None
             session = open_session(
                 self.artifact,
-                name,
+                name if variant is None else variant.file.name,
                 threads=self._threads,
                 arena_bytes=self._arena_bytes,
                 providers=self._providers,
                 strict_providers=self._strict,
             )
-            self._graph = _Graph(name, session, self._feeds, self.artifact.manifest.n_moments)
+            blocked = None
+            if variant is not None:
+                blocked = BlockedWeights.of_session(session, self.artifact.manifest.layout, self.mask)
+            self._graph = BoundGraph(name, session, self._feeds, self.artifact.manifest.n_moments, blocked)
         return self._graph
 
     def _rows(
@@ -339,19 +359,21 @@ class Engine:
         elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
             raise DataError(f"out is {out.dtype}{list(out.shape)}, expected a contiguous float32{list(shape)}")
         graph = self._open(name)
-        self._set_weights(weights)
+        self._set_weights(graph, weights)
         for start in range(0, len(x), self.micro_batch):
             stop = start + self.micro_batch
             graph.run(x[start:stop], None, out[start:stop])
         self.sample_passes += len(x)
         return out
 
-    def _set_weights(self, weights: NDArray[np.float32]) -> None:
-        if weights is not self.weights_feed:
-            if weights.shape != self.weights_feed.shape or weights.dtype != np.float32:
-                raise ArtifactError(
-                    f"weights are {weights.dtype}{list(weights.shape)}, this mask needs float32[{self.n_survivors}]"
-                )
+    def _set_weights(self, graph: BoundGraph, weights: NDArray[np.float32]) -> None:
+        if weights.shape != self.weights_feed.shape or weights.dtype != np.float32:
+            raise ArtifactError(
+                f"weights are {weights.dtype}{list(weights.shape)}, this mask needs float32[{self.n_survivors}]"
+            )
+        if graph.blocked is not None:
+            graph.blocked.write(weights)
+        elif weights is not self.weights_feed:
             np.copyto(self.weights_feed, weights)
 
     def _checked(self, x: NDArray[Any], y: NDArray[Any] | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -34,6 +34,7 @@ __all__ = [
     "SESSION_MIB",
     "TRAINING_GRAPHS",
     "MemoryPlan",
+    "arena_bytes_of",
     "available_mib",
     "peak_rss_mib",
     "plan",
@@ -132,8 +133,9 @@ def plan(
         manifest: Of the artifact.
         n_survivors: Length of the weights in this phase; ``manifest.layout.size`` before there is a mask.
         budget_mib: What the process may use.
-        graphs: Graphs of the phase, such as :data:`SCORING_GRAPHS` or :data:`TRAINING_GRAPHS`; one is loaded at a
-            time. With ``probe.onnx`` the state of optimiser and directions is counted.
+        graphs: Graphs of the phase, such as :data:`SCORING_GRAPHS` or :data:`TRAINING_GRAPHS`, and the variants that
+            the machine may run in their place; one is loaded at a time. With ``probe.onnx`` the state of optimiser
+            and directions is counted.
         batch: Samples held at once.
         micro_batch: Fixed by the user; ``None`` to choose.
         threads: Threads within an operator.
@@ -189,17 +191,18 @@ def _planned(
     threads: int,
     dataset_bytes: int,
 ) -> MemoryPlan:
-    size = min(micro_batch, batch)
-    live = max(manifest.live_bytes(name, size) for name in graphs)
-    tensors = live + 8 * n_survivors + WORKING_BYTES_PER_THREAD * (threads - 1)
-    per_sample = max(slope for memory in manifest.memory if memory.name in graphs for _, slope in memory.envelope)
-    spare = FRAGMENTATION * live + UNFOLDED_SAMPLES * per_sample + ARENA_SLACK_BYTES
-    graph_bytes = max(manifest.graph(name).size for name in graphs)
+    tensors, spare = _arena(manifest, graphs, n_survivors, min(micro_batch, batch), threads)
+    variants = [variant for variant in manifest.variants if variant.file.name in graphs]
+    files = [*manifest.graphs, *(variant.file for variant in variants)]
+    graph_bytes = max(file.size for file in files if file.name in graphs)
     sample = math.prod(manifest.input_shape)
     # A batch as float32, the gathered rows that it is made of, labels and logits.
     feeds = batch * (8 * sample + 8 + 8 * manifest.n_classes)
     # The engine's weights and indices, the caller's weights, and the dense initial weights when they are made.
     feeds += 12 * n_survivors + 4 * manifest.layout.size + 4 * manifest.n_units + 24 * manifest.n_moments
+    if variants:
+        # The weight tensors of a variant, and the place of each survivor there.
+        feeds += max(variant.weight_bytes for variant in variants) + 8 * n_survivors
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
     return MemoryPlan(
@@ -211,6 +214,31 @@ def _planned(
         micro_batch=micro_batch,
         budget_mib=budget_mib,
     )
+
+
+def arena_bytes_of(manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int) -> int:
+    """Limit of the arena under which ``graphs`` run, one at a time, as :func:`plan` computes it.
+
+    Raises:
+        ArtifactError: The artifact has no memory plan for one of ``graphs``.
+    """
+    tensors, spare = _arena(manifest, graphs, n_survivors, micro_batch, threads)
+    return math.ceil(tensors + spare)
+
+
+def _arena(
+    manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int
+) -> tuple[int, float]:
+    """Bytes of the tensors, and what the arena may take over them."""
+    variants = {variant.file.name for variant in manifest.variants}
+    live = max(manifest.live_bytes(name, micro_batch) for name in graphs)
+    # The parts into which the weights and indices are split; the inputs of a variant are tensors already.
+    with_parts = max(
+        manifest.live_bytes(name, micro_batch) + (0 if name in variants else 8 * n_survivors) for name in graphs
+    )
+    per_sample = max(slope for memory in manifest.memory if memory.name in graphs for _, slope in memory.envelope)
+    tensors = with_parts + WORKING_BYTES_PER_THREAD * (threads - 1)
+    return tensors, FRAGMENTATION * live + UNFOLDED_SAMPLES * per_sample + ARENA_SLACK_BYTES
 
 
 def _training_state_bytes(n_survivors: int) -> int:

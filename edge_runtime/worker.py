@@ -5,6 +5,7 @@ Commands are carried out one after another, in the order in which they were give
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -31,6 +32,7 @@ from ..protocol.device_events import (
 from ..protocol.directions import Directions
 from ..protocol.documents import RunDocument
 from ..protocol.errors import DataError, FedzoError, MemoryBudgetError
+from ..protocol.manifest import Manifest
 from ..protocol.messages import Decline, ReportKind
 from ..protocol.saliency import gaussian_inputs
 from .artifact import Artifact, BlobStore
@@ -39,10 +41,13 @@ from .engine import Engine, NonFiniteLossError
 from .estimators import Cancelled, SteinEstimator
 from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan
 from .saliency import UnitShiftScorer
+from .variants import matching_variant
 
 __all__ = ["Limits", "Worker"]
 
 _log = logging.getLogger(__name__)
+
+_GOOD_MICRO_BATCH = 8  # smaller ones cost more than a variant saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,21 @@ class Worker:
             plans.append(phase(SCORING_GRAPHS, layout.size, samples, resident))
         self.plans = tuple(plans)
         return Planned(command.run.run, max(p.planned_peak_mib for p in plans))
+
+    def _training_plan(self, manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]) -> MemoryPlan:
+        """The plan with the variant of this machine, unless that needs more than the budget or smaller micro-batches.
+
+        The engine takes the variant if it fits under the plan's limit.
+        """
+        variant = matching_variant(manifest, "probe.onnx")
+        if variant is None or variant.file.sha256 not in self._blobs:
+            return phase(TRAINING_GRAPHS)
+        portable = phase(TRAINING_GRAPHS)
+        with contextlib.suppress(MemoryBudgetError):
+            blocked = phase((*TRAINING_GRAPHS, variant.file.name))
+            if blocked.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
+                return blocked
+        return portable
 
     def _prepare(self, command: Prepare) -> Prepared:
         self._release()

@@ -15,12 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from ..protocol.errors import ArtifactError, ConfigError
+from ..protocol.graph_files import GraphFile, GraphVariant
 from ..protocol.layout import Layout, initial_weights
-from ..protocol.manifest import FORMAT, GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
+from ..protocol.manifest import FORMAT, GRAPHS, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
+from ..protocol.placement import PLACEMENTS_KEY, encode_placements
+from .blocked_layout import BLOCK_SIZES, BlockedProbe, block_probe
 from .graphs import ArtifactGraphs, build_graphs, zero_feeds
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
@@ -29,6 +34,7 @@ from .sessions import dense_feeds, run_graph
 __all__ = ["export_artifact", "verify_artifact"]
 
 MANIFEST = "manifest.json"
+VARIANTS = tuple(f"probe.nchwc{block}.onnx" for block in BLOCK_SIZES)
 GOLDEN_BATCH = 8
 GOLDEN_TOLERANCE = 1e-5  # losses of different CPUs differ by about 1e-7; a wrong kernel by far more
 
@@ -80,6 +86,20 @@ def export_artifact(
         name: _encode(graph, _properties(name, model, built.layout, seed, sparsity, units, golden, plan))
         for (name, graph), plan in zip(built.graphs.items(), memory, strict=True)
     }
+    graphs = tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items())
+    blocked = block_probe(built.graphs["probe.onnx"], built.layout)
+    variants: tuple[GraphVariant, ...] = ()
+    if blocked is not None:
+        name = f"probe.nchwc{blocked.block}.onnx"
+        plan = GraphMemory(name, _blocked_envelope(blocked, built, input_shape))
+        properties = _properties(name, model, built.layout, seed, sparsity, units, golden, plan)
+        properties[PLACEMENTS_KEY] = encode_placements(blocked.placements)
+        files[name] = _encode(blocked.model, properties)
+        file = GraphFile(name, hashlib.sha256(files[name]).digest(), len(files[name]))
+        variants = (
+            GraphVariant(file, "probe.onnx", blocked.machine, blocked.onnxruntime, blocked.block, blocked.weight_bytes),
+        )
+        memory = (*memory, plan)
     manifest = Manifest(
         model=model,
         input_shape=input_shape,
@@ -88,10 +108,11 @@ def export_artifact(
         sparsity=sparsity,
         layout=built.layout,
         units=units,
-        graphs=tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items()),
+        graphs=graphs,
         memory=memory,
         golden=golden,
         producer=f"fedzo {importlib.metadata.version('fedzo')}",
+        variants=variants,
     )
     _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
     return manifest
@@ -105,7 +126,7 @@ def verify_artifact(folder: Path) -> Manifest:
     """
     try:
         manifest = Manifest.decode((folder / MANIFEST).read_bytes())
-        for graph in manifest.graphs:
+        for graph in (*manifest.graphs, *(variant.file for variant in manifest.variants)):
             data = (folder / graph.name).read_bytes()
             if len(data) != graph.size or hashlib.sha256(data).digest() != graph.sha256:
                 raise ArtifactError(f"{folder / graph.name} is not the file that the manifest names")
@@ -124,6 +145,15 @@ def verify_artifact(folder: Path) -> Manifest:
 def _envelope(graph: ModelProto, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     feeds = partial(zero_feeds, built.layout, built.units, input_shape)
     return live_envelope(graph, measured_sizes(graph, feeds))
+
+
+def _blocked_envelope(
+    blocked: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    def feeds(batch: int) -> dict[str, NDArray[np.generic]]:
+        return {**blocked.zero_weights(), **zero_feeds(built.layout, built.units, input_shape, batch)}
+
+    return live_envelope(blocked.model, measured_sizes(blocked.model, feeds))
 
 
 def _golden(probe: ModelProto, layout: Layout, input_shape: tuple[int, ...], n_classes: int, seed: int) -> Golden:
@@ -191,7 +221,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     try:
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, MANIFEST))
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, *VARIANTS, MANIFEST))
         empty = not any(out.iterdir())
     except OSError as error:
         raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from ..protocol.errors import ConfigError
+from .blocked_layout import BLOCKED_DOMAIN
 from .passes.editing import attribute, input_names, value_shapes
 from .sessions import run_every_value
 
@@ -177,7 +178,7 @@ def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[
 
 def _workspace(node: NodeProto, shapes: Mapping[str, tuple[int | str, ...]]) -> int:
     """Bytes that a node takes for itself on one thread: convolutions unfold their input (``MlasConvPrepare``)."""
-    if node.op_type != "Conv":
+    if node.op_type != "Conv" or node.domain == BLOCKED_DOMAIN:
         return 0
     weight, output = shapes.get(node.input[1], ()), shapes.get(node.output[0], ())
     sizes = [n for n in (*weight, *output[1:]) if isinstance(n, int)]

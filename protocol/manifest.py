@@ -17,31 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArtifactError
+from .graph_files import GraphFile, GraphVariant
 from .layout import Layout
 from .quantiles import gaussian_table
 from .streams import Purpose, uint16s, uint64s
 
-__all__ = ["FORMAT", "GRAPHS", "Golden", "GraphFile", "GraphMemory", "Manifest", "UnitLayer", "golden_batch"]
+__all__ = [
+    "FORMAT",
+    "GRAPHS",
+    "Golden",
+    "GraphFile",
+    "GraphMemory",
+    "GraphVariant",
+    "Manifest",
+    "UnitLayer",
+    "golden_batch",
+]
 
 FORMAT = 1
 GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class GraphFile:
-    """One graph of the artifact.
-
-    Attributes:
-        name: File name, one of :data:`GRAPHS`.
-        sha256: Hash of its bytes, 32 bytes.
-        size: Its length in bytes.
-    """
-
-    name: str
-    sha256: bytes
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +116,7 @@ class Manifest:
         memory: Live sets of the graphs.
         golden: Known answer of the probe graph.
         producer: Exporter name and version.
+        variants: Graphs for particular machines, in any number; each has an entry in ``memory``.
     """
 
     model: str
@@ -133,6 +130,7 @@ class Manifest:
     memory: tuple[GraphMemory, ...]
     golden: Golden
     producer: str
+    variants: tuple[GraphVariant, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -155,6 +153,10 @@ class Manifest:
             ):
                 raise ArtifactError(f"the unit layer {unit.parameter!r} does not match the layout")
             shift, moment = shift + unit.n_units, moment + unit.n_moments
+        planned = {memory.name for memory in self.memory}
+        names = [variant.file.name for variant in self.variants]
+        if len(set(names)) < len(names) or not planned.issuperset(names):
+            raise ArtifactError(f"of the variants {names}, two share a name or one has no memory plan")
 
     @property
     def n_units(self) -> int:
@@ -185,8 +187,8 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
+        """Plain data. Without variants there is no such key, so that older artifacts keep their bytes."""
+        data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
             "input_shape": list(self.input_shape),
@@ -217,6 +219,20 @@ class Manifest:
             },
             "producer": self.producer,
         }
+        if self.variants:
+            data["variants"] = {
+                v.file.name: {
+                    "graph": v.graph,
+                    "machine": v.machine,
+                    "onnxruntime": v.onnxruntime,
+                    "block": v.block,
+                    "weight_bytes": v.weight_bytes,
+                    "sha256": v.file.sha256.hex(),
+                    "size": v.file.size,
+                }
+                for v in self.variants
+            }
+        return data
 
     def encode(self) -> bytes:
         """The bytes of ``manifest.json``."""
@@ -306,6 +322,21 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         for name, pairs in raw["memory"].items()
         if pairs
     )
+    variants = []
+    for name, entry in raw.get("variants", {}).items():
+        size = _count(entry["size"])
+        if not 0 < size <= MAX_GRAPH_BYTES:
+            raise ValueError(f"variant {name!r} of {size} bytes")
+        variants.append(
+            GraphVariant(
+                GraphFile(_text(name), _sha256(entry["sha256"]), size),
+                _text(entry["graph"]),
+                _text(entry["machine"]),
+                _text(entry["onnxruntime"]),
+                _count(entry["block"]),
+                _count(entry["weight_bytes"]),
+            )
+        )
     golden = raw["golden"]
     return Manifest(
         model=_text(raw["model"]),
@@ -324,6 +355,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
             _finite(golden["tolerance"]),
         ),
         producer=_text(raw["producer"]),
+        variants=tuple(variants),
     )
 
 

@@ -38,9 +38,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
     manifest = verify_artifact(lenet5)
-    assert set(contents(lenet5)) == {*GRAPHS, "manifest.json"}
-    assert {graph.name for graph in manifest.graphs} == {plan.name for plan in manifest.memory} == set(GRAPHS)
-    for graph in manifest.graphs:
+    variants = [variant.file for variant in manifest.variants]
+    assert set(contents(lenet5)) == {*GRAPHS, *(file.name for file in variants), "manifest.json"}
+    assert {graph.name for graph in manifest.graphs} == set(GRAPHS)
+    assert [plan.name for plan in manifest.memory] == [*GRAPHS, *(file.name for file in variants)]
+    for graph in (*manifest.graphs, *variants):
         data = (lenet5 / graph.name).read_bytes()
         assert (len(data), hashlib.sha256(data).digest()) == (graph.size, graph.sha256)
     assert [(u.parameter, u.n_units, u.n_moments, u.is_output) for u in manifest.units] == [

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedzo.exporter.live_set import envelope_of, live_envelope, measured_sizes
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.manifest import Manifest
+from fedzo.protocol.manifest import GRAPHS, Manifest
 from tests.exporter.text_graphs import parse
 
 KIB = 1024
@@ -113,6 +113,8 @@ def fits(name, limit):
     try:
         session = ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
         for _ in range(2):
+            weights = {value.name: value.shape for value in session.get_inputs() if value.name not in feeds}
+            feeds.update({key: np.zeros(shape, np.float32) for key, shape in weights.items()})
             session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
     except Exception as error:
         assert "memory" in str(error), error
@@ -124,7 +126,7 @@ if not arena_limit_holds():
     print("null")
     sys.exit()
 needed = {}
-for graph in manifest.graphs:
+for graph in (*manifest.graphs, *(variant.file for variant in manifest.variants)):
     low, high = 0, 1 << 26
     while high - low > 4096:
         middle = (low + high) // 2
@@ -145,8 +147,8 @@ def test_the_arena_needs_what_the_plan_says(model: str, batch: int, request: pyt
     needed: dict[str, Any] | None = json.loads(done.stdout)
     if needed is None:
         pytest.skip("this onnxruntime keeps its first arena for good, so no limit can be tried")
-    assert set(needed) == {graph.name for graph in manifest.graphs}
-    copies = 8 * manifest.layout.size  # the parts into which w and index are split
+    assert set(needed) == {plan.name for plan in manifest.memory}
+    parts = 8 * manifest.layout.size  # into which w and index are split; a variant has none
     for name, size in needed.items():
-        plan = manifest.live_bytes(name, batch) + copies
+        plan = manifest.live_bytes(name, batch) + (parts if name in GRAPHS else 0)
         assert 0.85 * plan - 64 * KIB <= size <= 1.05 * plan + 192 * KIB, (name, size, plan)

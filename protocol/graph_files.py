@@ -1,0 +1,63 @@
+"""Files of an artifact: the portable graphs, and variants of them for particular machines."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .errors import ArtifactError
+
+__all__ = ["GraphFile", "GraphVariant"]
+
+_MAX_WEIGHT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """One graph of the artifact.
+
+    Attributes:
+        name: File name: one of :data:`~fedzo.protocol.manifest.GRAPHS`, or a variant's.
+        sha256: Hash of its bytes, 32 bytes.
+        size: Its length in bytes.
+    """
+
+    name: str
+    sha256: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphVariant:
+    """A graph that one kind of machine runs in place of a portable one, which it must equal but for rounding.
+
+    Its weights are inputs of their own, in the shapes that the kernels of that machine read; where each entry lies,
+    the file says (:mod:`fedzo.protocol.placement`). Nobody needs a variant: a device without it runs the portable
+    graph.
+
+    Attributes:
+        file: The file; its name has a middle part, such as ``probe.nchwc16.onnx``.
+        graph: The portable graph, ``probe.onnx``.
+        machine: Processor family, ``x86_64``.
+        onnxruntime: The one release of ONNX Runtime that can run it.
+        block: Channels in a block of that machine's kernels, 8 or 16.
+        weight_bytes: Size of all weight inputs, with padding; held as long as the graph is loaded.
+    """
+
+    file: GraphFile
+    graph: str
+    machine: str
+    onnxruntime: str
+    block: int
+    weight_bytes: int
+
+    def __post_init__(self) -> None:
+        if (
+            not re.fullmatch(r"[a-z]+\.[a-z0-9]+\.onnx", self.file.name)
+            or self.graph != "probe.onnx"
+            or self.machine != "x86_64"
+            or not re.fullmatch(r"[0-9A-Za-z.+]{1,32}", self.onnxruntime)
+            or self.block not in (8, 16)
+            or not 0 < self.weight_bytes <= _MAX_WEIGHT_BYTES
+        ):
+            raise ArtifactError(f"the manifest has an impossible variant {self.file.name!r} of {self.graph!r}")
