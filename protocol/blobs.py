@@ -46,9 +46,9 @@ class BlobDownload:
         for offset, asked in list(self._asked.items()):
             if now >= asked + self._retry_s:
                 del self._asked[offset]
-        wanted = sorted(self._missing - self._asked.keys())[: WINDOW - len(self._asked)]
+        wanted = sorted(self._missing - self._asked.keys())[: max(0, WINDOW - len(self._asked))]
         for offset in wanted:
-            self._asked[offset] = now
+            self._asked[offset] = self._latest = now
         return [BlobRequest(self.sha256, o, min(BLOCK_BYTES, self.size - o)) for o in wanted]
 
     def add(self, block: BlobBlock) -> bytes | None:

@@ -117,6 +117,5 @@ class LogFollower:
             raise SelfTestError(f"replaying the log fails: {detail}", hint="run fedzo-device doctor")
         self.replica.restore_from_start()
         self._latest_round = -1
-        self._expected = (
-            False  # The next request waits for its time, so that a repeated answer is not a second failure.
-        )
+        # The next request waits for its time, so that a repeated answer does not count as a second failure.
+        self._is_expecting = False

@@ -104,13 +104,13 @@ def test_foreign_and_misplaced_blocks_change_nothing() -> None:
 def test_a_blob_with_a_wrong_hash_is_pulled_again_after_a_pause() -> None:
     sha256, data = blob(3 * BLOCK_BYTES)
     download = BlobDownload(sha256, len(data), retry_s=RETRY_S)
-    requests = download.requests(0.0)
+    requests = download.requests(50.0)
     bad = bytearray(data)
     bad[BLOCK_BYTES] ^= 1
     assert [download.add(serve(bytes(bad), request)) for request in requests] == [None] * 3
-    assert download.requests(0.1) == []
-    assert download.wakeup == RETRY_S
-    again = download.requests(RETRY_S)
+    assert download.requests(50.1) == []
+    assert download.wakeup == 50.0 + RETRY_S
+    again = download.requests(50.0 + RETRY_S)
     assert again == requests
     assert [download.add(serve(data, request)) for request in again] == [None, None, data]
 
