@@ -34,6 +34,8 @@ __all__ = ["Agent", "Connection", "Summary"]
 _log = logging.getLogger(__name__)
 
 FLUSH_S = 10.0
+SHORT_S = 30.0  # a link that ends sooner
+MANY_SHORT_LINKS = 3
 _PACKET_OVERHEAD_BYTES = 1024  # header, topic and properties around the largest payload
 _WORK = {ReportKind.SALIENCY: "scoring weights", ReportKind.PROBE: "training", ReportKind.EVALUATE: "evaluating"}
 
@@ -136,6 +138,7 @@ class Agent:
         self._summary = Summary(state.device, state.session)
         self._pending: dict[tuple[Channel, bytes], int] = {}
         self._linked: bool | None = None
+        self._linked_at, self._short_links = 0.0, 0
         self._doing: ReportKind | None = None
         username = connection.username
         if username is None and connection.password is not None:
@@ -221,11 +224,15 @@ class Agent:
             return self._read(item)
         if isinstance(item, Connected):
             self._say(f"{'connected again' if self._linked is False else 'connected'} to {self._transport.endpoint}")
-            self._linked = True
+            self._linked, self._linked_at = True, time.monotonic()
             return machine.Connected()
         if isinstance(item, Disconnected):
             if self._linked is not False:  # Once an outage, not once an attempt.
                 self._say(f"no link to {self._transport.endpoint} ({item.reason}); trying again")
+            if self._linked:
+                self._short_links = self._short_links + 1 if time.monotonic() - self._linked_at < SHORT_S else 0
+                if self._short_links == MANY_SHORT_LINKS:  # What a broker does to the older of two equal ids.
+                    _log.warning("the link breaks again and again: has another device the id %s?", self._state.device)
             self._linked = False
             return machine.Disconnected()
         if isinstance(item, Rejected):

@@ -53,6 +53,7 @@ from .update import Replica
 __all__ = ["Coordinator"]
 
 _DONE = "done"
+_REPLACED = "a device with the same id has started later; give each an id of its own with --id"
 
 
 class Coordinator:
@@ -217,6 +218,8 @@ class Coordinator:
         """Note it; a device that has ended is not waited for, nor asked again, after a restart."""
         ended = member.has_ended
         member.take_presence(presence)
+        if presence.session < member.session and presence.status in ("joining", "ready"):
+            self._refuse(member.name, presence.session, _REPLACED)
         if self.head.phase == "done" and not ended and member.has_ended:
             self._record("phase", f"{_DONE} {member.weights_digest}".encode(), device=member.name)
 
@@ -224,13 +227,18 @@ class Coordinator:
         member = self.roster.get(device)
         if member is None:
             if self.roster.is_full:
-                order = Order(self.run.run, "refuse", hello.session, detail="the run has all the devices it can take")
-                self._out.append(Send(Channel.COMMAND, order, device))
+                self._refuse(device, hello.session, "the run has all the devices it can take")
                 return
             member = self.roster.enrol(device, hello)
             self._record("enrolment", hello.encode(), device=device)
+        if hello.session < member.session:
+            self._refuse(device, hello.session, _REPLACED)
+            return
         member.take_hello(hello)
         self._welcome(member)
+
+    def _refuse(self, device: str, session: int, detail: str) -> None:
+        self._out.append(Send(Channel.COMMAND, Order(self.run.run, "refuse", session, detail=detail), device))
 
     def _welcome(self, member: Member) -> None:
         if self.roster.is_numbered:

@@ -85,7 +85,7 @@ class Device:
         self._server_birth = -1
         self._presence = Presence(hello.session, "joining")
         self._greeting, self._delivery = Repeater(retry_s), Repeater(retry_s)
-        self._heartbeat = Repeater(max(PRESENCE_S, retry_s))
+        self._heartbeat, self._reminder = Repeater(max(PRESENCE_S, retry_s)), Repeater(retry_s)
         self._out: list[DeviceCommand] = []
         self._tasks = 0
         self._now = 0.0
@@ -350,6 +350,9 @@ class Device:
                 self.stage = "computing"
                 self._tasks, self._computing = task.number, task
                 self._out.append(Compute(task))
+            elif head.phase in KINDS and self._reminder.is_due(self._now):
+                # The server goes on without a device that missed a deadline, until it hears of it.
+                self._say(self._presence.status, detail=self._presence.detail)
 
     # --- small --------------------------------------------------------------------------------------------------
 

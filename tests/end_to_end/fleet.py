@@ -50,9 +50,9 @@ def free_port() -> int:
 
 def images(seed: int, n: int = SAMPLES) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Images of four noisy patterns, in a mixture that depends on the seed."""
-    patterns = np.random.default_rng(99).integers(60, 196, (CLASSES, 1, SIDE, SIDE))
+    patterns = np.random.default_rng(99).integers(0, 256, (CLASSES, 1, SIDE, SIDE))
     rng = np.random.default_rng(seed)
-    labels = rng.choice(CLASSES, n, p=rng.dirichlet(np.full(CLASSES, 2.0))).astype(np.int64)
+    labels = rng.choice(CLASSES, n, p=rng.dirichlet(np.full(CLASSES, 8.0))).astype(np.int64)
     noisy = patterns[labels] + rng.integers(-50, 51, (n, 1, SIDE, SIDE))
     return noisy.clip(0, 255).astype(np.uint8), labels
 
