@@ -206,7 +206,7 @@ class Fleet:
         *options: object,
         program: Sequence[object] = (sys.executable, *DEVICE),
         rig: str = "",
-        name: str = "",
+        state: str = "",
     ) -> Process:
         """Start (again) the device of a number.
 
@@ -215,13 +215,13 @@ class Fleet:
             options: Further options of ``fedzo-device join``.
             program: What runs it.
             rig: See ``rigged.py``.
-            name: Device id.
+            state: Name of its state folder, if not its own.
         """
-        name = name or f"board-{number}"
+        name = f"board-{number}"
         if rig:
             program = (sys.executable, RIGGED, rig, "device")
         command = [*program, "join", self.url, "--data", self.data[number], "--id", name, "--retry", "1"]
-        return self.start(name, [*command, "--state", self.folder / f"state-{name}", "--json", *options])
+        return self.start(name, [*command, "--state", self.folder / (state or f"state-{name}"), "--json", *options])
 
     def devices(self, *options: object, rig: str = "") -> list[Process]:
         """Start all; they are the ``boards``."""
