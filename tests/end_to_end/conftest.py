@@ -67,8 +67,7 @@ def fleets(make_fleet: MakeFleet) -> Iterator[MakeFleet]:
         fleet.close()
 
 
-@pytest.fixture
-def mosquitto_url() -> Iterator[str]:
+def _mosquitto_url() -> Iterator[str]:
     """A mosquitto that outlives every server."""
     if find_mosquitto() is None:
         pytest.skip("mosquitto is not installed")
@@ -76,6 +75,10 @@ def mosquitto_url() -> Iterator[str]:
     broker.start()
     yield broker.url
     broker.stop()
+
+
+mosquitto_url = pytest.fixture(_mosquitto_url, name="mosquitto_url")
+module_mosquitto_url = pytest.fixture(_mosquitto_url, name="module_mosquitto_url", scope="module")
 
 
 @pytest.fixture(scope="session")
