@@ -122,8 +122,12 @@ replica = Replica(manifest.layout, mask, 1, 2, "hadamard", OptimiserConfig("adam
 batch = Batch(*golden_batch(manifest.input_shape, manifest.n_classes, 1, 32))
 with Engine(artifact, mask, micro_batch=plan.micro_batch, arena_bytes=plan.arena_bytes) as engine:
     SteinEstimator(replica.directions, 2.0**-10).probe(engine, replica.weights, batch, 0, np.arange(8))
-print(json.dumps([memory.peak_rss_mib(), plan.planned_peak_mib]))
+lines = open("/proc/self/status").read().splitlines()
+file_mib = next(int(line.split()[1]) for line in lines if line.startswith("RssFile:")) / 1024
+print(json.dumps([memory.peak_rss_mib(), file_mib, plan.planned_peak_mib]))
 """
+# How much of the libraries' code is resident depends on the page cache: 22 to 33 MiB were seen for the same wheels.
+_PLANNED_FILE_MIB = 28
 
 
 @needs_proc
@@ -131,7 +135,8 @@ def test_plan_holds_in_a_real_process(tiny: Any) -> None:
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-c", _DEVICE, str(tiny.folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
-    measured, planned = json.loads(result.stdout)
+    measured, file_mib, planned = json.loads(result.stdout)
+    measured += _PLANNED_FILE_MIB - file_mib
     # The floor was measured with onnxruntime 1.32.0; 1.19.2 needs 13 MiB less.
     assert 0.75 * planned < measured < 1.1 * planned
 
