@@ -38,13 +38,13 @@ from .coordinator_events import (
     ServeLog,
     ServerEvaluated,
 )
-from .documents import Announcement, Hello, Order, Phase, Presence, RunDocument, ServerPresence, parse
+from .documents import Announcement, Hello, Phase, Presence, RunDocument, ServerPresence, parse
 from .errors import FedzoError, ProtocolError, QuorumError
 from .manifest import Manifest
 from .mask import Mask
 from .messages import KINDS, Receipt, Report, UpdateRecord, Verdict
 from .open_round import OpenRound
-from .roster import Member, Roster
+from .roster import REPLACED, Member, Roster, refusal
 from .run_progress import EvaluationRecord, RunProgress
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
@@ -53,7 +53,6 @@ from .update import Replica
 __all__ = ["Coordinator"]
 
 _DONE = "done"
-_REPLACED = "a device with the same id has started later; give each an id of its own with --id"
 
 
 class Coordinator:
@@ -129,6 +128,7 @@ class Coordinator:
                 self.head = parse(Announcement, payload)
                 self.roster.number()
                 self._round = OpenRound(self.head, self.roster) if self.head.phase in KINDS else None
+                self._gather_target = self._settings.quorum
             elif kind == "report":
                 message = decode(payload)
                 if isinstance(message, Report) and self._round and round_ == self.head.round:
@@ -147,9 +147,6 @@ class Coordinator:
                 self._adopt_end(device, payload)
             if kind in ("mask", "update", "evaluation"):
                 self._round = None
-        if self.head.phase in KINDS:  # Between two rounds, those of the last one are given time to come back.
-            last = self.roster.names_of(self.head.participants)
-            self._gather_target = self._settings.quorum if self._round else len(last)
         return self._out
 
     def _record(self, kind: RecordKind, payload: bytes, *, round_: int | None = None, device: str = "") -> None:
@@ -219,33 +216,16 @@ class Coordinator:
         ended = member.has_ended
         member.take_presence(presence)
         if presence.session < member.session and presence.status in ("joining", "ready"):
-            self._refuse(member.name, presence.session, _REPLACED)
+            order = refusal(self.run.run, presence.session, REPLACED)
+            self._out.append(Send(Channel.COMMAND, order, member.name))
         if self.head.phase == "done" and not ended and member.has_ended:
             self._record("phase", f"{_DONE} {member.weights_digest}".encode(), device=member.name)
 
     def _greet(self, device: str, hello: Hello) -> None:
-        member = self.roster.get(device)
-        if member is None:
-            if self.roster.is_full:
-                self._refuse(device, hello.session, "the run has all the devices it can take")
-                return
-            member = self.roster.enrol(device, hello)
+        order, is_new = self.roster.greet(self.run.run, device, hello)
+        if is_new:
             self._record("enrolment", hello.encode(), device=device)
-        if hello.session < member.session:
-            self._refuse(device, hello.session, _REPLACED)
-            return
-        member.take_hello(hello)
-        self._welcome(member)
-
-    def _refuse(self, device: str, session: int, detail: str) -> None:
-        self._out.append(Send(Channel.COMMAND, Order(self.run.run, "refuse", session, detail=detail), device))
-
-    def _welcome(self, member: Member) -> None:
-        if self.roster.is_numbered:
-            order = Order(self.run.run, "welcome", member.session, member.ordinal)
-        else:
-            order = Order(self.run.run, "enrol", member.session)
-        self._out.append(Send(Channel.COMMAND, order, member.name))
+        self._out.append(Send(Channel.COMMAND, order, device))
 
     def _take_report(self, member: Member, report: Report) -> None:
         if self._round is None or report.round != self.head.round:
@@ -306,7 +286,7 @@ class Coordinator:
         self._record("announce", self.head.encode())
         if newly_numbered:
             for member in self.roster.members.values():
-                self._welcome(member)
+                self._out.append(Send(Channel.COMMAND, member.welcome(self.run.run), member.name))
         self._out.append(Send(Channel.HEAD, self.head))
 
     def _open(self, phase: Phase, now: float) -> OpenRound:
@@ -389,13 +369,16 @@ class Coordinator:
             self._finish(None)
 
     def _adopt_end(self, device: str, payload: bytes) -> None:
-        """What was only stopped goes on; what is done stays so."""
+        """What is done stays so; what was only stopped goes on, in a new round if too few could compute in the last."""
         word, _, digest = payload.decode().partition(" ")
         member = self.roster.get(device)
         if word == _DONE and member is not None:
             member.status, member.weights_digest = "done", digest
         elif word == _DONE:
             self.finished = True
+        elif self._round and self._round.all_answered() and self._round.n_usable < self._settings.quorum:
+            self._round, self._gather_target = None, self._settings.devices
+            self.roster.forget_presence()
 
     def _stop(self, error: FedzoError) -> None:
         self._record("phase", f"stopped: {error.message}".encode())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .documents import Hello, Presence, Status, unpack_participants
+from .documents import Hello, Order, Presence, Status, unpack_participants
 
-__all__ = ["MAX_DEVICES", "Member", "Roster"]
+__all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
 
 MAX_DEVICES = 100_000
+FULL = "the run has all the devices it can take"
+REPLACED = "a device with the same id has started later; give each an id of its own with --id"
 
 
 @dataclass
@@ -38,6 +40,12 @@ class Member:
     refused_round: int = -1
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
+
+    def welcome(self, run: str) -> Order:
+        """What the device is told that it is."""
+        if self.ordinal < 0:
+            return Order(run, "enrol", self.session)
+        return Order(run, "welcome", self.session, self.ordinal)
 
     def take_hello(self, hello: Hello) -> None:
         """A device says hello when it starts, and when it starts over."""
@@ -86,6 +94,11 @@ class Member:
         return self.is_alive and self.refused_round != round_
 
 
+def refusal(run: str, session: int, detail: str) -> Order:
+    """The order to leave for good."""
+    return Order(run, "refuse", session, detail=detail)
+
+
 class Roster:
     """All enrolled devices.
 
@@ -105,10 +118,16 @@ class Roster:
         """The device, if it is enrolled."""
         return self.members.get(name)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether no further device can be enrolled."""
-        return len(self.members) >= MAX_DEVICES
+    def greet(self, run: str, name: str, hello: Hello) -> tuple[Order, bool]:
+        """The answer to an introduction, and whether it enrolled a new device."""
+        member = self.members.get(name)
+        if member is None and len(self.members) >= MAX_DEVICES:
+            return refusal(run, hello.session, FULL), False
+        if member is not None and hello.session < member.session:
+            return refusal(run, hello.session, REPLACED), False
+        is_new, member = member is None, self.enrol(name, hello)
+        member.take_hello(hello)
+        return member.welcome(run), is_new
 
     def enrol(self, name: str, hello: Hello) -> Member:
         """Add a device, or return the one that is there. Once the run has started it gets the next ordinal."""
@@ -135,6 +154,11 @@ class Roster:
         """Devices that a new round can count on, in the order of ordinals."""
         ready = [member for member in self.members.values() if member.is_ready]
         return sorted(ready, key=lambda member: member.ordinal)
+
+    def forget_presence(self) -> None:
+        """Nobody has been heard of for an unknown time."""
+        for member in self.members.values():
+            member.status, member.silent = "joining", False
 
     def count_ready(self) -> int:
         """How many devices a new round can count on."""

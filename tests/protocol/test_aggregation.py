@@ -11,11 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedzo.protocol.aggregation import average_blocks, check_report, combine_probes, evaluate_reports
+from fedzo.protocol.aggregation import (
+    MAX_PARTICIPANTS,
+    average_blocks,
+    check_report,
+    combine_probes,
+    directions_per_device,
+    evaluate_reports,
+)
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.documents import Announcement, Hello, pack_participants
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.messages import Decline, Report, ReportKind
+from fedzo.protocol.messages import Decline, Report, ReportKind, UpdateRecord
 from fedzo.protocol.open_round import OpenRound
 from fedzo.protocol.roster import Roster
 from fedzo.protocol.settings import Assignment, RunSettings, SaliencySettings, TrainingSettings, positions_of
@@ -186,3 +193,26 @@ def test_evaluations_are_summed() -> None:
     assert (found.samples, found.accuracy) == (10, 0.4)
     assert found.mean_loss == pytest.approx(1e29)
     assert evaluate_reports([]) is None
+
+
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 8, 1_000, 9_999, 10_000, 16_384, MAX_PARTICIPANTS])
+@pytest.mark.parametrize("missing", ["nobody", "every second", "the second half", "one in three"])
+def test_an_update_of_any_fleet_fits_one_message(n_slots: int, missing: str) -> None:
+    k = directions_per_device(60_000, n_slots, 1 << 62)
+    assert k >= 1
+    step = {"every second": 2, "one in three": 3}.get(missing, 1)
+    slots = [slot for slot in range(n_slots) if step == 1 or slot % step != 1]
+    if missing == "the second half":
+        slots = slots[: max(1, n_slots // 2)]
+    block = np.ones(k, dtype=np.float32)
+    segments, coefficients = combine_probes("dealt", 5, k, [(slot, report(ReportKind.PROBE, block)) for slot in slots])
+    record = UpdateRecord(0, 1, 0.5, segments, coefficients, DIGEST, DIGEST)  # would refuse what does not fit
+    assert record.coefficients.size == k * len(slots)
+
+
+@pytest.mark.parametrize(
+    ("k", "n_slots", "n_positions", "expected"),
+    [(64, 8, 65_536, 64), (64, 2_000, 65_536, 30), (64, 8, 64, 8), (64, 100, 64, 1), (60_000, 1, 1 << 62, 60_000)],
+)
+def test_directions_per_device(k: int, n_slots: int, n_positions: int, expected: int) -> None:
+    assert directions_per_device(k, n_slots, n_positions) == expected

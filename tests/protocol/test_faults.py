@@ -10,6 +10,7 @@ import os
 import pytest
 
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from tests.protocol.simulation.desk import check_order
 from tests.protocol.simulation.network import Faults, Node
 from tests.protocol.simulation.world import World, check_end
 
@@ -96,3 +97,4 @@ def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     heal(world)
     world.finish(limit_s=2_000)
     check_end(world)
+    check_order(world.server.trace)

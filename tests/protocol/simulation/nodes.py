@@ -86,11 +86,14 @@ class DeviceNode(Node):
         """One event and its commands."""
         if not self.alive or self.machine is None:
             return
+        before = (self.machine.replica, self.machine.replica.index) if self.machine.replica else None
         for command in self.machine.on(event, self.clock):
             if self.world.crashes():
                 self.world.crash(self)
                 return
             self._do(command)
+        if before is not None and self.machine.replica is before[0]:
+            assert before[0].index >= before[1], f"{self.name} started over without need"
         self.stages.add(self.machine.stage)
         if self.machine.stage in ("greeting", "following", "reporting") and self.online and not self.left:
             assert self.machine.wakeup is not None, f"{self.name} would wait for ever, {self.machine.stage}"
@@ -155,7 +158,9 @@ class ServerNode(Node):
         journal: What is on its disk.
         machine: Its state machine; None before the first start.
         error: Why the run stopped, if it did.
-        trace: Every command in the order in which it was carried out.
+        trace: Every command in the order in which it was carried out, in all lives.
+        lives: How often it was started.
+        crash_before: Number of the command before which it dies.
     """
 
     def __init__(self, world: Simulation, run: RunDocument, *, has_test_set: bool) -> None:
@@ -165,8 +170,9 @@ class ServerNode(Node):
         self.machine: Coordinator | None = None
         self.error: Exception | None = None
         self.trace: list[server_events.CoordinatorCommand] = []
+        self.lives = 0
+        self.crash_before: int | None = None
         self._has_test_set = has_test_set
-        self._birth = 0
         self._blobs: dict[bytes, bytes] = {}
 
     @property
@@ -185,17 +191,17 @@ class ServerNode(Node):
         return self.coordinator.finished
 
     def start(self) -> None:
-        self.alive, self._birth = True, self._birth + 1
+        self.alive, self.lives = True, self.lives + 1
         manifest = tiny_manifest()
         files = [manifest.encode(), *fake_graphs().values()]
         self._blobs = {hashlib.sha256(data).digest(): data for data in files}
-        self.machine = Coordinator(self.run, manifest, birth=self._birth, has_test_set=self._has_test_set)
+        self.machine = Coordinator(self.run, manifest, birth=self.lives, has_test_set=self._has_test_set)
         for command in self.machine.restore(self.journal):
             self._do(command)
         self.later(LATENCY_S, lambda: self.world.broker.connect(self))
 
     def will(self) -> tuple[str, bytes]:
-        return topic(FEDERATION, Channel.SERVER), ServerPresence(False, self._birth).encode()
+        return topic(FEDERATION, Channel.SERVER), ServerPresence(False, self.lives).encode()
 
     def on_link(self, up: bool) -> None:
         if up:
@@ -212,7 +218,8 @@ class ServerNode(Node):
         if not self.alive:
             return
         for command in self.coordinator.on(event, self.clock):
-            if self.world.crashes():
+            if self.world.crashes() or len(self.trace) == self.crash_before:
+                self.crash_before = None
                 self.world.crash(self)
                 return
             self.trace.append(command)

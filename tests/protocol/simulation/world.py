@@ -59,7 +59,7 @@ class World(Simulation):
 
     def is_over(self) -> bool:
         """Whether the server and every living device have left."""
-        return self.server.left and all(node.left for node in self.devices.values() if node.alive)
+        return self.server.alive and self.server.left and all(node.left for node in self.devices.values() if node.alive)
 
     def describe(self) -> str:
         """Where everybody is, for a failed test."""

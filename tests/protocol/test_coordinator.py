@@ -1,0 +1,287 @@
+"""The coordinator's state machine: joining, phases, evaluation and the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.protocol.coordinator_events import Finish, Record, Send, ServeLog, Tick
+from fedzo.protocol.documents import Announcement, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.errors import QuorumError
+from fedzo.protocol.mask import Mask
+from fedzo.protocol.messages import Decline, Receipt, UpdateRecord, Verdict
+from fedzo.protocol.settings import SaliencySettings
+from fedzo.protocol.transfers import BlobRequest, LogRequest
+from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
+from tests.protocol.simulation.fakes import tiny_manifest
+
+SPARSE = change(SETTINGS, sparsity=0.5)
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_before_it_is_told() -> None:
+    desk = Desk().connect()
+    assert isinstance(desk.out[0], Record)
+    assert [type(c.message) for c in desk.out if isinstance(c, Send)] == [ServerPresence, RunDocument, Announcement]
+    assert desk.kinds() == ["run"]
+    desk.on(Tick())
+    desk.connect()
+    assert desk.kinds() == ["run"]
+
+
+def test_a_device_is_enrolled_once_and_welcome_when_the_run_starts() -> None:
+    desk = Desk().connect().hello("b", "b", "b")
+    assert desk.kinds() == ["run", "enrolment"]
+    assert [order.action for order in desk.orders("b")] == ["enrol"] * 3
+    desk.join("c", "a", "d")
+    assert desk.head.phase == "enrol"
+    desk.presence("b")
+    assert desk.phases() == ["train"]
+    for ordinal, name in enumerate(NAMES):
+        order = desk.orders(name)[-1]
+        assert (order.action, order.session, order.ordinal) == ("welcome", 1, ordinal)
+    check_order(desk.trace)
+
+
+def test_ordinals_do_not_depend_on_who_came_first() -> None:
+    desks = [Desk().connect().join(*order) for order in (NAMES, NAMES[::-1], ("c", "a", "d", "b"))]
+    assert len({desk.head.participants for desk in desks}) == 1
+    digests = {desk.play().machine.replica.digest for desk in desks}
+    assert len(digests) == 1
+
+
+def test_a_storm_of_hellos_fills_no_journal() -> None:
+    desk = Desk().connect().join()
+    before = len(desk.journal)
+    for _ in range(500):
+        desk.hello(*NAMES)
+        assert len(desk.sent(Order)) == 1
+    assert len(desk.journal) == before
+    assert desk.report() == [Verdict.ACCEPTED] * 4
+
+
+def test_more_devices_than_a_round_takes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedzo.protocol.run_progress.MAX_PARTICIPANTS", 3)
+    desk = Desk(change(SETTINGS, rounds=8)).connect().join()
+    seen = []
+    for _ in range(8):
+        seen.append("".join(desk.participants()))
+        assert desk.report() == [Verdict.ACCEPTED] * 3
+    assert set(seen) == {"abc", "abd", "acd", "bcd"}
+
+
+def test_the_older_of_two_devices_with_one_id_is_refused() -> None:
+    desk = Desk().connect().join()
+    desk.sessions["a"] = 9
+    desk.hello("a")
+    desk.sessions["a"] = 8
+    for talk in (desk.hello, desk.presence):
+        talk("a")
+        (order,) = desk.sent(Order)
+        assert (order.action, order.session) == ("refuse", 8)
+        assert "same id" in order.detail
+
+
+def test_devices_above_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedzo.protocol.roster.MAX_DEVICES", 2)
+    desk = Desk(change(SETTINGS, devices=2)).connect().hello("a", "b", "c", "a")
+    assert [order.action for order in desk.orders("c")] == ["refuse"]
+    assert desk.orders("c")[0].detail
+    assert [order.action for order in desk.orders("a")] == ["enrol", "enrol"]
+    assert desk.kinds().count("enrolment") == 2
+
+
+def test_enrolment_ends_at_its_deadline_with_the_quorum() -> None:
+    desk = Desk().connect().join("a", "b").hello("c")
+    desk.wait(29.9)
+    assert desk.head.phase == "enrol"
+    desk.wait(0.1)
+    assert desk.phases() == ["train"]
+    assert desk.participants() == ["a", "b"]
+
+
+def test_enrolment_without_a_quorum_stops_the_run() -> None:
+    desk = Desk().connect().join("a").hello("b", "c")
+    desk.wait(30.0)
+    error = desk.finish().error
+    assert isinstance(error, QuorumError)
+    assert error.message == "1 devices are ready, the quorum is 2"
+    assert error.hint
+    assert desk.kinds()[-1] == "phase"
+    assert desk.on(Tick()) == []
+    assert desk.machine.wakeup is None
+
+
+def test_only_who_is_ready_takes_part() -> None:
+    desk = Desk(change(SETTINGS, devices=2)).connect().hello(*NAMES)
+    desk.presence("a", status="joining").presence("b", status="refused").presence("c", status="ready")
+    desk.presence("d", status="ready", run="run-0")  # of another run
+    assert desk.phases() == []
+    desk.presence("a", session=0)  # of an older session
+    assert desk.phases() == []
+    desk.presence("d")
+    assert desk.participants() == ["c", "d"]
+
+
+def test_strangers_are_not_heard() -> None:
+    desk = Desk().connect().join()
+    for message in (desk.measure("a"), Presence(1, "ready"), LogRequest(0, 1), BlobRequest(bytes(32), 0, 1)):
+        desk.say("stranger", message)
+        assert desk.out == []
+    assert "stranger" not in desk.machine.roster.members
+
+
+def test_what_devices_do_not_say_is_ignored() -> None:
+    desk = Desk().connect().join()
+    for message in (desk.head, ServerPresence(False, 9), Order("run-1", "refuse", 1), Receipt(1, Verdict.LATE)):
+        desk.say("a", message)
+        assert desk.out == []
+
+
+# --- phases ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "phases"),
+    [
+        ({}, ["train"] * 3 + ["evaluate", "done"]),
+        ({"rounds": 0}, ["evaluate", "done"]),
+        ({"evaluate_every": 1}, ["train", "evaluate"] * 3 + ["done"]),
+        ({"evaluate_every": 2}, ["train", "train", "evaluate", "train", "evaluate", "done"]),
+        ({"evaluate_every": 3}, ["train"] * 3 + ["evaluate", "done"]),
+        ({"sparsity": 0.5}, ["saliency"] + ["train"] * 3 + ["evaluate", "done"]),
+        ({"sparsity": 0.5, "saliency": SaliencySettings(steps=3, samples=8, draws=2), "rounds": 1},
+         ["saliency"] * 3 + ["train", "evaluate", "done"]),
+        ({"sparsity": 0.5, "rounds": 0}, ["saliency", "evaluate", "done"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("assignment", ["dealt", "shared"])
+def test_the_order_of_the_phases(changes: dict[str, Any], phases: list[str], assignment: str) -> None:
+    desk = Desk(change(SETTINGS, assignment=assignment, **changes)).connect().join().play()
+    assert desk.phases() == phases
+    assert desk.finish() == Finish()
+    assert [round_ for kind, round_, _, _ in desk.journal if kind == "announce"] == list(range(1, len(phases) + 1))
+    check_order(desk.trace)
+    assert desk.machine.replica.index == desk.settings.training.rounds
+    assert [e["log_length"] for e in desk.machine.evaluations][-1] == desk.settings.training.rounds
+
+
+def test_masks_grow_sparser_step_by_step() -> None:
+    steps = SaliencySettings(steps=3, samples=8)
+    desk = Desk(dataclasses.replace(SPARSE, sparsity=0.875, saliency=steps)).connect().join().play()
+    layout = tiny_manifest().layout
+    masks = [Mask.decode(payload, layout) for kind, _, _, payload in desk.journal if kind == "mask"]
+    assert [mask.sparsity for mask in masks] == pytest.approx([0.5, 0.75, 0.875], abs=0.02)
+    for before, after in itertools.pairwise(masks):
+        assert not (after.kept & ~before.kept).any()
+    assert desk.machine.mask == masks[-1]
+
+
+def test_an_announcement_says_where_the_run_is() -> None:
+    desk = Desk(SPARSE).connect().join()
+    assert (desk.head.phase, desk.head.log_head, desk.head.mask_sha256, desk.head.k) == ("saliency", "", "", 0)
+    desk.report()
+    head = desk.head
+    assert (head.phase, head.k, head.cursor, head.log_length) == ("train", 2, 0, 0)
+    assert head.mask_size > 0
+    assert head.log_head == desk.machine.replica.head.hex()
+    assert head.weights_digest == desk.machine.replica.digest.hex()
+    desk.report()
+    assert (desk.head.cursor, desk.head.log_length) == (8, 1)
+
+
+def test_directions_that_nobody_reported_are_not_handed_out_again() -> None:
+    desk = Desk().connect().join()
+    desk.report("a", "b")
+    desk.presence("c", "d", status="lost")
+    assert desk.head.cursor == 8
+
+
+@pytest.mark.parametrize("assignment", ["dealt", "shared"])
+def test_an_update_holds_what_was_reported(assignment: str) -> None:
+    desk = Desk(change(SETTINGS, assignment=assignment)).connect().join()
+    reports = {name: desk.measure(name) for name in NAMES}
+    desk.report()
+    (update,) = desk.sent(UpdateRecord)
+    if assignment == "shared":
+        assert update.segments == ((0, 2),)
+        mean = np.mean([r.blocks[0] for r in reports.values()], axis=0)
+    else:
+        assert update.segments == ((0, 8),)
+        slots = [(rank + 1) % 4 for rank in range(4)]  # round 1
+        mean = np.concatenate([reports[NAMES[slots.index(slot)]].blocks[0] for slot in range(4)])
+    np.testing.assert_allclose(update.coefficients, mean, rtol=2e-4)
+
+
+# --- evaluation and the end -----------------------------------------------------------------------------------------
+
+
+def at_evaluation(has_test_set: bool) -> Desk:
+    desk = Desk(change(SETTINGS, rounds=1), has_test_set=has_test_set).connect().join()
+    desk.report()
+    assert desk.phases() == ["train", "evaluate"]
+    return desk
+
+
+def test_an_evaluation_waits_for_devices_and_server() -> None:
+    desk = at_evaluation(True)
+    (command,) = desk.asked_to_evaluate()
+    assert command.round == 2
+    assert np.array_equal(command.weights, desk.machine.replica.weights)
+    desk.evaluate(round=1)
+    desk.report()
+    assert desk.phases() == ["train", "evaluate"]
+    desk.connect()
+    assert len(desk.asked_to_evaluate()) == 1
+    desk.evaluate()
+    assert desk.phases() == ["train", "evaluate", "done"]
+    (result,) = desk.machine.evaluations
+    assert (result["devices"], result["samples"]) == (4, 48)
+    assert (result["server_accuracy"], result["server_samples"]) == (0.75, 8)
+    assert result["weights_digest"] == desk.machine.replica.digest.hex()
+
+
+def test_an_evaluation_needs_no_device() -> None:
+    desk = at_evaluation(False)
+    for name in NAMES:
+        desk.decline(name, why=Decline.NO_DATA)
+    assert desk.head.phase == "done"
+    assert desk.machine.evaluations[0]["accuracy"] is None
+
+
+def test_an_evaluation_ends_at_the_deadline_with_what_there_is() -> None:
+    desk = at_evaluation(True)
+    desk.report("a")
+    desk.wait(10.0)
+    assert desk.head.phase == "done"
+    result = desk.machine.evaluations[0]
+    assert (result["devices"], result["server_loss"]) == (1, None)
+
+
+def test_the_end_waits_for_every_live_device() -> None:
+    desk = at_evaluation(False)
+    desk.report()
+    assert desk.head.phase == "done"
+    digest = desk.machine.replica.digest.hex()
+    desk.presence("a", "b", status="done", weights_digest=digest).presence("c", status="lost")
+    desk.say("d", LogRequest(0, 1))
+    assert desk.out == [ServeLog("d", LogRequest(0, 1))]
+    assert not desk.machine.finished
+    desk.presence("d", status="done", weights_digest=digest)
+    assert desk.finish() == Finish()
+    assert desk.kinds()[-1] == "phase"
+
+
+def test_the_end_comes_at_the_deadline() -> None:
+    desk = at_evaluation(False)
+    desk.report()
+    desk.wait(9.9)
+    assert not desk.machine.finished
+    desk.wait(0.2)
+    assert desk.finish() == Finish()
