@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.version:
         return _version(options)
     if options.command is None:
-        _parser().error("give a command: join or profiles")
+        _parser().error("give a command: join, doctor or profiles")
     result: dict[str, Any] = {}
     with _logging(verbose=options.verbose):
         code = _guarded(options, result)
@@ -166,6 +166,24 @@ def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from .doctor import Check, DoctorSettings, diagnose, verdict
+
+    names = [field.name for field in dataclasses.fields(DoctorSettings)]
+    given = {name: getattr(options, name) for name in names}
+    settings = DoctorSettings(**{name: value for name, value in given.items() if value is not None})
+    checks: list[Check] = []
+    result["checks"] = []
+    for check in diagnose(settings):
+        checks.append(check)
+        result["checks"].append(dataclasses.asdict(check))
+        if not options.json:
+            print(str(check).translate(_CONTROL), flush=True)
+    verdict(checks)
+    return 0
+
+
 def _set_environment() -> None:
     """What libraries read once, at their import, and what the C library reads before there are threads."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -227,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--verbose", action="store_true", help="log everything, with tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_join(commands.add_parser("join", parents=[common], help="join a run and work until it is done"))
+    _add_doctor(commands.add_parser("doctor", parents=[common], help="check this machine, one line a check"))
     profiles = commands.add_parser("profiles", parents=[common], help="list the boards that fedzo knows")
     profiles.add_argument("name", nargs="?", metavar="NAME", help="show everything about one board")
     profiles.set_defaults(run=_profiles)
@@ -251,6 +270,29 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=_numbers, metavar="X[,X...]", help="subtracted from the inputs, after scaling bytes to [0, 1]")
     add("--std", type=_numbers, metavar="X[,X...]", help="what the inputs are divided by")
     add("--pad", action="store_true", default=None, help="center smaller images in zeros (28x28 in 32x32)")
+    _add_connection(parser)
+    add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
+    add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
+    add("--config", type=Path, metavar="FILE", help="settings in TOML [default: FEDZO_CONFIG]")
+    add("--show-config", action="store_true", help="print every setting with its origin, and stop")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Check this machine, one line a check: ok, warn or FAIL. ONNX Runtime is tried in a process of its own, since "
+        "some releases kill it on some boards. Ends with 7 if a check fails."
+    )
+    parser.set_defaults(run=_doctor)
+    add = parser.add_argument
+    add("--artifact", type=Path, metavar="DIR", help="folder of fedzo export: check its known answer and its memory")
+    add("--profile", metavar="NAME", help="the board that this machine should be, see: fedzo-device profiles")
+    add("--url", metavar="URL", help="broker: check address, TLS, credentials and rights")
+    _add_connection(parser)
+    add("--connect-timeout", type=float, metavar="S", help="[default: 15]")
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--federation", metavar="NAME", help="[default: default]")
     add("--id", metavar="ID", help="device id, 1 to 48 of a-z 0-9 - [default: made once and kept]")
     add("--state", type=Path, metavar="DIR", help="[default: ~/.local/state/fedzo/FEDERATION/ID]")
@@ -259,10 +301,6 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     add("--ca", type=Path, metavar="FILE", help="certificates that may sign the broker's [default: the system's]")
     add("--cert", type=Path, metavar="FILE", help="this device's certificate")
     add("--key", type=Path, metavar="FILE", help="its key")
-    add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
-    add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
-    add("--config", type=Path, metavar="FILE", help="settings in TOML [default: FEDZO_CONFIG]")
-    add("--show-config", action="store_true", help="print every setting with its origin, and stop")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,0 +1,146 @@
+"""What a run would need on a board, phase by phase, from the artifact's manifest alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ..protocol.errors import MemoryBudgetError
+from ..protocol.manifest import Manifest
+from ..protocol.settings import RunSettings
+from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, plan
+
+__all__ = ["BoardPlan", "Phase", "PhasePlan", "RunSizes", "plan_board"]
+
+Phase = Literal["scoring", "training"]
+_NO_LIMIT_MIB: Final = 1e9
+_DENSE_REPLICA_BYTES: Final = 12  # weights and two moments of the server's optimiser, as the state machine holds them
+
+
+@dataclass(frozen=True, slots=True)
+class RunSizes:
+    """The settings of a run that decide its memory; by default those of `fedzo serve`.
+
+    Attributes:
+        batch: Samples behind one loss.
+        samples: Inputs that are scored.
+        sparsity: Fraction of the maskable weights that is removed; the artifact's when None. At 0 nothing is scored.
+        threads: Threads within an operator.
+        micro_batch: Samples of one run of a graph; None to choose.
+        dataset_bytes: Resident samples.
+    """
+
+    batch: int = RunSettings().training.batch
+    samples: int = RunSettings().saliency.samples
+    sparsity: float | None = None
+    threads: int = 1
+    micro_batch: int | None = None
+    dataset_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """One phase.
+
+    Attributes:
+        phase: ``scoring`` or ``training``.
+        memory: The plan under the budget; if it does not fit, that of the smallest micro-batch.
+        survivors: Length of the weights.
+        refusal: Why it does not fit, and its hint; empty if it does.
+        hint: What to change.
+    """
+
+    phase: Phase
+    memory: MemoryPlan
+    survivors: int
+    refusal: str = ""
+    hint: str = ""
+
+    @property
+    def slack_mib(self) -> float:
+        """What the budget leaves; negative if it does not fit."""
+        return self.memory.budget_mib - self.memory.planned_peak_mib
+
+
+@dataclass(frozen=True, slots=True)
+class BoardPlan:
+    """Both phases under one budget.
+
+    Attributes:
+        budget_mib: What the process may use.
+        phases: In the order of a run.
+    """
+
+    budget_mib: float
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase does."""
+        return all(not phase.refusal for phase in self.phases)
+
+    @property
+    def peak(self) -> PhasePlan:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.memory.planned_peak_mib)
+
+    def check(self) -> None:
+        """Raise what a device would raise.
+
+        Raises:
+            MemoryBudgetError: A phase does not fit.
+        """
+        for phase in self.phases:
+            if phase.refusal:
+                raise MemoryBudgetError(f"{phase.phase}: {phase.refusal}", hint=phase.hint)
+
+
+def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardPlan:
+    """Plan as a device does when it joins a run, with the portable graphs.
+
+    A processor for which the artifact holds a variant of its own uses that where the budget allows; its plan may be
+    higher then, and never over the budget.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+    layout = manifest.layout
+    sparsity = manifest.sparsity if sizes.sparsity is None else sizes.sparsity
+    survivors = layout.size - round(sparsity * layout.maskable_size)
+    phases = [_phase("training", manifest, survivors, budget_mib, sizes, sizes.batch, sizes.dataset_bytes)]
+    if sparsity > 0:
+        resident = sizes.dataset_bytes + _DENSE_REPLICA_BYTES * layout.size
+        phases.insert(0, _phase("scoring", manifest, layout.size, budget_mib, sizes, sizes.samples, resident))
+    return BoardPlan(budget_mib, tuple(phases))
+
+
+def _phase(
+    phase: Phase,
+    manifest: Manifest,
+    n_survivors: int,
+    budget_mib: float,
+    sizes: RunSizes,
+    batch: int,
+    resident_bytes: int,
+) -> PhasePlan:
+    def under(limit_mib: float, micro_batch: int | None) -> MemoryPlan:
+        return plan(
+            manifest,
+            n_survivors,
+            limit_mib,
+            graphs=SCORING_GRAPHS if phase == "scoring" else TRAINING_GRAPHS,
+            batch=batch,
+            micro_batch=micro_batch,
+            threads=sizes.threads,
+            dataset_bytes=resident_bytes,
+        )
+
+    try:
+        return PhasePlan(phase, under(budget_mib, sizes.micro_batch), n_survivors)
+    except MemoryBudgetError as error:
+        needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)
+        # What is resident may be the dense replica alone, which no file format changes.
+        hint = error.hint if sizes.dataset_bytes else error.hint.partition("; data in")[0]
+        needed = dataclasses.replace(needed, budget_mib=budget_mib)
+        return PhasePlan(phase, needed, n_survivors, error.message, hint)

@@ -1,0 +1,137 @@
+"""Whether ONNX Runtime computes what it should on this machine: ``python -m fedzo.edge_runtime.forward_check``.
+
+Run as a process of its own, since a broken wheel kills the process that imports it. Each line on stdout begins with
+the stage that is about to begin; the last one is ``done`` with one JSON object, or ``failed`` with one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol.errors import FedzoError, SelfTestError
+from ..protocol.mask import Mask
+from ..protocol.quantiles import gaussian_table
+from ..protocol.streams import Purpose, uint16s
+from .artifact import load_artifact
+from .engine import Engine
+from .memory import peak_rss_mib
+from .ort import CPU, runtime
+from .selftest import keeps_denormals
+
+__all__ = ["GRAPH", "WEIGHTS", "expected", "main", "seeded"]
+
+GRAPH: Final = zlib.decompress(
+    base64.b85decode(
+        "c-nQ4F>k^!5QRA>5OaVU+)||~Qmd#_HlPzzM5VHHYB!e3Ar7F11jVMn*0Dc>pIRFbDoDtB%YAq6osZJ~uZ?|#HIh|_0r%~fJo^q>"
+        "SpO15Celwi<qHv7p|u4kXrjH~u?%7VbP4MSoI&K<?;>3qr${?>8H_JD!KqV87fO4lA;MVC_87#6**cadMZR2k?iR?Uom_OJDrT{e"
+        "Aqj~wY9qu9gzvnjTq%(SHMIG9COsWP@Bu;Sm}drwZx6+M9yG9`3ZBWqzCn*Ctdi!FnUZ=DE>%!PqH?ch=o20ggN=`G`Q#%{)SRzR"
+        "LYR}}#flg4=uw}R-Qyhv)<TDsBd*3%B$R4ZjYjR=<!|vux463E9;jusqun!V1V`FCqi~#U?Y?=14NXlJqD6m5<RNU>H8yFDHU6)J"
+        "0~<?j^ABRNV)p"
+    )
+)
+"""An ONNX graph: a convolution, a Relu, one whose padding differs between the axes (wrong in 1.27.0 on processors with
+SME), one by channels with strides, a linear layer and a float64 log-softmax. Its test builds it with onnx."""
+
+WEIGHTS: Final = {"w1": (16, 8, 3, 3), "w2": (16, 16, 1, 3), "w3": (16, 1, 3, 3), "w4": (10, 256)}
+_INPUT: Final = (4, 8, 9, 9)
+_TOLERANCE: Final = 1e-5  # 6.8e-7 with onnxruntime 1.32.0 on x86-64
+
+
+def seeded() -> dict[str, NDArray[np.float32]]:
+    """The feeds: ``x`` and the weights, scaled by their fan-in."""
+    feeds = {}
+    for index, (name, shape) in enumerate({"x": _INPUT, **WEIGHTS}.items()):
+        count, fan_in = int(np.prod(shape)), int(np.prod(shape[1:]))
+        values = np.take(gaussian_table(), uint16s(1, Purpose.GOLDEN, 0, index, count), mode="clip").reshape(shape)
+        scale = 1.0 if name == "x" else fan_in**-0.5
+        feeds[name] = np.multiply(values, np.float32(scale))
+    return feeds
+
+
+def expected(feeds: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+    """What the graph must give: ``float64[4, 10]``, computed by numpy."""
+    x, w1, w2, w3, w4 = (feeds[name].astype(np.float64) for name in ("x", *WEIGHTS))
+    x = np.maximum(_convolution(np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1))), w1), 0.0)
+    x = _convolution(np.pad(x, ((0, 0), (0, 0), (0, 0), (1, 1))), w2)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))[:, :, ::2, ::2]
+    x = np.einsum("nchwij,cij->nchw", windows, w3[:, 0])
+    logits = x.reshape(len(x), -1) @ w4.T
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+
+
+def _convolution(x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.float64]:
+    windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], (2, 3))
+    return np.asarray(np.einsum("nchwij,ocij->nohw", windows, w))
+
+
+def _forward() -> float:
+    """Run the graph.
+
+    Returns:
+        The largest difference to :func:`expected`.
+
+    Raises:
+        SelfTestError: It is too large.
+    """
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    feeds = seeded()
+    found = ort.InferenceSession(GRAPH, options, providers=[CPU]).run(None, feeds)[0]
+    difference = float(np.abs(found - expected(feeds)).max())
+    if not difference <= _TOLERANCE:
+        raise SelfTestError(
+            f"a small network gives results that are wrong by {difference:.2e}, {_TOLERANCE:.0e} is allowed",
+            hint="install another release of onnxruntime: this one computes something else on this processor",
+        )
+    return difference
+
+
+def _stage(name: str, answer: dict[str, Any] | None = None) -> None:
+    sys.stdout.write(name + ("" if answer is None else " " + json.dumps(answer)) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run every stage; 7 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--artifact", type=Path, metavar="DIR", help="check its known answer as well")
+    artifact = parser.parse_args().artifact
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        _stage("import")
+        answer: dict[str, Any] = {"onnxruntime": str(runtime().__version__)}
+        _stage("forward")
+        answer["difference"] = _forward()
+        answer["denormals"] = keeps_denormals()
+        if artifact is not None:
+            _stage("golden")
+            loaded = load_artifact(artifact)
+            with Engine(loaded, Mask.dense(loaded.manifest.layout), micro_batch=8) as engine:
+                answer["golden_difference"] = engine.check_golden()
+            answer["tolerance"] = loaded.manifest.golden.tolerance
+        answer["peak_mib"] = peak_rss_mib()
+    except FedzoError as error:
+        _stage("failed", {"message": error.message, "hint": error.hint})
+        return SelfTestError.exit_code
+    except Exception as error:  # noqa: BLE001 (whatever a broken wheel raises is what there is to report)
+        _stage("failed", {"message": f"{type(error).__name__}: {error}"[:400], "hint": ""})
+        return SelfTestError.exit_code
+    _stage("done", answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
