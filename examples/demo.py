@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     """The demo's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="device processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=300, help="updates (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=400, help="updates (default: %(default)s)")
     parser.add_argument("--k", type=int, default=64, help="directions per device and round (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8, help="weights to prune (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet skew of the labels (default: %(default)s)")
