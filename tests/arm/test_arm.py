@@ -28,7 +28,7 @@ def emulate(*arguments: object, timeout_s: float = 280, **extra: str) -> subproc
     """Run scripts/emulate-arm."""
     command = [str(part) for part in (EMULATE, *arguments)]
     kept = {name: os.environ[name] for name in ("FEDZO_NO_APT",) if name in os.environ}
-    variables = environment(PYTHON=sys.executable, **kept, **extra)
+    variables = environment(NATIVE_PYTHON=sys.executable, **kept, **extra)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=variables)
 
 
@@ -116,7 +116,7 @@ def test_an_emulated_device_ends_with_the_servers_weights(
     try:
         server = fleet.serve("--deadline", 120, "--enrol-deadline", 120)
         native = fleet.device(0)
-        board = fleet.device(1, program=(EMULATE, architecture, "--cpu", cpu, "-m", "fedzo.edge_runtime"), name="board")
+        board = fleet.device(1, program=(EMULATE, architecture, "--cpu", cpu, "-m", "fedzo.edge_runtime"))
         answer = server.answer(280)
         devices = [native.answer(), board.answer()]
         assert agree(answer, devices)
