@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -49,6 +50,7 @@ class BoundGraph:
         self._session = session
         self._binding = session.io_binding()
         self._addresses: dict[str, tuple[int, int]] = {}
+        self._batch: tuple[weakref.ref[NDArray[np.float32]], weakref.ref[NDArray[np.int64]]] | None = None
         wanted = {entry.name for entry in session.get_inputs()}
         bound: Mapping[str, NDArray[Any]] = feeds if blocked is None else blocked.feeds
         unknown = wanted - set(bound) - {"x", "y", "shift"}
@@ -64,8 +66,24 @@ class BoundGraph:
         if _OUTPUTS[name] != "logits":
             self._bind_output(self.output)
 
+    def holds(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> bool:
+        """Whether these very arrays, as a whole, were checked and are bound: then :meth:`run_again` reads them."""
+        return self._batch is not None and self._batch[0]() is x and self._batch[1]() is y
+
+    def keep(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
+        """Note that the latest run read ``x`` and ``y`` in place, without keeping them alive."""
+        self._batch = weakref.ref(x), weakref.ref(y)
+
+    def run_again(self) -> None:
+        """Run on what is bound."""
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise mapped_error(error, f"{self.name} failed") from error
+
     def run(self, x: NDArray[np.float32], y: NDArray[np.int64] | None, out: NDArray[np.float32] | None) -> None:
         """Run once; the result is in ``output``, or in ``out`` for graphs with one row a sample."""
+        self._batch = None
         self._bind("x", x)
         if y is not None:
             self._bind("y", y)

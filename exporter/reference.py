@@ -18,7 +18,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 from .models.resnet import GROUPS
 
-__all__ = ["exact_scores", "forward"]
+__all__ = ["exact_scores", "forward", "network"]
 
 Parameters = Mapping[str, Tensor]
 
@@ -57,7 +57,12 @@ def _cnn1d(p: Parameters, x: Tensor) -> Tensor:
     return functional.linear(h.mean(2), p["fc.weight"], p["fc.bias"])
 
 
-def _network(model: str) -> Callable[[Parameters, Tensor], Tensor]:
+def network(model: str) -> Callable[[Parameters, Tensor], Tensor]:
+    """A built-in model as a function of its parameters and a batch, to logits.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
     if model.startswith("resnet"):
         return _resnet
     networks = {"lenet5": _lenet5, "cnn1d": _cnn1d}
@@ -86,7 +91,7 @@ def forward(model: str, layout: Layout, weights: NDArray[np.float32], x: NDArray
         ``float64[batch, n_classes]``, owned by the caller.
     """
     with torch.no_grad():
-        logits = _network(model)(_split(layout, weights, torch.float64), torch.from_numpy(x).double())
+        logits = network(model)(_split(layout, weights, torch.float64), torch.from_numpy(x).double())
     return np.asarray(logits.numpy(), np.float64)
 
 
@@ -106,13 +111,13 @@ def exact_scores(
     Returns:
         ``float64[layout.size]``, owned by the caller.
     """
-    network = _network(model)
+    logits_of = network(model)
     parameters = _split(layout, weights, torch.float64)
     leaves = [value.requires_grad_() for value in parameters.values()]
     squares = [torch.zeros_like(value) for value in leaves]
     inputs = torch.from_numpy(x).double()
     for sample in inputs:
-        logits = network(parameters, sample[None])[0]
+        logits = logits_of(parameters, sample[None])[0]
         for output in logits:
             gradients = torch.autograd.grad(output, leaves, retain_graph=True)
             for square, gradient in zip(squares, gradients, strict=True):

@@ -19,9 +19,10 @@ from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.data import batch_indices
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.estimators import SteinEstimator
-from fedzo.edge_runtime.memory import peak_rss_mib
+from fedzo.edge_runtime.memory import MemoryPlan, peak_rss_mib
 from fedzo.edge_runtime.ort import arena_limit_holds
 from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.variants import matching_variant
 from fedzo.edge_runtime.worker import Limits, Worker
 from fedzo.protocol.device_events import (
     Compute,
@@ -38,6 +39,7 @@ from fedzo.protocol.device_events import (
 from fedzo.protocol.directions import Directions
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.errors import ArtifactError, DataError, FedzoError, MemoryBudgetError, SelfTestError
+from fedzo.protocol.graph_files import GraphVariant
 from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.manifest import Manifest
 from fedzo.protocol.mask import Mask, threshold
@@ -258,6 +260,44 @@ def test_a_run_over_budget_is_refused_with_numbers(
     assert failed.run == run.run
     assert "the budget is 40 MiB" in failed.error.message
     desk.worker.close()
+
+
+@pytest.fixture
+def variant(manifest: Manifest) -> GraphVariant:
+    found = matching_variant(manifest, "probe.onnx")
+    if found is None:
+        pytest.skip("onnxruntime has no blocked kernels on this machine")
+    return found
+
+
+@pytest.mark.parametrize("layout", ["blocked", "portable"])
+def test_a_variant_is_used_when_its_file_was_fetched(
+    desk: Desk, run: RunDocument, manifest: Manifest, mask: Mask, variant: GraphVariant, layout: str
+) -> None:
+    if layout == "portable":
+        desk.store.path(variant.file.sha256).unlink()
+    desk.ready(run, manifest, mask)
+    assert desk.worker._prepared is not None
+    outcome = desk.compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask)))
+    assert outcome is not None
+    assert outcome.decline is Decline.NONE
+    assert desk.worker._prepared.engine.layout == layout
+
+
+@pytest.mark.parametrize(
+    ("portable", "blocked", "chosen"),
+    [(32, 32, 32), (32, 8, 8), (32, 4, 32), (4, 4, 4), (4, 2, 4), (32, None, 32), (1, 1, 1)],
+)
+def test_a_variant_must_not_make_micro_batches_small(
+    desk: Desk, manifest: Manifest, variant: GraphVariant, portable: int, blocked: int | None, chosen: int
+) -> None:
+    def phase(graphs: tuple[str, ...]) -> MemoryPlan:
+        size = blocked if variant.file.name in graphs else portable
+        if size is None:
+            raise MemoryBudgetError("too large")
+        return MemoryPlan(1.0, 1.0, 1.0, 1.0, 1.0, size, 9.0)
+
+    assert desk.worker._training_plan(manifest, phase).micro_batch == chosen
 
 
 def test_data_of_another_shape_fail_the_plan(

@@ -35,6 +35,62 @@ def test_graphs_by_name() -> None:
         small_manifest().graph("moments.onnx")
 
 
+def _with_variant(**changes: Any) -> Manifest:
+    entry = {"graph": "probe.onnx", "machine": "x86_64", "onnxruntime": "1.32.0", "block": 16, "weight_bytes": 64}
+    entry |= {"sha256": "ab" * 32, "size": 99} | changes
+    name = entry.pop("name", "probe.nchwc16.onnx")
+    raw = small_manifest().to_json()
+    raw["memory"] |= {entry.pop("planned", name): [[10, 20]]}
+    raw["variants"] = {name: entry}
+    return Manifest.decode(json.dumps(raw).encode())
+
+
+def test_variants_are_optional_and_no_graphs() -> None:
+    plain, manifest = small_manifest(), _with_variant()
+    assert plain.variants == ()
+    assert "variants" not in plain.to_json()
+    assert Manifest.decode(manifest.encode()) == manifest
+    assert manifest.graphs == plain.graphs
+    (variant,) = manifest.variants
+    assert (variant.file.name, variant.file.size, variant.block) == ("probe.nchwc16.onnx", 99, 16)
+    assert manifest.live_bytes("probe.nchwc16.onnx", 3) == 70
+    with pytest.raises(ArtifactError, match="nchwc16"):
+        manifest.graph("probe.nchwc16.onnx")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "probe.onnx"},
+        {"name": "../probe.nchwc16.onnx"},
+        {"name": "probe.nchwc16.onnx/x"},
+        {"graph": "predict.onnx"},
+        {"machine": "aarch64"},
+        {"onnxruntime": ""},
+        {"onnxruntime": "1.32.0\n"},
+        {"onnxruntime": None},
+        {"block": 4},
+        {"block": "16"},
+        {"weight_bytes": 0},
+        {"weight_bytes": 1 << 40},
+        {"sha256": "ab"},
+        {"size": 0},
+        {"size": 1 << 40},
+        {"planned": "other"},
+    ],
+)
+def test_impossible_variants(changes: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError):
+        _with_variant(**changes)
+
+
+@pytest.mark.parametrize("variants", [[], "x", 3, None, {"probe.nchwc16.onnx": None}])
+def test_malformed_variants(variants: object) -> None:
+    raw = small_manifest().to_json() | {"variants": variants}
+    with pytest.raises(ArtifactError, match="malformed"):
+        Manifest.decode(json.dumps(raw).encode())
+
+
 def _set(*path: str | int, to: object) -> tuple[tuple[str | int, ...], object]:
     return path, to
 
