@@ -116,17 +116,22 @@ def _stage(source: NDArray[np.float32], target: NDArray[np.float32], half: int) 
 
 
 @functools.lru_cache(maxsize=1)
-def _byte_signs() -> NDArray[np.float32]:
-    """``(-1)**popcount(byte)``: ``float32[256]``."""
-    return np.array([-1.0 if byte.bit_count() & 1 else 1.0 for byte in range(256)], dtype=np.float32)
+def _short_rows() -> NDArray[np.float32]:
+    """The Walsh-Hadamard matrix of order 32: ``float32[32, 32]``."""
+    return np.array([[-1.0 if (i & r).bit_count() & 1 else 1.0 for i in range(32)] for r in range(32)], np.float32)
 
 
 def _walsh(row: int, count: int) -> NDArray[np.float32]:
-    """The first ``count <= 65536`` entries of Walsh-Hadamard row ``row``: ``float32[count]``."""
-    bits = np.arange(count) & row
-    bits ^= bits >> 8
-    bits &= 255
-    return np.take(_byte_signs(), bits)
+    """The first ``count <= 65536`` entries of Walsh-Hadamard row ``row``: ``float32[count]``.
+
+    A row is the Kronecker product of short rows, one for every five of its bits.
+    """
+    short = _short_rows()
+    signs: NDArray[np.float32] = short[row & 31]
+    while signs.size < count:
+        row >>= 5
+        signs = np.multiply.outer(short[row & 31], signs).ravel()
+    return signs[:count]
 
 
 class Directions:
