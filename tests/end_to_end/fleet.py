@@ -78,6 +78,7 @@ class Process:
                 stderr=err,
                 env=environment(**extra),
                 cwd=folder,
+                start_new_session=True,
             )
 
     @property
@@ -107,8 +108,9 @@ class Process:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9, and wait for it."""
-        self._process.kill()
+        """kill -9 with all that it started, and wait for it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
@@ -207,6 +209,7 @@ class Fleet:
         program: Sequence[object] = (sys.executable, *DEVICE),
         rig: str = "",
         state: str = "",
+        **extra: str,
     ) -> Process:
         """Start (again) the device of a number.
 
@@ -216,12 +219,15 @@ class Fleet:
             program: What runs it.
             rig: See ``rigged.py``.
             state: Name of its state folder, if not its own.
+            extra: Environment.
         """
         name = f"board-{number}"
         if rig:
             program = (sys.executable, RIGGED, rig, "device")
         command = [*program, "join", self.url, "--data", self.data[number], "--id", name, "--retry", "1"]
-        return self.start(name, [*command, "--state", self.folder / (state or f"state-{name}"), "--json", *options])
+        return self.start(
+            name, [*command, "--state", self.folder / (state or f"state-{name}"), "--json", *options], **extra
+        )
 
     def devices(self, *options: object, rig: str = "") -> list[Process]:
         """Start all; they are the ``boards``."""
