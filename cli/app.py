@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..edge_runtime.versions import installed_versions
-from . import deploy, doctor, export, profiles, serve
+from . import deploy, doctor, export, plan, profiles, serve
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 
@@ -33,6 +33,7 @@ export.register(app)
 serve.register(app)
 deploy.register(app)
 profiles.register(app)
+plan.register(app)
 doctor.register(app)
 
 

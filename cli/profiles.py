@@ -9,10 +9,10 @@ import typer
 from .command import command, group
 from .output import Output
 
-__all__ = ["register"]
+__all__ = ["names", "register"]
 
 
-def _names(incomplete: str) -> list[str]:
+def names(incomplete: str) -> list[str]:
     """Completion of a profile's name."""
     from ..hardware_profiles import profile_names
 
@@ -58,7 +58,7 @@ def show_board(
     output: Output,
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="A name from the list, or the path of a TOML file.", autocompletion=_names),
+        typer.Argument(metavar="NAME", help="A name from the list, or the path of a TOML file.", autocompletion=names),
     ],
 ) -> None:
     """Show one profile, each value with its source.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -140,7 +141,10 @@ def _phase(
         return PhasePlan(phase, under(budget_mib, sizes.micro_batch), n_survivors)
     except MemoryBudgetError as error:
         needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)
-        # What is resident may be the dense replica alone, which no file format changes.
-        hint = error.hint if sizes.dataset_bytes else error.hint.partition("; data in")[0]
+        hint = error.hint
+        if phase == "scoring" and "micro-batch" not in hint:
+            # Neither the batch nor the sparsity changes this phase.
+            smallest = math.ceil(under(_NO_LIMIT_MIB, 1).planned_peak_mib)
+            hint = f"use a board with {smallest} MiB for fedzo, fewer samples than {batch} or a smaller model"
         needed = dataclasses.replace(needed, budget_mib=budget_mib)
         return PhasePlan(phase, needed, n_survivors, error.message, hint)

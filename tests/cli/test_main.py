@@ -89,7 +89,7 @@ def test_an_interrupt_ends_with_130(run: Run, raising: Any, error: BaseException
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["profils"], "no such command 'profils'. Did you mean 'profiles'?", "fedzo --help"),
+        (["profils"], "no such command 'profils'. Did you mean 'profiles', 'profile'?", "fedzo --help"),
         (["--jsn"], "no such option: --jsn (Possible options: --json)", "fedzo --help"),
         (["profiles", "shwo", "x"], "no such command 'shwo'. Did you mean 'show'?", "fedzo profiles --help"),
         (["profiles", "show"], "missing argument 'NAME'.", "fedzo profiles show --help"),

@@ -1,0 +1,189 @@
+"""`fedzo plan`: which boards an artifact fits on; `fedzo profile`: what it really needs, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .command import command
+from .output import Output
+from .profiles import names
+
+if TYPE_CHECKING:
+    from ..edge_runtime.board_plan import BoardPlan, PhasePlan, RunSizes
+    from ..hardware_profiles import Profile
+
+__all__ = ["register"]
+
+_ALL = "all"
+_BATCH_HELP = "Samples behind one loss; that of fedzo serve by default."
+_SAMPLES_HELP = "Inputs that are scored; those of fedzo serve by default."
+_Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of fedzo export.")]
+_Batch = Annotated[int | None, typer.Option(min=1, help=_BATCH_HELP)]
+_Samples = Annotated[int | None, typer.Option(min=1, help=_SAMPLES_HELP)]
+_Sparsity = Annotated[float | None, typer.Option(min=0, help="Of the run; the artifact's by default.")]
+_MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples of one forward pass; what fits by default.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the app."""
+    command(app, "plan")(plan_boards)
+    command(app, "profile")(profile_board)
+
+
+def plan_boards(
+    output: Output,
+    artifact: _Artifact,
+    profile: Annotated[str, typer.Option(metavar="NAME", help="A board, or all.", autocompletion=names)] = _ALL,
+    budget_mib: Annotated[
+        float | None, typer.Option("--budget-mib", metavar="MIB", min=1, help="Instead of the profile's.")
+    ] = None,
+    batch: _Batch = None,
+    samples: _Samples = None,
+    sparsity: _Sparsity = None,
+    micro_batch: _MicroBatch = None,
+) -> None:
+    """Say whether an artifact fits on a board, with which micro-batch, and what stays free. Nothing is loaded or run.
+
+    Peaks are those of the whole fedzo-device process. Exit code 4 if the one board that was named is too small.
+
+    Example:
+        $ fedzo plan artifact --profile all
+        $ fedzo plan artifact --profile rpi-zero-2w --batch 64
+        $ fedzo plan artifact --profile rpi-zero-2w --budget-mib 70
+    """
+    from ..edge_runtime.artifact import load_artifact
+    from ..edge_runtime.board_plan import plan_board
+    from ..hardware_profiles import list_profiles, load_profile
+
+    manifest = load_artifact(artifact).manifest
+    boards = list_profiles() if profile == _ALL else [load_profile(profile)]
+    plans: list[tuple[Profile, BoardPlan]] = []
+    for board in boards:
+        sizes = _sizes(board, batch, samples, sparsity, micro_batch)
+        plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
+    columns = ("board", "budget MiB", "fits", "micro-batch", "peak MiB", "slack scoring", "slack training")
+    rows = []
+    for board, plan in plans:
+        slack = {phase.phase: f"{phase.slack_mib:.1f}" for phase in plan.phases}
+        peak = f"{plan.peak.memory.planned_peak_mib:.1f}"
+        micro = min(phase.memory.micro_batch for phase in plan.phases) if plan.fits else ""
+        cells = (slack.get("scoring", ""), slack["training"])
+        rows.append((board.name, plan.budget_mib, "yes" if plan.fits else "no", micro, peak, *cells))
+    output.table(columns, rows)
+    output.result({"model": manifest.model, "boards": [_board(board, plan) for board, plan in plans]})
+    if profile != _ALL:
+        plans[0][1].check()
+
+
+def profile_board(
+    output: Output,
+    artifact: _Artifact,
+    profile: Annotated[str, typer.Option(metavar="NAME", help="A board.", autocompletion=names)],
+    budget_mib: Annotated[
+        float | None, typer.Option("--budget-mib", metavar="MIB", min=1, help="Instead of the profile's.")
+    ] = None,
+    batch: _Batch = None,
+    samples: _Samples = None,
+    sparsity: _Sparsity = None,
+    micro_batch: _MicroBatch = None,
+) -> None:
+    """Run an artifact on this machine under the budget of a board: what was planned, and what was measured.
+
+    The engine runs in a process of its own, its tensors under the plan's limit; the peak is taken phase by phase.
+    Beside it stands one step of backpropagation by torch on the same batch, if torch is installed. Memory only: this
+    machine's time says nothing about the board's.
+
+    Example:
+        $ fedzo profile artifact --profile rpi-zero-2w --batch 64
+    """
+    import importlib.util
+
+    from ..edge_runtime.artifact import load_artifact
+    from ..edge_runtime.board_plan import plan_board
+    from ..edge_runtime.child import answer_of
+    from ..hardware_profiles import load_profile
+    from ..protocol.errors import FedzoError
+
+    board = load_profile(profile)
+    sizes = _sizes(board, batch, samples, sparsity, micro_batch)
+    limit = budget_mib or board.ram_budget_mib
+    plan_board(load_artifact(artifact).manifest, limit, sizes).check()
+    arguments = [str(artifact), "--budget-mib", str(limit), "--batch", str(sizes.batch)]
+    arguments += ["--samples", str(sizes.samples), "--threads", str(sizes.threads), "--tensors"]
+    for name, value in (("--sparsity", sparsity), ("--micro-batch", micro_batch)):
+        arguments += [] if value is None else [name, str(value)]
+    measured = answer_of("fedzo.edge_runtime.measure", arguments)
+    torch: dict[str, Any] | None = None
+    if importlib.util.find_spec("torch") is None:
+        output.say("torch is not installed, so there is no step of backpropagation to compare with")
+    else:
+        try:
+            torch = answer_of("fedzo.exporter.backprop_step", [str(artifact), "--batch", str(sizes.batch)])
+        except FedzoError as error:
+            output.warn(f"no step of backpropagation to compare with: {error.message}")
+    rows: list[tuple[object, ...]] = [
+        (
+            phase["phase"],
+            phase["micro_batch"],
+            f"{phase['planned_mib']:.1f}",
+            f"{phase['measured_mib']:.1f}",
+            f"{phase['planned_tensors_mib']:.2f}",
+            "" if phase["tensors_mib"] is None else f"{phase['tensors_mib']:.2f}",
+        )
+        for phase in measured["phases"]
+    ]
+    if torch is not None:
+        rows.append(("torch SGD step", sizes.batch, "", f"{torch['peak_mib']:.1f}", "", ""))
+    columns = ("phase", "micro-batch", "planned MiB", "measured MiB", "planned tensors MiB", "tensors MiB")
+    output.table(columns, rows)
+    output.text(
+        f"peak {measured['peak_mib']:.1f} MiB of {limit:g}, {measured['floor_mib']:.1f} before a graph is loaded"
+    )
+    ratio = None
+    if torch is not None:
+        ratio = torch["peak_mib"] / measured["peak_mib"]
+        output.text(f"a torch step of batch {sizes.batch} takes {ratio:.1f} times as much")
+    output.result({"profile": board.name, **measured, "torch": torch, "torch_over_ours": ratio})
+
+
+def _sizes(
+    board: Profile, batch: int | None, samples: int | None, sparsity: float | None, micro_batch: int | None
+) -> RunSizes:
+    from ..edge_runtime.board_plan import RunSizes
+    from ..protocol.errors import ConfigError
+
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"sparsity is {sparsity}, it must be at least 0 and below 1")
+    usual = RunSizes()
+    return RunSizes(batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch)
+
+
+def _board(board: Profile, plan: BoardPlan) -> dict[str, Any]:
+    return {
+        "profile": board.name,
+        "title": board.title,
+        "budget_mib": plan.budget_mib,
+        "threads": board.threads,
+        "fits": plan.fits,
+        "planned_peak_mib": plan.peak.memory.planned_peak_mib,
+        "phases": {phase.phase: _phase(phase) for phase in plan.phases},
+    }
+
+
+def _phase(phase: PhasePlan) -> dict[str, Any]:
+    memory = phase.memory
+    return {
+        "fits": not phase.refusal,
+        "micro_batch": memory.micro_batch,
+        "survivors": phase.survivors,
+        "planned_peak_mib": memory.planned_peak_mib,
+        "slack_mib": phase.slack_mib,
+        "floor_mib": memory.floor_mib,
+        "session_mib": memory.session_mib,
+        "feeds_mib": memory.feeds_mib,
+        "live_mib": memory.live_mib,
+        "margin_mib": memory.margin_mib,
+    }
