@@ -35,7 +35,7 @@ class Summary:
         parameters: Weights of the dense model.
         mask_bytes: Size of the encoded mask.
         weights_digest: Digest of the server's weights, hex.
-        digests_agree: Every enrolled device ended with that digest.
+        digests_agree: Every enrolled device ended with that digest, except those that refused to take part.
         devices: Enrolled devices.
         curve: ``(updates, accuracy)`` of every evaluation, oldest first.
     """
@@ -103,6 +103,7 @@ def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, 
     )
     own = coordinator.evaluations[-1]["accuracy"] if coordinator.evaluations else None
     digest = coordinator.replica.digest.hex()
+    last = [member.weights_digest for member in members.values() if member.status != "refused"]
     return Summary(
         run=coordinator.run.run,
         phase=coordinator.head.phase,
@@ -119,7 +120,7 @@ def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, 
         parameters=coordinator.manifest.layout.size,
         mask_bytes=coordinator.head.mask_size,
         weights_digest=digest,
-        digests_agree=bool(members) and all(member.weights_digest == digest for member in members.values()),
+        digests_agree=bool(last) and all(other == digest for other in last),
         devices=len(members),
         curve=curve,
     )
