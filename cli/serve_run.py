@@ -27,6 +27,7 @@ from ..protocol.documents import RunDocument
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
 from ..protocol.manifest import Manifest
 from ..protocol.settings import RunSettings
+from ..protocol.topics import check_name
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
@@ -34,6 +35,7 @@ from .output import Output
 __all__ = ["ServeSettings", "serve_run"]
 
 PLACE_NAME = "serve.json"
+MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,14 @@ class ServeSettings(RunSettings):
     username: str | None = None
     password_file: Path | None = None
     ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        RunSettings.__post_init__(self)
+        check_name("federation", self.federation)
+        if self.run is not None:
+            check_name("run", self.run)
+        if not 0 <= self.port <= MAX_PORT:
+            raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}")
 
     def run_settings(self) -> RunSettings:
         """The part that the devices must know."""

@@ -160,7 +160,11 @@ def load_artifact(folder: str | os.PathLike[str]) -> Artifact:
     if not root.is_dir():
         raise ArtifactError(f"there is no artifact folder {root}", hint="make one with: fedzo export lenet5 -o FOLDER")
     data = _read(root / MANIFEST_NAME, MAX_MANIFEST_BYTES)
-    manifest = Manifest.decode(data)
+    try:
+        manifest = Manifest.decode(data)
+    except ArtifactError as error:
+        hint = error.hint or "copy the artifact folder again or export it again"
+        raise ArtifactError(f"{root / MANIFEST_NAME}: {error.message}", hint=hint) from error
     return _checked(Artifact(manifest, data, str(root), lambda graph: _read(root / graph.name, graph.size)))
 
 

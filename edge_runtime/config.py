@@ -229,7 +229,10 @@ def resolve(
             values[name] = convert(leaf.annotation, raw, folder)
         except ValueError as error:
             shown = SECRET if leaf.secret else repr(raw)
-            raise ConfigError(f"{origin.name or origin.kind}: {name} = {shown} is not {error}") from error
+            raise ConfigError(
+                f"{origin.name or origin.kind}: {name} = {shown} is not {error}",
+                hint="--show-config lists every setting with its value",
+            ) from error
         origins[name] = origin
     return Resolved(_build(cls, (), values, origins), origins)
 
@@ -303,7 +306,11 @@ def _file_values(
                 yield ".".join(key if table is None else key[1:]), value
             elif key in tables:
                 if not isinstance(value, dict):
-                    raise ConfigError(f"{file.place(key)}: {'.'.join(key)} is a table, not {value!r}")
+                    name = ".".join(key)
+                    raise ConfigError(
+                        f"{file.place(key)}: {name} is a table, not {value!r}",
+                        hint=f"write [{name}], and its settings on lines of their own",
+                    )
                 yield from walk(value, key)
             elif prefix or part not in other_tables:
                 near = [candidate[-1] for candidate in known | tables if candidate[:-1] == prefix]
