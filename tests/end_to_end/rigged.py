@@ -7,6 +7,7 @@ rig                    what happens
 ``after:KIND:N``       right after, before anything is sent or acknowledged
 ``sent:CHANNEL:N``     with the Nth message of a channel handed to the broker
 ``last-broker``        the server does not start a broker again that died
+``impatient``          the server gives a broker by URL one second to answer
 ``computing:N``        the device dies at the beginning of its Nth probe
 ``saved:N``            with its Nth report in the outbox and not sent
 ``received:N``         with the Nth receipt, the report still in the outbox
@@ -60,12 +61,15 @@ def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Call
 
 
 def rig_server(rig: str) -> None:
-    from fedzo.broker_server.brokers import child
+    from fedzo.broker_server.brokers import child, external
     from fedzo.broker_server.journal import Entry, SqliteJournal
     from fedzo.edge_runtime.transport import MqttTransport
 
     if rig == "last-broker":
         child._MOST_CRASHES = 1
+        return
+    if rig == "impatient":
+        external._TIMEOUT_S = 1.0
         return
     when, what, number = rig.split(":")
     reached = Countdown(int(number))

@@ -59,8 +59,8 @@ def test_the_whole_basis_gives_the_gradient(assignment: str, fleets: MakeFleet) 
     )
     k = 512 if assignment == "dealt" else 1024
     options = ("--rounds", 1, "--k", k, "--assign", assignment, "--two-sided", "--sigma", 2.0**-10, "--batch", BATCH)
-    options += ("--optimiser", "sgd", "--learning-rate", RATE, "--sparsity", 0.5, "--evaluate-every", 0)
-    server, boards = fleet.serve(*options), fleet.devices("--holdout", 0)
+    optimiser = ("--optimiser", "sgd", "--learning-rate", RATE, "--sparsity", 0.5, "--evaluate-every", 0)
+    server, boards = fleet.serve(*options, *optimiser), fleet.devices("--holdout", 0)
     answer = server.answer()
     agree(answer, [board.answer() for board in boards])
     assert 512 < answer["survivors"] <= 1024
