@@ -84,6 +84,7 @@ class Coordinator:
         self._failures = 0
         self._gather_until: float | None = None
         self._gather_target = self._settings.devices
+        self._shortfall = 0
         self._out: list[CoordinatorCommand] = []
         self._recorded_run = False
 
@@ -265,9 +266,11 @@ class Coordinator:
         assert self._gather_until is not None
         over = now >= self._gather_until
         wanted = self._settings.quorum if over else self._gather_target
-        if not over and len(self.roster.members) < wanted:
+        self._shortfall -= 1  # One event makes at most one device ready: many can join without being counted each time.
+        if self._shortfall > 0 and not over:
             return False
         ready = self.roster.count_ready()
+        self._shortfall = wanted - ready
         if ready >= wanted:
             return True
         if over:
@@ -364,7 +367,7 @@ class Coordinator:
             self._announce("done")
             self._gather_until = now + self._settings.deadline_s
         assert self._gather_until is not None
-        if now >= self._gather_until or all(member.status == "done" for member in self.roster.alive()):
+        if now >= self._gather_until or self.roster.is_done():
             self._record("phase", _DONE.encode())
             self._finish(None)
 

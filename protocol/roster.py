@@ -164,9 +164,9 @@ class Roster:
         """How many devices a new round can count on."""
         return sum(member.is_ready for member in self.members.values())
 
-    def alive(self) -> list[Member]:
-        """Devices that may still be heard of."""
-        return [member for member in self.members.values() if member.is_alive]
+    def is_done(self) -> bool:
+        """Whether every device that may still be heard of has ended."""
+        return all(member.status == "done" for member in self.members.values() if member.is_alive)
 
     def names_of(self, packed: str) -> list[str]:
         """Device ids of a packed set of ordinals, ascending."""

@@ -67,7 +67,7 @@ def test_repeated_gapped_and_foreign_updates_change_nothing() -> None:
     bench.compute()
     first, second, third = bench.update(1), bench.update(2), bench.update(3)
     stranger = Bench(settings=dataclasses.replace(bench.run.settings, seed=99))
-    foreign = [stranger.update(1), stranger.update(2)]
+    foreign = [stranger.update(1), stranger.update(2), stranger.update(3)]
     bench.hear(Channel.LOG, *foreign, *foreign, third, second)
     assert bench.device.replica is not None
     assert bench.device.replica.index == 0
