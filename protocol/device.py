@@ -234,7 +234,6 @@ class Device:
         if outcome is None or self._run is None:
             return
         report = make_report(task, outcome, self._hello.session)
-        self._answered = max(self._answered, task.round)
         if self._head is None or task.round < self._head.round:
             return  # The round closed without us.
         self._outbox = (self._run.run, report)
