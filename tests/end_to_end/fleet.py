@@ -121,8 +121,8 @@ class Process:
             raise AssertionError(f"{self.name} runs after {timeout_s:g} s:\n{self.stderr}") from None
 
     def child(self, program: str) -> int:
-        """Process id of the one child that runs a program; 0 while there is none."""
-        found = [pid for pid, name, parent in _processes() if parent == self.pid and name == program]
+        """Process id of the one child whose program's name begins so; 0 while there is none."""
+        found = [pid for pid, name, parent in _processes() if parent == self.pid and name.startswith(program)]
         return found[0] if found else 0
 
     def answer(self, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
@@ -173,6 +173,7 @@ class Fleet:
         test_data: The server's.
         url: A broker that runs already; else the server manages one.
         broker: What the server is told when it manages one.
+        federation: Its name, also in front of the devices' ids: a broker knows devices by id alone.
     """
 
     def __init__(
@@ -184,10 +185,12 @@ class Fleet:
         *,
         url: str = "",
         broker: str = "mosquitto",
+        federation: str = "",
     ) -> None:
         self.folder, self.artifact, self.data, self.test_data = folder, artifact, list(data), test_data
         port = free_port()
         self._place: tuple[object, ...] = ("--broker", url) if url else ("--broker", broker, "--port", port)
+        self._names, self._federation = (federation or "board"), ("--federation", federation) if federation else ()
         self.url = url or f"mqtt://127.0.0.1:{port}"
         self.path = folder / "runs" / RUN
         self.processes: list[Process] = []
@@ -211,7 +214,7 @@ class Fleet:
         state: str = "",
         **extra: str,
     ) -> Process:
-        """Start (again) the device of a number.
+        """Start (again) the device of a number, ``board-0`` and so on.
 
         Args:
             number: From 0; its data and its state folder belong to it.
@@ -221,10 +224,11 @@ class Fleet:
             state: Name of its state folder, if not its own.
             extra: Environment.
         """
-        name = f"board-{number}"
+        name = f"{self._names}-{number}"
         if rig:
             program = (sys.executable, RIGGED, rig, "device")
-        command = [*program, "join", self.url, "--data", self.data[number], "--id", name, "--retry", "1"]
+        command = [*program, "join", self.url, "--data", self.data[number], "--id", name, "--retry", 1]
+        command += self._federation
         return self.start(
             name, [*command, "--state", self.folder / (state or f"state-{name}"), "--json", *options], **extra
         )
@@ -240,7 +244,7 @@ class Fleet:
         command = ["serve", self.artifact, "--runs", self.folder / "runs", "--run", RUN, "--test-data", self.test_data]
         command += ["--devices", n, "--quorum", n, "--rounds", 6, "--k", 16, "--batch", 8, "--sigma", 0.001]
         command += ["--saliency-samples", 8, "--evaluate-every", 3, "--deadline", 60, "--enrol-deadline", 60]
-        return self.start("server", [*self._server(rig), *command, *self._place, "--json", *options])
+        return self.start("server", [*self._server(rig), *command, *self._place, *self._federation, "--json", *options])
 
     def resume(self, *options: object, rig: str = "") -> Process:
         """Start the server again."""

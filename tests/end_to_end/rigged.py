@@ -11,7 +11,7 @@ rig                    what happens
 ``computing:N``        the device dies at the beginning of its Nth probe
 ``saved:N``            with its Nth report in the outbox and not sent
 ``received:N``         with the Nth receipt, the report still in the outbox
-``hasty``              the device tries a lost link again after a second at most
+``hasty``              either tries a lost link again after a second at most
 =====================  =======================================================================
 
 SIGKILL leaves no handler, no ``finally`` and no flush; what is in the kernel stays.
@@ -60,11 +60,20 @@ def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Call
     setattr(owner, name, wrapped)
 
 
+def be_hasty() -> None:
+    from fedzo.edge_runtime import retry
+
+    retry._CAP_S = 1.0
+
+
 def rig_server(rig: str) -> None:
     from fedzo.broker_server.brokers import child, external
     from fedzo.broker_server.journal import Entry, SqliteJournal
     from fedzo.edge_runtime.transport import MqttTransport
 
+    if rig == "hasty":
+        be_hasty()
+        return
     if rig == "last-broker":
         child._MOST_CRASHES = 1
         return
@@ -90,12 +99,11 @@ def rig_server(rig: str) -> None:
 
 
 def rig_device(rig: str) -> None:
-    from fedzo.edge_runtime import retry
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
 
     if rig == "hasty":
-        retry._CAP_S = 1.0
+        be_hasty()
         return
     when, number = rig.split(":")
     reached = Countdown(int(number))

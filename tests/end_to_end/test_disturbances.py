@@ -16,6 +16,7 @@ from fedzo.edge_runtime.transport import MqttTransport
 from fedzo.protocol.codec import decode
 from fedzo.protocol.messages import Report, ReportKind
 from fedzo.protocol.topics import BROADCAST, FROM_DEVICE, TO_DEVICE, topic
+from tests.broker_fixtures import Proxy
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import agree, wait_for
 
@@ -103,6 +104,35 @@ def test_two_devices_with_one_id_and_one_session_do_no_harm(fleets: MakeFleet) -
     others = [board.answer()["weights_digest"] for board in fleet.boards[1:]]
     assert others == [answer["weights_digest"]] * 2
     assert answer["digests_agree"] is True
+
+
+def test_links_are_cut_again_and_again(undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str) -> None:
+    """All at once, after every update: nothing is lost, nothing counts twice."""
+    relay = Proxy(("127.0.0.1", int(mosquitto_url.rpartition(":")[2])))
+    try:
+        fleet = fleets(url=relay.url)
+        server, boards = fleet.serve(rig="hasty"), fleet.devices(rig="hasty")
+        for number in range(1, 6):
+            fleet.await_entries("update", number)
+            relay.cut()
+        answer = server.answer()
+        assert agree(answer, [board.answer() for board in boards]) == undisturbed.digest
+        assert answer["refused"] == 0
+        # An evaluation does not wait for devices that are away; training, with a quorum of all, does.
+        reports = fleet.entries("report")
+        assert all(len(probed(reports, f"board-{number}")) == 6 for number in range(3))
+        assert relay.links >= 4 + 4  # everybody came back at least once
+    finally:
+        relay.close()
+
+
+def test_two_federations_share_a_broker(undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str) -> None:
+    both = [fleets(url=mosquitto_url, federation=name) for name in ("left", "right")]
+    servers = [fleet.serve() for fleet in both]
+    for fleet in both:
+        fleet.devices()
+    for fleet, server in zip(both, servers, strict=True):
+        assert agree(server.answer(), [board.answer() for board in fleet.boards]) == undisturbed.digest
 
 
 def test_nonsense_on_every_topic_changes_nothing(undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str) -> None:

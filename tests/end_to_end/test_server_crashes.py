@@ -66,26 +66,29 @@ def test_a_finished_run_is_over_at_once(undisturbed: Finished) -> None:
     assert len(fleet.entries()) == before
 
 
-@needs_mosquitto
-def test_a_managed_mosquitto_that_is_killed_comes_back(undisturbed: Finished, fleets: MakeFleet) -> None:
-    fleet = fleets()
+@pytest.mark.parametrize(
+    ("broker", "program"), [pytest.param("mosquitto", "mosquitto", marks=needs_mosquitto), ("embedded", "python")]
+)
+def test_a_managed_broker_that_is_killed_comes_back(
+    broker: str, program: str, undisturbed: Finished, fleets: MakeFleet
+) -> None:
+    fleet = fleets(broker=broker)
     fleet.devices(rig="hasty")
-    server = fleet.serve()
+    server = fleet.serve(rig="hasty")
     fleet.await_entries("update", 2)
-    broker = server.child("mosquitto")
-    os.kill(broker, signal.SIGKILL)
+    os.kill(server.child(program), signal.SIGKILL)
     finish(fleet, server, undisturbed)
     assert any("connected again" in device.stderr for device in fleet.boards)
 
 
-@needs_mosquitto
-def test_the_server_is_killed_and_mosquitto_with_it(undisturbed: Finished, fleets: MakeFleet) -> None:
+@pytest.mark.parametrize("broker", [pytest.param("mosquitto", marks=needs_mosquitto), "embedded"])
+def test_the_server_is_killed_and_its_broker_with_it(broker: str, undisturbed: Finished, fleets: MakeFleet) -> None:
     """No broker outlives its server, and the next one finds the port free."""
-    fleet = fleets()
+    fleet = fleets(broker=broker)
     fleet.devices(rig="hasty")
     server = fleet.serve(rig="after:update:2")
     assert server.wait() == -signal.SIGKILL
-    wait_for(lambda: not listens(fleet.url), "mosquitto to end with its server", 10.0)
+    wait_for(lambda: not listens(fleet.url), "the broker to end with its server", 10.0)
     assert all(device.running for device in fleet.boards)
     finish(fleet, fleet.resume(), undisturbed)
 
