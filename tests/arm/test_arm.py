@@ -17,14 +17,14 @@ import pytest
 
 from fedzo.broker_server.brokers.mosquitto import find_mosquitto
 from tests.arm.battery import LENET, MISMATCH, REFERENCE
-from tests.board_fixture import ROOT
+from tests.board_fixture import ROOT, pip
 from tests.end_to_end.fleet import Fleet, agree, environment, write_images
 
 EMULATE = ROOT / "scripts" / "emulate-arm"
 CANNOT_BUILD = 3
 
 
-def emulate(*arguments: object, timeout_s: float = 280, **extra: str) -> subprocess.CompletedProcess[str]:
+def emulate(*arguments: object, timeout_s: float = 560, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run scripts/emulate-arm."""
     command = [str(part) for part in (EMULATE, *arguments)]
     kept = {name: os.environ[name] for name in ("FEDZO_NO_APT",) if name in os.environ}
@@ -125,6 +125,49 @@ def test_an_emulated_device_ends_with_the_servers_weights(
         assert [(device["reports"], device["declined"]) for device in devices] == [(9, 0), (9, 0)]
     finally:
         fleet.close()
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def doctor(cpu: str, reference: Path, first: str = "") -> tuple[int, dict[str, str], dict[str, str]]:
+    """Exit code of `fedzo-device doctor`, and of every check its status and its text."""
+    command = ["-m", "fedzo.edge_runtime", "doctor", "--artifact", reference / LENET, "--json"]
+    done = emulate("aarch64", "--cpu", cpu, *command, GUEST_PYTHONPATH=first)
+    checks = json.loads(done.stdout)["checks"]
+    status, detail = ({check["name"]: check[key] for check in checks} for key in ("status", "detail"))
+    return done.returncode, status, detail
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+def test_doctor_finds_a_board_in_order(aarch64: str, reference: Path) -> None:
+    code, status, detail = doctor("cortex-a72", reference)
+    assert [status[name] for name in ("onnxruntime", "golden loss", "denormals")] == ["ok"] * 3
+    assert detail["processor"] == "aarch64 Cortex-A72"
+    assert (code, "fail" in status.values()) == (0, False), (status, detail)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+def test_doctor_survives_a_wheel_that_dies_on_this_processor(aarch64: str, reference: Path, tmp_path: Path) -> None:
+    """onnxruntime 1.21.0 holds instructions that a Cortex-A53 does not have (microsoft/onnxruntime#23957)."""
+    options: list[str | Path] = [
+        "--no-deps",
+        "--target",
+        tmp_path,
+        "--platform",
+        "manylinux_2_27_aarch64",
+        "--platform",
+    ]
+    options += ["manylinux_2_28_aarch64", "--only-binary=:all:", "--python-version", "3.11", "--abi", "cp311"]
+    pip("install", "--quiet", *options, "onnxruntime==1.21.0")
+    code, status, detail = doctor("cortex-a53", reference, first=str(tmp_path))
+    assert (code, status["onnxruntime"], status.get("golden loss")) == (7, "fail", None)
+    assert "SIGILL" in detail["onnxruntime"]
+    assert status["replay of 1,000 updates"] == "ok"
 
 
 # --- the battery and the script themselves ----------------------------------------------------------------------------
