@@ -22,7 +22,7 @@ _BATCH_HELP = "Samples behind one loss; that of fedzo serve by default."
 _SAMPLES_HELP = "Inputs that are scored; those of fedzo serve by default."
 _Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of fedzo export.")]
 _Batch = Annotated[int | None, typer.Option(min=1, help=_BATCH_HELP)]
-_Samples = Annotated[int | None, typer.Option(min=1, help=_SAMPLES_HELP)]
+_Samples = Annotated[int | None, typer.Option("--saliency-samples", min=1, help=_SAMPLES_HELP)]
 _Sparsity = Annotated[float | None, typer.Option(min=0, help="Of the run; the artifact's by default.")]
 _MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples of one forward pass; what fits by default.")]
 
