@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.version:
         return _version(options)
     if options.command is None:
-        _parser().error("give a command: join, doctor or profiles")
+        _parser().error("give a command: join, doctor, install or profiles")
     result: dict[str, Any] = {}
     with _logging(verbose=options.verbose):
         code = _guarded(options, result)
@@ -184,6 +184,25 @@ def _doctor(options: argparse.Namespace, result: dict[str, Any]) -> int:
     return 0
 
 
+def _install(options: argparse.Namespace, result: dict[str, Any]) -> int:
+    from .systemd import UnitSettings, install, unit_name, unit_text
+
+    names = [field.name for field in dataclasses.fields(UnitSettings)]
+    given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    settings = UnitSettings(**given)
+    if options.dry_run:
+        result.update(unit=unit_name(settings), text=unit_text(settings))
+        if not options.json:
+            print(result["text"], end="")
+        return 0
+    path, notes = install(settings, overwrite=options.overwrite)
+    result.update(unit=unit_name(settings), path=str(path), notes=notes)
+    for note in notes:
+        _say(f"warning: {note}")
+    _say(f"wrote {path}; start it with: systemctl enable --now {unit_name(settings)}")
+    return 0
+
+
 def _set_environment() -> None:
     """What libraries read once, at their import, and what the C library reads before there are threads."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -246,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_join(commands.add_parser("join", parents=[common], help="join a run and work until it is done"))
     _add_doctor(commands.add_parser("doctor", parents=[common], help="check this machine, one line a check"))
+    _add_install(commands.add_parser("install", parents=[common], help="make a service that joins after every start"))
     profiles = commands.add_parser("profiles", parents=[common], help="list the boards that fedzo knows")
     profiles.add_argument("name", nargs="?", metavar="NAME", help="show everything about one board")
     profiles.set_defaults(run=_profiles)
@@ -289,6 +309,30 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add("--url", metavar="URL", help="broker: check address, TLS, credentials and rights")
     _add_connection(parser)
     add("--connect-timeout", type=float, metavar="S", help="[default: 15]")
+
+
+def _add_install(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a systemd unit that joins after every start of this machine, as a user without rights, with the budget "
+        "as its memory limit. It is neither enabled nor started."
+    )
+    parser.set_defaults(run=_install)
+    add = parser.add_argument
+    add("--systemd", action="store_true", required=True, help="the only kind of service so far")
+    add("--dry-run", action="store_true", help="print the unit, and change nothing")
+    add("--overwrite", action="store_true", help="replace a unit that says something else")
+    add("--url", required=True, metavar="URL", help="broker: mqtt://HOST[:1883] or mqtts://HOST[:8883]")
+    add("--data", type=Path, required=True, metavar="PATH", help="as for join")
+    add("--profile", metavar="NAME", help="the board, see: fedzo-device profiles")
+    add("--ram-budget-mib", type=float, metavar="MIB", help="what the process may use [default: the profile's]")
+    add("--federation", metavar="NAME", help="[default: default]")
+    add("--id", metavar="ID", help="device id [default: made once and kept]")
+    add("--username", metavar="NAME", help="[default: the device id, if there is a password]")
+    add("--password-file", type=Path, metavar="FILE", help="only root needs to be able to read it")
+    add("--ca", type=Path, metavar="FILE", help="certificates that may sign the broker's [default: the system's]")
+    add("--cert", type=Path, metavar="FILE", help="this device's certificate")
+    add("--key", type=Path, metavar="FILE", help="its key; only root needs to be able to read it")
+    add("--user", metavar="NAME", help="an existing user [default: systemd makes one while the service runs]")
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:

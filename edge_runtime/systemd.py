@@ -1,0 +1,236 @@
+"""``fedzo-device install --systemd``: a unit that runs ``fedzo-device join`` with few rights and a memory limit.
+
+There is no watchdog in it: the device sends systemd no signs of life.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..hardware_profiles.loader import load_profile
+from ..protocol.errors import ConfigError
+from ..protocol.topics import check_name
+from .durable import write_durably
+from .endpoint import Endpoint
+
+__all__ = ["UNIT_FOLDER", "UnitSettings", "install", "unit_name", "unit_text"]
+
+UNIT_FOLDER: Final = Path("/etc/systemd/system")
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_@:,./=+-]+")
+# A wrong setting, a budget that is too small, a damaged artifact or a failed self-test do not heal by themselves.
+_NO_RESTART: Final = "2 3 4 6 7"
+
+_HARDENING: Final = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+UMask=0077"""
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What the unit runs; see :class:`~.join.JoinSettings` for the fields of the same name.
+
+    Attributes:
+        url: The broker, without a password.
+        data: Training data; an absolute path.
+        profile: Hardware profile: budget and threads.
+        federation: Name of the federation; also part of the unit's name and of the state folder's.
+        id: Device id.
+        ram_budget_mib: Instead of the profile's; one of both is needed, it becomes ``MemoryMax``.
+        username: MQTT user.
+        password_file: Read by systemd as root, so that it need not be readable for the service's user.
+        ca: Certificates that may sign the broker's.
+        cert: The device's certificate.
+        key: Its key.
+        user: An existing user; by default systemd makes one for the time that the service runs.
+        extra: Further options of ``join``.
+    """
+
+    url: str
+    data: Path
+    profile: str = ""
+    federation: str = "default"
+    id: str | None = None
+    ram_budget_mib: float | None = None
+    username: str | None = None
+    password_file: Path | None = None
+    ca: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    extra: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        endpoint = Endpoint.parse(self.url)
+        check_name("federation", self.federation)
+        if self.id is not None:
+            check_name("device id", self.id)
+        if endpoint.password is not None:
+            raise ConfigError(
+                "the URL holds a password, and everybody can read a unit", hint="put it into a --password-file"
+            )
+        if not self.profile and self.ram_budget_mib is None:
+            raise ConfigError(
+                "the unit limits the memory, so it needs a budget", hint="give --profile NAME or --ram-budget-mib MIB"
+            )
+        if self.ram_budget_mib is not None and not 1 <= self.ram_budget_mib < 1e9:
+            raise ConfigError(f"ram_budget_mib is {self.ram_budget_mib}, it must be at least 1 and below 1e9")
+        if self.user and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
+            raise ConfigError(f"{self.user[:60]!r} is no user name")
+
+    @property
+    def budget_mib(self) -> int:
+        """What the service may use."""
+        return int(self.ram_budget_mib or load_profile(self.profile).ram_budget_mib)
+
+
+def unit_name(settings: UnitSettings) -> str:
+    """``fedzo-device.service``, with the federation in it if that is not the default one."""
+    return "fedzo-device.service" if settings.federation == "default" else f"fedzo-device-{settings.federation}.service"
+
+
+def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
+    """The unit.
+
+    Raises:
+        ConfigError: There is no such profile, or a value holds a control character.
+    """
+    state = f"fedzo/{settings.federation}"
+    user = f"User={settings.user}" if settings.user else "DynamicUser=yes"
+    lines = [
+        "[Unit]",
+        f"Description=fedzo device of the federation {settings.federation}",
+        "Wants=network-online.target",
+        "After=network-online.target time-sync.target",
+        "",
+        "[Service]",
+        "Type=exec",
+        f"ExecStart={' '.join(_command(settings, python, state))}",
+        user,
+        f"StateDirectory={state}",
+        "StateDirectoryMode=0700",
+        "Environment=MALLOC_ARENA_MAX=1 OPENBLAS_NUM_THREADS=1 ORT_DISABLE_TELEMETRY=1 PYTHONDONTWRITEBYTECODE=1",
+        f"MemoryMax={settings.budget_mib}M",
+        "TasksMax=64",
+        "Nice=10",
+        "Restart=on-failure",
+        "RestartSec=30",
+        f"RestartPreventExitStatus={_NO_RESTART}",
+        "TimeoutStopSec=30",
+    ]
+    if settings.password_file is not None:
+        lines.append(f"LoadCredential=password:{_path(settings.password_file).replace('%', '%%')}")
+    if settings.key is not None:
+        lines.append(f"LoadCredential=key:{_path(settings.key).replace('%', '%%')}")
+    return "\n".join([*lines, _HARDENING, "", "[Install]", "WantedBy=multi-user.target", ""])
+
+
+def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
+    words = [python, "-m", "fedzo.edge_runtime", "join", settings.url, "--data", _path(settings.data)]
+    for option, value in (
+        ("--profile", _path(Path(settings.profile)) if settings.profile.endswith(".toml") else settings.profile),
+        ("--ram-budget-mib", settings.ram_budget_mib and f"{settings.ram_budget_mib:g}"),
+        ("--federation", settings.federation),
+        ("--id", settings.id),
+        ("--username", settings.username),
+        ("--ca", settings.ca and _path(settings.ca)),
+        ("--cert", settings.cert and _path(settings.cert)),
+    ):
+        if value:
+            words += [option, value]
+    quoted = [_quoted(word) for word in (*words, *settings.extra)]
+    quoted += ["--state", f"/var/lib/{state}"]
+    if settings.password_file is not None:
+        quoted += ["--password-file", "${CREDENTIALS_DIRECTORY}/password"]
+    if settings.key is not None:
+        quoted += ["--key", "${CREDENTIALS_DIRECTORY}/key"]
+    return quoted
+
+
+def _path(path: Path) -> str:
+    text = str(path.expanduser().absolute())
+    if not text.isprintable():
+        raise ConfigError(f"the path {text!r} holds a character that a unit cannot")
+    return text
+
+
+def _quoted(word: str) -> str:
+    """A word of ``ExecStart``, see systemd.service(5), "Command lines"."""
+    if not word.isprintable():
+        raise ConfigError(f"{word!r} holds a character that a unit cannot")
+    word = word.replace("%", "%%").replace("$", "$$")
+    if _PLAIN.fullmatch(word):
+        return word
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def install(settings: UnitSettings, *, folder: Path = UNIT_FOLDER, overwrite: bool = False) -> tuple[Path, list[str]]:
+    """Write the unit and let systemd read it; it is neither enabled nor started.
+
+    Args:
+        settings: What it runs.
+        folder: Where units lie.
+        overwrite: Replace a unit that says something else.
+
+    Returns:
+        The file, and what to look at before it is started.
+
+    Raises:
+        ConfigError: It cannot be written, a file that it names is not there, or another unit is in its place.
+    """
+    for role, path in (("data", settings.data), ("password file", settings.password_file), ("CA", settings.ca),
+                       ("certificate", settings.cert), ("key", settings.key)):  # fmt: skip
+        if path is not None and not path.expanduser().exists():
+            raise ConfigError(f"the {role} {path} does not exist", hint="the service would fail at its first start")
+    text, path = unit_text(settings), folder / unit_name(settings)
+    try:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text and not overwrite:
+            raise ConfigError(f"{path} exists and says something else", hint="replace it with --overwrite")
+        write_durably(path, text.encode())
+        path.chmod(0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}", hint="use sudo, or --dry-run to print the unit"
+        ) from error
+    notes = _notes(settings)
+    systemctl = shutil.which("systemctl")
+    if systemctl is None or subprocess.run([systemctl, "daemon-reload"], capture_output=True, check=False).returncode:
+        notes.append("systemd did not read it: systemctl daemon-reload")
+    return path, notes
+
+
+def _notes(settings: UnitSettings) -> list[str]:
+    homes: Sequence[Path] = (Path("/home"), Path("/root"))
+    inside = [
+        path
+        for path in (Path(sys.executable), settings.data.absolute())
+        if not settings.user and any(home in path.parents for home in homes)
+    ]
+    return [f"{path} lies in a home folder: the service's user must be able to read it" for path in inside]
