@@ -138,7 +138,9 @@ def test_no_engine_is_loaded(artifact: Path) -> None:
 
 @needs_proc
 def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = answer(capsys, "profile", artifact, "--profile", "rpi-zero-2w", "--batch", 32, "--saliency-samples", 32)
+    code, found = answer(
+        capsys, "profile", artifact, "--profile", "rpi-zero-2w", "--batch", 32, "--saliency-samples", 32
+    )
     assert code == 0
     assert found["profile"] == "rpi-zero-2w"
     assert [phase["phase"] for phase in found["phases"]] == ["scoring", "training"]
