@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .directions import round_coefficients
 from .errors import ProtocolError
 from .manifest import Manifest
-from .messages import MAX_UPDATE_BYTES, Report, ReportKind, update_bytes
+from .messages import Report, ReportKind
 from .settings import Assignment, RunSettings
 from .wire import MAX_SCALARS
 
@@ -28,7 +28,7 @@ __all__ = [
     "evaluate_reports",
 ]
 
-MAX_PARTICIPANTS = 24_000
+MAX_PARTICIPANTS = 24_000  # with every second one missing, segments and scalars still fit one update
 MAX_EVALUATED = float(1 << 32)
 
 
@@ -101,8 +101,7 @@ def directions_per_device(k: int, n_slots: int, n_positions: int) -> int:
         n_slots: Disjoint runs of positions that the round hands out, at most :data:`MAX_PARTICIPANTS`.
         n_positions: After how many positions the directions repeat.
     """
-    longest = MAX_UPDATE_BYTES - update_bytes((n_slots + 1) // 2, 0)  # every second device missing: most segments
-    return max(1, min(k, n_positions // n_slots, MAX_SCALARS // n_slots, longest // (4 * n_slots)))
+    return max(1, min(k, n_positions // n_slots, MAX_SCALARS // n_slots))
 
 
 def combine_probes(

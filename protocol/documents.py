@@ -362,7 +362,7 @@ def unpack_participants(text: str) -> NDArray[np.int64]:
         data = inflater.decompress(base64.b64decode(text, validate=True), 1 << 16)
     except (ValueError, zlib.error):
         raise ProtocolError("the set of participants cannot be unpacked") from None
-    if not inflater.eof or inflater.unconsumed_tail or inflater.unused_data:
+    if not inflater.eof or inflater.unused_data:
         raise ProtocolError("the set of participants is truncated or too large")
     bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
     return np.flatnonzero(bits).astype(np.int64)

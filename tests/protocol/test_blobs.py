@@ -92,6 +92,7 @@ def test_foreign_and_misplaced_blocks_change_nothing() -> None:
         BlobBlock(sha256, 0, len(data), data[: BLOCK_BYTES - 1]),
         BlobBlock(sha256, 0, len(data), data[: BLOCK_BYTES + 1]),
         BlobBlock(sha256, 2 * BLOCK_BYTES, len(data), data[-8:]),
+        BlobBlock(sha256, 5, len(data), bytes(BLOCK_BYTES)),
     ):
         assert download.add(block) is None
     found = None

@@ -183,6 +183,19 @@ def test_masks_grow_sparser_step_by_step() -> None:
     assert desk.machine.mask == masks[-1]
 
 
+def test_a_mask_never_brings_back_what_an_earlier_one_removed() -> None:
+    """Not even when all scores are zero, and the order of the indices decides."""
+    steps = SaliencySettings(steps=2, samples=8)
+    desk = Desk(dataclasses.replace(SPARSE, saliency=steps)).connect().join()
+    desk.report()
+    first = desk.machine.mask
+    blocks = desk.measure("a").blocks
+    desk.report(*NAMES, blocks=tuple(np.zeros_like(block) for block in blocks))
+    second = desk.machine.mask
+    assert second.n_survivors < first.n_survivors
+    assert not (second.kept & ~first.kept).any()
+
+
 def test_an_announcement_says_where_the_run_is() -> None:
     desk = Desk(SPARSE).connect().join()
     assert (desk.head.phase, desk.head.log_head, desk.head.mask_sha256, desk.head.k) == ("saliency", "", "", 0)

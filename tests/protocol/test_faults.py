@@ -5,13 +5,16 @@ A run is a function of its seed; FEDZO_FAULT_RUNS sets how many are tried.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.protocol.simulation.desk import check_order
+from tests.protocol.simulation.fakes import run_document
 from tests.protocol.simulation.network import Faults, Node
+from tests.protocol.simulation.nodes import ServerNode
 from tests.protocol.simulation.world import World, check_end
 
 RUNS = int(os.environ.get("FEDZO_FAULT_RUNS", "40"))
@@ -98,3 +101,19 @@ def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     world.finish(limit_s=2_000)
     check_end(world)
     check_order(world.server.trace)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_another_run_takes_over_in_the_middle(seed: int) -> None:
+    """The operator starts another run in the same federation; what is still on its way belongs to the first."""
+    faults = Faults(duplicate=0.3, delay_s=1.0)
+    world = World(settings_of(seed), 4, seed=seed, faults=faults).start()
+    world.run(lambda: world.server.coordinator.replica.index >= 3)
+    world.server.crash()
+    second = dataclasses.replace(settings_of(seed), seed=seed + 100)
+    world.server = ServerNode(world, run_document(second, "run-2"), has_test_set=False)
+    world.server.lives = 10
+    world.server.start()
+    world.finish(limit_s=2_000)
+    check_end(world)
+    assert world.server.coordinator.run.run == "run-2"

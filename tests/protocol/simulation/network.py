@@ -24,6 +24,7 @@ from fedzo.protocol.topics import BROADCAST, FROM_DEVICE, RETAINED, Channel, par
 FEDERATION = "test"
 SERVER = "server"
 LATENCY_S = 0.01
+IN_ORDER = (Channel.SERVER, Channel.RUN, Channel.STATE)  # MQTT keeps the order within a topic, and here it matters
 DOCUMENTS: dict[Channel, type[Document]] = {
     Channel.SERVER: ServerPresence,
     Channel.RUN: RunDocument,
@@ -220,6 +221,7 @@ class Broker:
     def __init__(self, world: Simulation) -> None:
         self._world = world
         self.retained: dict[str, bytes] = {}
+        self._latest: dict[tuple[str, str], float] = {}
 
     def connect(self, node: Node) -> None:
         """Give a node a link, its subscriptions and what is retained on them."""
@@ -279,4 +281,8 @@ class Broker:
                 self._world.later(source.uniform(0, 1), broken)
             return
         for _ in range(2 if source.random() < faults.duplicate else 1):
-            self._world.later(LATENCY_S + source.uniform(0, faults.delay_s), guarded)
+            delay = LATENCY_S + source.uniform(0, faults.delay_s)
+            if parse_topic(text).channel in IN_ORDER:
+                delay = max(delay, self._latest.get((node.name, text), 0.0) - self._world.now)
+                self._latest[node.name, text] = self._world.now + delay
+            self._world.later(delay, guarded)
