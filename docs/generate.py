@@ -1,19 +1,24 @@
 """Writes the parts of the documentation that follow from the code: `python docs/generate.py [--check]`.
 
-`cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles. mkdocs also
-loads this file as a hook, which makes `index.md` from the README.
+`cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, those of
+`results.md` and the README from the committed results. mkdocs also loads this file as a hook, which makes `index.md`
+from the README.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
+BENCHMARKS = ("saliency", "replay")
 _INTRODUCTION = """\
 # Command line
 
@@ -21,7 +26,7 @@ Every command takes `--json` (one JSON object on stdout, text for people on stde
 
 Settings come from the flag, then `FEDZO_*` in the environment, then the TOML file, then the hardware profile, then the
 default; `--show-config` of a command that has settings prints each with its origin."""
-_START, _END = "<!-- generated: boards -->", "<!-- /generated -->"
+_END = "<!-- /generated -->"
 REPOSITORY_FILES = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 
 
@@ -108,8 +113,16 @@ def _default(parameter: Any) -> str:
     return f" Default: `{getattr(parameter.default, 'value', parameter.default)}`."
 
 
-def boards_page(text: str) -> str:
-    """The text of ``boards.md`` with its table renewed."""
+def renewed(text: str, name: str, block: str) -> str:
+    """A page with what stands between the marks of ``name`` replaced."""
+    start = f"<!-- generated: {name} -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(_END)
+    return f"{before}{start}\n\n{block}\n\n{_END}{after}"
+
+
+def boards_table() -> str:
+    """The built-in hardware profiles."""
     from fedzo.hardware_profiles import load_profile
 
     built_in = sorted((DOCS.parent / "hardware_profiles").glob("*.toml"))
@@ -119,10 +132,46 @@ def boards_page(text: str) -> str:
         for b in boards
     ]
     heading = "| profile | board | cores | RAM, MiB | budget, MiB | unverified values |"
-    table = "\n".join([heading, "|---|---|---|---|---|---|", *rows])
-    before, _, rest = text.partition(_START)
-    _, _, after = rest.partition(_END)
-    return f"{before}{_START}\n\n{table}\n\n{_END}{after}"
+    return "\n".join([heading, "|---|---|---|---|---|---|", *rows])
+
+
+def _result(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return data
+
+
+def demo_table() -> str:
+    """The runs of ``results/demo.json``, and their medians."""
+    data = _result("demo")
+    columns = (
+        ("held-out accuracy", "accuracy", "{:.1%}"),
+        ("rounds", "rounds", "{}"),
+        ("loss queries, all devices", "queries", "{:,}"),
+        ("bytes up per device and round", "bytes_up_per_device_round", "{:.0f}"),
+        ("bytes down per device and round", "bytes_down_per_device_round", "{:.0f}"),
+        ("peak RSS of a device, MiB", "device_peak_rss_mib", "{:.1f}"),
+        ("seconds", "wall_s", "{:.0f}"),
+    )
+    rows = data["rows"]
+    seeds = " | ".join(f"seed {row['seed']}" for row in rows)
+    lines = [f"| | {seeds} | median |", "|---|" + "---:|" * (len(rows) + 1)]
+    for title, key, style in columns:
+        values = [row[key] for row in rows]
+        cells = [style.format(value) for value in [*values, statistics.median(values)]]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    agree = ["yes" if row["digests_agree"] else "no" for row in rows]
+    everybody = "yes" if set(agree) == {"yes"} else "no"
+    lines.append(f"| same weights on server and devices | {' | '.join([*agree, everybody])} |")
+    return "\n".join(lines)
+
+
+def figures_table(*names: str) -> str:
+    """The figures of some results."""
+    lines = ["| benchmark | figure | value |", "|---|---|---:|"]
+    for name in names:
+        for figure, value in _result(name)["figures"].items():
+            lines.append(f"| {name} | `{figure}` | {value:.4g} |")
+    return "\n".join(lines)
 
 
 def index_page(readme: str) -> str:
@@ -147,8 +196,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is stale")
     check = parser.parse_args().check
-    cli, boards = DOCS / "cli.md", DOCS / "boards.md"
-    pages = {cli: cli_reference(), boards: boards_page(boards.read_text(encoding="utf-8"))}
+    texts = {page: page.read_text(encoding="utf-8") for page in (BOARDS, RESULTS, README)}
+    pages = {
+        DOCS / "cli.md": cli_reference(),
+        BOARDS: renewed(texts[BOARDS], "boards", boards_table()),
+        RESULTS: renewed(renewed(texts[RESULTS], "demo", demo_table()), "figures", figures_table(*BENCHMARKS)),
+        README: renewed(texts[README], "demo", demo_table()),
+    }
     stale = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
     for page in stale:
         if check:
