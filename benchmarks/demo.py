@@ -20,7 +20,7 @@ from .report import Report
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 340, 56, 44, 48, 110
-TITLE = "Held-out accuracy of the demo, %: LeNet-5, 80 % pruned, trained by forward passes only"
+TITLE = "Held-out accuracy of the demo, %: LeNet-5, 80 % pruned, forward passes only"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626")
 
 
@@ -64,7 +64,7 @@ def picture(rows: Sequence[Mapping[str, Any]], rounds: int) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}">',
         '<g font-family="sans-serif" font-size="13" fill="#333">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<text x="{LEFT}" y="26" font-size="15">{TITLE}</text>',
+        f'<text x="{LEFT}" y="26" font-size="14">{TITLE}</text>',
     ]
     for percent in range(0, 101, 20):
         y = HEIGHT - BOTTOM - percent * y_scale

@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace, output: Output, folder: Path) -> dict[str
         quorum = max(1, arguments.devices - 2)
         rounds = ("--devices", arguments.devices, "--quorum", quorum, "--rounds", arguments.rounds, "--k", arguments.k)
         place = ("--broker", arguments.broker, "--port", port, "--runs", folder / "runs", "--run", "digits")
-        every = max(1, arguments.rounds // 6)
+        every = max(1, arguments.rounds // 20)
         summary = fedzo(
             "serve", artifact, "--test-data", test, "--seed", arguments.seed, "--evaluate-every", every, *rounds, *place
         )
