@@ -42,6 +42,7 @@ def finish(fleet: Fleet, server: Process, expected: Finished) -> None:
     assert (answer["reports"], answer["refused"]) == (expected.server["reports"], 0)
 
 
+@pytest.mark.slow
 def test_the_server_is_killed_at_every_kind_of_point(
     undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str
 ) -> None:
