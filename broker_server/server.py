@@ -87,6 +87,11 @@ class Server:
         observer: Called on the server's thread; what it raises ends the run.
         threads: Threads of the evaluation.
 
+    Attributes:
+        coordinator: The run as it stands.
+        resumed_at: Updates that the journal held at the start.
+        undecodable: Payloads that were no message.
+
     Raises:
         ProtocolError: The journal belongs to another run.
     """
@@ -112,6 +117,7 @@ class Server:
         birth = time.time_ns() // 1_000_000
         self.coordinator = Coordinator(run, folder.artifact.manifest, birth=birth, has_test_set=test_set is not None)
         self._restore()
+        self.resumed_at = self.coordinator.replica.index
         away = ServerPresence(False, birth)
         self._goodbye = Publication(topic(federation, Channel.SERVER), away.encode(), retain=True)
         self._transport = MqttTransport(

@@ -28,8 +28,9 @@ class Summary:
         queries: Forward passes of all devices, one per batch and set of weights.
         reports: Accepted reports.
         refused: Refused reports.
-        bytes_up_per_device_round: MQTT bytes from a device, per update; everything counted but CONNECT and pings.
-        bytes_down_per_device_round: MQTT bytes to a device, per update; the graphs included.
+        bytes_up_per_device_round: PUBLISH packets from a device, per update since the server started, in bytes;
+            acknowledgements (4 bytes each), connecting and pings come on top.
+        bytes_down_per_device_round: PUBLISH packets to a device, likewise; the graphs included.
         device_peak_rss_mib: Largest peak that a device reported.
         survivors: Weights that the mask keeps.
         parameters: Weights of the dense model.
@@ -67,13 +68,16 @@ def held_out_accuracy(evaluation: Mapping[str, float | int | str | None]) -> flo
     return None if accuracy is None else float(accuracy)
 
 
-def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, tuple[int, int]]) -> Summary:
+def summarise(
+    coordinator: Coordinator, journal: Journal, traffic: Mapping[str, tuple[int, int]], *, resumed_at: int = 0
+) -> Summary:
     """Add up a run.
 
     Args:
         coordinator: After the run.
         journal: Its journal.
         traffic: MQTT bytes by topic, ``(sent by the server, received by the server)``.
+        resumed_at: Updates that the traffic has nothing to do with, because an earlier process made them.
     """
     queries = reports = refused = peak_kib = 0
     for _, entry in journal.read(kinds={"report", "refusal"}):
@@ -95,7 +99,7 @@ def summarise(coordinator: Coordinator, journal: Journal, traffic: Mapping[str, 
         except ProtocolError:
             continue
         down += sent / devices if to_one else sent
-    rounds = max(1, coordinator.replica.index)
+    rounds = max(1, coordinator.replica.index - resumed_at)
     curve = tuple(
         (int(found["log_length"] or 0), float(accuracy))
         for found in coordinator.evaluations

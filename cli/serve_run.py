@@ -142,7 +142,7 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         journal = stack.enter_context(SqliteJournal(folder.journal_path)) if folder is not None else None
         broker = stack.enter_context(open_broker(settings.broker, settings.host, settings.port, login=login, tls=tls))
         if folder is None or journal is None:
-            folder = _new_folder(settings)
+            folder = _new_folder(settings, port=getattr(broker, "port", settings.port))
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, folder.document(settings.run_settings()))
         run = run_document(journal, folder.path)
@@ -159,7 +159,7 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         except (BrokerError, QuorumError) as error:
             error.hint = f"{error.hint}; then: fedzo serve --resume {folder.path}"
             raise
-        summary = summarise(server.coordinator, journal, server.traffic)
+        summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
     _report(output, folder, summary, round(time.monotonic() - started, 1))
     if signal.SIGINT in received:
         raise KeyboardInterrupt
@@ -172,10 +172,12 @@ def _manifest(settings: ServeSettings) -> Manifest:
     return manifest
 
 
-def _new_folder(settings: ServeSettings) -> RunFolder:
+def _new_folder(settings: ServeSettings, *, port: int) -> RunFolder:
     assert settings.artifact is not None
     folder = RunFolder.create(settings.runs, settings.artifact, name=settings.run)
-    (folder.path / PLACE_NAME).write_text(json.dumps(settings.place(), indent=1) + "\n")
+    # Where port 0 found a free one, a resumed server must come back to it: the devices know no other.
+    place = {**settings.place(), "port": port}
+    (folder.path / PLACE_NAME).write_text(json.dumps(place, indent=1) + "\n")
     return folder
 
 

@@ -90,12 +90,17 @@ def expected_output(run: Finished, x: NDArray[np.float32], kind: str) -> NDArray
 
 
 @pytest.mark.slow
-def test_a_network_learns(fleets: MakeFleet) -> None:
+def test_a_network_learns(fleets: MakeFleet, tmp_path: Path) -> None:
+    """And can be deployed on the way."""
     fleet = fleets()
     options = ("--rounds", 60, "--k", 64, "--learning-rate", 0.02, "--sparsity", 0.5, "--evaluate-every", 10)
     server, devices = fleet.serve(*options), fleet.devices()
+    fleet.await_entries("update", 5)
+    early = fleet.fedzo("deploy", fleet.path, "-o", tmp_path / "early.onnx")
     answer = server.answer()
     agree(answer, [device.answer() for device in devices])
+    assert 5 <= early["updates"] < 60
+    assert early["weights_digest"] != answer["weights_digest"]
     losses = [json.loads(entry.payload)["server_loss"] for entry in fleet.entries("evaluation")]
     assert losses[-1] < 0.7 * losses[0]
     assert answer["accuracy"] > 0.6  # four classes, the largest of them half of the test set

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 
@@ -126,6 +127,21 @@ def test_a_server_that_is_asked_to_stop_can_be_resumed(
     assert not listens(fleet.url)
     assert len(fleet.entries("update")) < undisturbed.server["rounds"]
     assert all(device.running for device in fleet.boards)
+    finish(fleet, fleet.resume(), undisturbed)
+
+
+@needs_mosquitto
+def test_a_resumed_server_comes_back_to_its_port(undisturbed: Finished, fleets: MakeFleet) -> None:
+    """Also to one that it chose itself."""
+    fleet = fleets()
+    server = fleet.serve("--port", 0, rig="after:enrolment:3")
+    server.until("devices join with")
+    found = re.search(r"join (mqtt://\S+)", server.stderr)
+    assert found is not None
+    assert fleet.url != found[1]
+    fleet.url = found[1]
+    fleet.devices(rig="hasty")
+    assert server.wait() == -signal.SIGKILL
     finish(fleet, fleet.resume(), undisturbed)
 
 
