@@ -43,7 +43,10 @@ def test_a_late_device_takes_part_from_then_on(fleets: MakeFleet) -> None:
     server = fleet.serve("--devices", 3, "--quorum", 3, *LONG)
     boards = [fleet.device(number) for number in range(3)]
     fleet.await_entries("update", 10)
+    boards[1].signal(signal.SIGSTOP)  # So the run cannot end before the late device is there.
     late = fleet.device(3)
+    late.until("run small fits")
+    boards[1].signal(signal.SIGCONT)
     answer = server.answer()
     agree(answer, [board.answer() for board in (*boards, late)])
     assert (answer["devices"], answer["refused"]) == (4, 0)
