@@ -234,7 +234,10 @@ class Server:
             return machine.DeviceSaid(place.device, place.channel, decode(arrived.payload))
         except ProtocolError as error:
             self.undecodable += 1
-            _log.warning("dropped a payload on %s: %s", arrived.topic[:120], error.message)
+            if self.undecodable & (self.undecodable - 1) == 0:  # Powers of two: a flood must not fill the log.
+                _log.warning(
+                    "dropped a payload on %s (%d so far): %s", arrived.topic[:120], self.undecodable, error.message
+                )
             return None
 
     def _record(self, records: list[machine.Record]) -> None:

@@ -257,7 +257,9 @@ class Agent:
             received = read_message(self._federation, self._state.device, arrived.topic, arrived.payload)
         except ProtocolError as error:
             self._summary.dropped += 1
-            _log.warning("dropped %d bytes on %s: %s", len(arrived.payload), arrived.topic[:160], error.message)
+            dropped = self._summary.dropped
+            if dropped & (dropped - 1) == 0:  # Powers of two: a flood must not fill the log.
+                _log.warning("dropped a payload on %s (%d so far): %s", arrived.topic[:120], dropped, error.message)
             return None
         if isinstance(received.message, RunDocument):
             self._summary.run = received.message.run

@@ -146,7 +146,8 @@ def test_nonsense_on_every_topic_changes_nothing(undisturbed: Finished, fleets: 
     assert agree(answer, answers) == undisturbed.digest
     assert answer["reports"] == undisturbed.server["reports"]
     assert all(device["dropped"] > 50 for device in answers)
-    assert "dropped a payload" in server.stderr
+    # Every program says so, and none fills its log with it.
+    assert all(0 < program.stderr.count("dropped a payload") < 20 for program in (server, *boards))
     assert len(sent) > 1000
 
 
