@@ -23,6 +23,7 @@ from ..edge_runtime.transport import (
     Disconnected,
     MqttTransport,
     Publication,
+    Rejected,
     Token,
     TransportEvent,
     Will,
@@ -214,6 +215,9 @@ class Server:
             return machine.Connected()
         if isinstance(item, Disconnected):
             _log.warning("the link to the broker is lost: %s", item.reason)
+            return None
+        if isinstance(item, Rejected):
+            _log.warning("the broker did not take a message: %s", item.reason)
             return None
         if isinstance(item, Arrived):
             return self._parse(item)

@@ -49,8 +49,10 @@ def register(app: typer.Typer) -> None:
         with output.progress("replaying the journal"):
             folder, coordinator = replay_run(run)
         facts = {"id": folder.path.name, "updates": str(coordinator.replica.index)}
-        if coordinator.evaluations:
-            facts["accuracy"] = str(held_out_accuracy(coordinator.evaluations[-1]))
+        last = coordinator.evaluations[-1] if coordinator.evaluations else None
+        accuracy = held_out_accuracy(last) if last else None
+        if last and accuracy is not None and last["log_length"] == coordinator.replica.index:
+            facts["accuracy"] = str(accuracy)
         report = write_model(
             folder.artifact_path,
             coordinator.manifest,

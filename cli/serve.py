@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         runs: Annotated[Path | None, typer.Option("--runs", help="Where run folders lie [default: runs].")] = None,
         name: Annotated[str | None, typer.Option("--run", help="Run id [default: model and time].")] = None,
         test_data: Annotated[
-            Path | None, typer.Option("--test-data", help="The server's own test set, like --data of a device.")
+            Path | None, typer.Option("--test-data", help="The server's own test set, scaled as the network sees it.")
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Seed of directions and batches.")] = None,
         devices: Annotated[int | None, typer.Option(help="Devices to wait for.", rich_help_panel=_ROUNDS)] = None,

@@ -35,6 +35,7 @@ from .output import Output
 __all__ = ["ServeSettings", "serve_run"]
 
 PLACE_NAME = "serve.json"
+PLACE = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca")
 MAX_PORT = 65535
 
 
@@ -84,8 +85,7 @@ class ServeSettings(RunSettings):
 
     def place(self) -> dict[str, Any]:
         """The part that a resumed run takes over; paths are absolute."""
-        names = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in PLACE}
         return {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
 
 
@@ -117,16 +117,30 @@ def _fresh(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path | N
 def _resumed(
     flags: Mapping[str, Any], file: ConfigFile | None, path: Path
 ) -> tuple[Resolved[ServeSettings], RunFolder]:
+    fixed = [name for name, value in flags.items() if value is not None and name not in (*PLACE, "resume")]
+    if fixed:
+        raise ConfigError(f"a resumed run keeps its settings, {fixed[0]} too", hint="start a new run to change it")
     folder = RunFolder.open(path)
+    with SqliteJournal(folder.journal_path, read_only=True) as journal:
+        settings = run_document(journal, folder.path).settings
     try:
         place = json.loads((folder.path / PLACE_NAME).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot read {folder.path / PLACE_NAME}: {error}", hint="give --broker and --port"
+            f"cannot read {folder.path / PLACE_NAME}: {error}", hint="write {} into it, and give --broker and --port"
         ) from error
     paths = {name: Path(place[name]) for name in ("test_data", "password_file", "ca") if name in place}
-    profile = {**place, **paths}
+    profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
     return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name, as ``resolve`` takes them."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) -> None:
@@ -134,6 +148,8 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
     manifest = _manifest(settings) if folder is None else folder.artifact.manifest
     test_set = _test_set(settings, manifest)
     login = None
+    if settings.password_file is not None and settings.username is None:
+        raise ConfigError("a password file is given, but no user name", hint="give --username too")
     if settings.username is not None:
         login = Login(settings.username, read_password(settings.password_file) or "")
     tls = TlsConfig(ca=settings.ca) if settings.ca is not None else None
@@ -153,6 +169,8 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         received = stack.enter_context(_signals(server))
         output.say(f"run {run.run} in {folder.path}")
         output.say(f"broker: {broker.description}")
+        if settings.host not in ("127.0.0.1", "::1", "localhost") and "://" not in settings.broker:
+            output.warn("whoever reaches this broker may do everything; elsewhere, put this machine's address into:")
         output.say(f"devices join with: fedzo-device join {broker.url} --federation {settings.federation} --data ...")
         try:
             server.serve()

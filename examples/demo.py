@@ -172,8 +172,11 @@ def main() -> int:
         return 130
     show(output, numbers)
     output.result(numbers)
+    if not numbers["digests_agree"]:
+        output.warn(f"not every device has the server's weights; journal and logs are in {folder}")
+        return 1
     shutil.rmtree(folder)
-    return 0 if numbers["digests_agree"] else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ class Coordinator:
             self._stop(
                 QuorumError(
                     f"{ready} devices are ready, the quorum is {self._settings.quorum}",
-                    hint="start more devices and resume the run, or lower --quorum",
+                    hint="start more devices and resume the run",
                 )
             )
         return False

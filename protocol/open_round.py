@@ -87,7 +87,7 @@ class OpenRound:
         """The error for a round that never got its quorum."""
         return QuorumError(
             f"round {self._head.round}: {self.n_usable} reports after {deadlines} deadlines, the quorum is {quorum}",
-            hint="start more devices and resume the run, or lower --quorum",
+            hint="start more devices and resume the run",
         )
 
     def nobody_could(self, quorum: int) -> QuorumError:
