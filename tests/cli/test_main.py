@@ -161,7 +161,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_ctrl_c_in_a_running_command() -> None:
     script = """
-import sys, time, typer
+import signal, sys, time, typer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 from fedzo.cli import app as app_module, main
 from fedzo.cli.command import command
 app_module.app = typer.Typer()

