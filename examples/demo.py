@@ -87,13 +87,16 @@ def fedzo(*arguments: object, quiet: bool = False) -> dict[str, Any]:
     """Run a ``fedzo`` command to its end and return its JSON answer.
 
     Raises:
-        FedzoError: It failed; its own error lines are on stderr.
+        FedzoError: It failed; with its message, hint and exit code.
     """
     command = [sys.executable, "-m", "fedzo.cli", *map(str, arguments), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if quiet else None, check=False)
+    answer: dict[str, Any] = json.loads(done.stdout) if done.stdout.strip() else {}
     if done.returncode != 0:
-        raise FedzoError(f"fedzo {arguments[0]} ended with exit code {done.returncode}", hint="see the lines above")
-    answer: dict[str, Any] = json.loads(done.stdout)
+        found = answer.get("error", {"message": f"ended with exit code {done.returncode}", "hint": ""})
+        error = FedzoError(f"fedzo {arguments[0]}: {found['message']}", hint=found["hint"])
+        error.exit_code = done.returncode
+        raise error
     return answer
 
 
@@ -166,7 +169,8 @@ def main() -> int:
     try:
         numbers = run(arguments, output, folder)
     except FedzoError as error:
-        output.error(error.message, hint=f"{error.hint}; device logs are in {folder}", exit_code=error.exit_code)
+        hint = f"{error.hint}; device logs are in {folder}" if error.hint else f"device logs are in {folder}"
+        output.error(error.message, hint=hint, exit_code=error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
