@@ -13,14 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .errors import ArtifactError
+from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphVariant
 from .layout import Layout
-from .quantiles import gaussian_table
-from .streams import Purpose, uint16s, uint64s
 
 __all__ = [
     "FORMAT",
@@ -83,23 +79,6 @@ class UnitLayer:
     is_output: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """A known answer: loss of the dense initial weights on the seeded batch of :func:`golden_batch`.
-
-    Attributes:
-        seed: Of the batch.
-        batch: Its number of samples.
-        mean_loss: Mean cross-entropy in float64.
-        tolerance: Largest allowed absolute difference.
-    """
-
-    seed: int
-    batch: int
-    mean_loss: float
-    tolerance: float
-
-
 @dataclass(frozen=True)
 class Manifest:
     """An artifact's description.
@@ -114,7 +93,7 @@ class Manifest:
         units: Layers that the saliency shifts, in the order of the layout.
         graphs: Files with hashes.
         memory: Live sets of the graphs.
-        golden: Known answer of the probe graph.
+        golden: Known answer of the probe graph and of the predict graph.
         producer: Exporter name and version.
         variants: Graphs for particular machines, in any number; each has an entry in ``memory``.
     """
@@ -211,12 +190,7 @@ class Manifest:
             ],
             "graphs": {g.name: {"sha256": g.sha256.hex(), "size": g.size} for g in self.graphs},
             "memory": {m.name: [list(pair) for pair in m.envelope] for m in self.memory},
-            "golden": {
-                "seed": self.golden.seed,
-                "batch": self.golden.batch,
-                "mean_loss": self.golden.mean_loss,
-                "tolerance": self.golden.tolerance,
-            },
+            "golden": self.golden.to_json(),
             "producer": self.producer,
         }
         if self.variants:
@@ -337,37 +311,18 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
                 _count(entry["weight_bytes"]),
             )
         )
-    golden = raw["golden"]
+    n_classes = _count(raw["n_classes"])
     return Manifest(
         model=_text(raw["model"]),
         input_shape=tuple(_count(n) for n in raw["input_shape"]),
-        n_classes=_count(raw["n_classes"]),
+        n_classes=n_classes,
         seed=_integer(raw["seed"]),
         sparsity=_finite(raw["sparsity"]),
         layout=Layout.from_json(raw["layout"]),
         units=units,
         graphs=tuple(graphs),
         memory=memory,
-        golden=Golden(
-            _integer(golden["seed"]),
-            _count(golden["batch"]),
-            _finite(golden["mean_loss"]),
-            _finite(golden["tolerance"]),
-        ),
+        golden=Golden.from_json(raw["golden"], n_classes),
         producer=_text(raw["producer"]),
         variants=tuple(variants),
     )
-
-
-def golden_batch(
-    input_shape: tuple[int, ...], n_classes: int, seed: int, batch: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The seeded batch of the known answer: table normals and uniform labels.
-
-    Returns:
-        ``x float32[batch, *input_shape]`` and ``y int64[batch]``, owned by the caller.
-    """
-    bits = uint16s(seed, Purpose.GOLDEN, 0, 0, batch * math.prod(input_shape))
-    x = np.take(gaussian_table(), bits, mode="clip").reshape(batch, *input_shape)
-    labels = uint64s(seed, Purpose.GOLDEN, 0, 1, batch) % np.uint64(n_classes)
-    return x, labels.astype(np.int64)

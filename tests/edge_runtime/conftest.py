@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 
 from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.ort import LAYOUT_KEY
+from fedzo.protocol.golden_answer import GoldenPredictions
 from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
 from fedzo.protocol.mask import Mask
@@ -152,6 +153,8 @@ def write_artifact(folder: Path, change: Callable[[dict[str, bytes]], None] | No
     if change is not None:
         change(graphs)
     x, y = golden_batch(INPUT_SHAPE, N_CLASSES, 5, 16)
+    weights = initial_weights(LAYOUT, SEED)
+    predictions = GoldenPredictions.of_logits(Reference().logits(weights, x).astype(np.float32), 1e-4)
     manifest = Manifest(
         model="tiny",
         input_shape=INPUT_SHAPE,
@@ -162,7 +165,7 @@ def write_artifact(folder: Path, change: Callable[[dict[str, bytes]], None] | No
         units=UNITS,
         graphs=tuple(GraphFile(n, hashlib.sha256(d).digest(), len(d)) for n, d in graphs.items()),
         memory=tuple(GraphMemory(n, ((400, 160), (300, 200))) for n in names),
-        golden=Golden(5, 16, Reference().loss(initial_weights(LAYOUT, SEED), x, y), 1e-5),
+        golden=Golden(5, 16, Reference().loss(weights, x, y), 1e-5, predictions),
         producer="tests",
     )
     folder.mkdir(parents=True, exist_ok=True)

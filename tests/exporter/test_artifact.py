@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.golden_check import check_predictions
 from fedzo.exporter.artifact import export_artifact, verify_artifact
 from fedzo.exporter.reference import forward
 from fedzo.exporter.sessions import run_graph
@@ -117,6 +118,9 @@ def test_the_board_runtime_gets_the_golden_loss(lenet5: Path, resnet8: Path) -> 
         artifact = load_artifact(folder)
         with Engine(artifact, Mask.dense(artifact.manifest.layout), micro_batch=3) as engine:
             assert engine.check_golden() <= 1e-6
+            difference = check_predictions(engine)
+            assert difference is not None
+            assert difference <= 1e-6
 
 
 def test_a_mask_is_zeros_in_the_dense_network(lenet5: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fedzo.protocol.errors import ArtifactError
+from fedzo.protocol.golden_answer import GoldenPredictions
 from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest, golden_batch
 from tests.protocol.builders import small_manifest
 
@@ -134,6 +136,7 @@ def _set(*path: str | int, to: object) -> tuple[tuple[str | int, ...], object]:
         _set("memory", "probe.onnx", to=[[-1, 2]]),
         _set("golden", "mean_loss", to=float("nan")),
         _set("golden", "batch", to=-1),
+        _set("golden", "seed", to=-1),
         _set("golden", to={}),
         _set("producer", to=None),
     ],
@@ -169,6 +172,53 @@ def test_other_bytes_are_refused(data: bytes) -> None:
 def test_a_manifest_checks_itself_when_made() -> None:
     with pytest.raises(ArtifactError, match="sparsity"):
         dataclasses.replace(small_manifest(), sparsity=-0.1)
+
+
+def with_predictions(**changes: Any) -> Manifest:
+    raw = small_manifest().to_json()
+    raw["golden"]["predictions"] = {"classes": [0, 1, 2] * 2 + [1, 0], "logits": [0.5] * 8, "tolerance": 1e-4} | changes
+    return Manifest.decode(json.dumps(raw).encode())
+
+
+def test_golden_predictions_are_optional() -> None:
+    assert small_manifest().golden.predictions is None
+    assert "predictions" not in small_manifest().to_json()["golden"]
+    manifest = with_predictions()
+    assert Manifest.decode(manifest.encode()) == manifest
+    assert manifest.golden.predictions == GoldenPredictions((0, 1, 2, 0, 1, 2, 1, 0), (0.5,) * 8, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"classes": [0] * 7},
+        {"classes": [0] * 7 + [3]},
+        {"classes": [0] * 7 + [-1]},
+        {"classes": [0] * 7 + [True]},
+        {"classes": "00000000"},
+        {"logits": [0.5] * 9},
+        {"logits": [0.5] * 7 + [float("nan")]},
+        {"logits": None},
+        {"tolerance": None},
+    ],
+)
+def test_malformed_predictions_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError):
+        with_predictions(**changes)
+
+
+def test_predictions_of_logits() -> None:
+    logits = np.array([[0, 2, 1], [3, 2.5, -1]], dtype=np.float32)
+    predictions = GoldenPredictions.of_logits(logits, 1e-4)
+    assert predictions == GoldenPredictions((1, 0), (2.0, 3.0), 1e-4)
+    assert predictions.difference(logits) == 0.0
+    assert predictions.difference(logits + np.float32([[0, 0, 0], [0.25, 0, 0]])) == 0.25
+    other_class = logits.copy()
+    other_class[1, 1] = 4.0  # the stored logit is right, but another one is larger
+    assert predictions.difference(other_class) == 0.5
+    assert predictions.difference(logits[:1]) == math.inf
+    logits[0, 1] = np.nan
+    assert math.isnan(predictions.difference(logits))
 
 
 def test_golden_batch() -> None:
