@@ -8,7 +8,6 @@ into micro-batches; sums over them are kept in float64.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,6 +22,7 @@ from ..protocol.manifest import golden_batch
 from ..protocol.mask import Mask
 from .artifact import Artifact
 from .bound_graph import BoundGraph
+from .loss import NonFiniteLossError, mean_loss
 from .memory import arena_bytes_of
 from .ort import CPU, open_session, release_arena, runtime_version
 from .variants import BlockedWeights, usable_variant
@@ -35,13 +35,6 @@ __all__ = ["Engine", "LayoutChoice", "NonFiniteLossError"]
 _log = logging.getLogger(__name__)
 
 LayoutChoice = Literal["auto", "portable", "blocked"]
-
-
-class NonFiniteLossError(ConfigError):
-    """A loss is infinite or NaN: the run's learning rate or sigma lets the weights diverge.
-
-    A class of its own because a device answers it with ``Decline.NON_FINITE`` and stays in the run.
-    """
 
 
 class Engine:
@@ -57,7 +50,7 @@ class Engine:
         micro_batch: Largest number of samples of one run of a graph.
         weights_feed: ``float32[n_survivors]``, the buffer that the graphs read. A caller may compute perturbed weights
             straight into it and pass it back as ``weights``, which saves a copy. Owned by the engine.
-        sample_passes: Samples sent through a graph so far.
+        sample_passes: Samples sent through a graph so far; a part of the network counts by its multiplications.
     """
 
     def __init__(
@@ -100,7 +93,7 @@ class Engine:
         self.artifact = artifact
         self.mask = mask
         self.micro_batch = micro_batch
-        self.sample_passes = 0
+        self.sample_passes: float = 0
         self._threads = threads
         self._arena_bytes = arena_bytes
         self._providers = tuple(providers)
@@ -151,13 +144,7 @@ class Engine:
         else:
             total = self._batch_loss(graph, x, y)
         self.sample_passes += len(x)
-        mean = total / len(x)
-        if not math.isfinite(mean):
-            raise NonFiniteLossError(
-                f"the loss of a batch of {len(x)} samples is {mean}: the weights have diverged",
-                hint="use a smaller learning_rate or sigma",
-            )
-        return mean
+        return mean_loss(total, len(x))
 
     def logits(
         self, weights: NDArray[np.float32], x: NDArray[np.float32], *, out: NDArray[np.float32] | None = None
@@ -193,7 +180,7 @@ class Engine:
 
     def moments(self, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mean squared inputs of the weights of every unit layer: ``float32[n_moments]``, owned by the caller."""
-        x, _ = self._checked(x, None)
+        x, _ = self.checked_batch(x, None)
         graph = self._open("moments.onnx")
         self._set_weights(graph, weights)
         total = np.zeros(self.artifact.manifest.n_moments, dtype=np.float64)
@@ -223,7 +210,7 @@ class Engine:
             Sum of the cross-entropies, number of samples whose largest logit is the label's, and ``n``. The sum is
             infinite or NaN when the weights have diverged.
         """
-        x, y = self._checked(x, y)
+        x, y = self.checked_batch(x, y)
         step = min(micro_batch or self.micro_batch, self.micro_batch)
         loss_sum, correct = 0.0, 0
         out = np.empty((step, self.artifact.manifest.n_classes), dtype=np.float32)
@@ -294,6 +281,23 @@ class Engine:
             _log.info("losses are computed with the portable graph: %s", error.message)
             self._variant = None
 
+    def open_session(self, file_name: str) -> Any:
+        """A session of a graph of the artifact, in place of the one that is loaded; the caller owns it.
+
+        Raises:
+            ArtifactError: The artifact has no such graph, or its bytes were changed.
+            MemoryBudgetError: It does not fit under ``arena_bytes``.
+        """
+        self.close()
+        return open_session(
+            self.artifact,
+            file_name,
+            threads=self._threads,
+            arena_bytes=self._arena_bytes,
+            providers=self._providers,
+            strict_providers=self._strict,
+        )
+
     def close(self) -> None:
         """Unload the graph and give its memory back; the engine stays usable and loads it again when needed."""
         if self._graph is not None:
@@ -334,14 +338,7 @@ class Engine:
             if name == "probe.onnx" and self._variant is not None and not self._variant_checked:
                 self._check_variant()
             variant = self._variant if name == "probe.onnx" else None
-            session = open_session(
-                self.artifact,
-                name if variant is None else variant.file.name,
-                threads=self._threads,
-                arena_bytes=self._arena_bytes,
-                providers=self._providers,
-                strict_providers=self._strict,
-            )
+            session = self.open_session(name if variant is None else variant.file.name)
             blocked = None
             if variant is not None:
                 blocked = BlockedWeights.of_session(session, self.artifact.manifest.layout, self.mask)
@@ -349,7 +346,7 @@ class Engine:
         return self._graph
 
     def _batch_loss(self, graph: BoundGraph, x: NDArray[Any], y: NDArray[Any]) -> float:
-        samples, labels = self._checked(x, y)
+        samples, labels = self.checked_batch(x, y)
         total = 0.0
         for start in range(0, len(samples), self.micro_batch):
             stop = start + self.micro_batch
@@ -362,7 +359,7 @@ class Engine:
     def _rows(
         self, name: str, weights: NDArray[np.float32], x: NDArray[np.float32], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        x, _ = self._checked(x, None)
+        x, _ = self.checked_batch(x, None)
         shape = (len(x), self.artifact.manifest.n_classes)
         if out is None:
             out = np.empty(shape, dtype=np.float32)
@@ -386,7 +383,12 @@ class Engine:
         elif weights is not self.weights_feed:
             np.copyto(self.weights_feed, weights)
 
-    def _checked(self, x: NDArray[Any], y: NDArray[Any] | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def checked_batch(self, x: NDArray[Any], y: NDArray[Any] | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """A batch as the graphs take it; copied only if it has another type or order in memory.
+
+        Raises:
+            DataError: It has another shape than the artifact's inputs, or another number of labels than samples.
+        """
         shape = self.artifact.manifest.input_shape
         if x.shape[1:] != shape or len(x) < 1:
             raise DataError(

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from ..protocol.errors import ArtifactError, ConfigError
 from ..protocol.golden_answer import GoldenPredictions
 from ..protocol.graph_files import GraphFile, GraphVariant
 from ..protocol.layout import Layout, initial_weights
-from ..protocol.manifest import FORMAT, GRAPHS, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
+from ..protocol.manifest import CUT_GRAPHS, FORMAT, GRAPHS, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
 from .blocked_layout import BLOCK_SIZES, BlockedProbe, block_probe
-from .graphs import ArtifactGraphs, build_graphs, zero_feeds
+from .graphs import ArtifactGraphs, build_graphs
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
 from .sessions import dense_feeds, run_graph
@@ -81,7 +80,7 @@ def export_artifact(
     _check_target(out, overwrite)
     forward = build_forward(model, input_shape, n_classes, seed)
     built = build_graphs(forward, sparsity)
-    memory = tuple(GraphMemory(name, _envelope(graph, built, input_shape)) for name, graph in built.graphs.items())
+    memory = tuple(GraphMemory(name, _envelope(name, built, input_shape)) for name in built.graphs)
     golden = _golden(built, input_shape, n_classes, seed)
     units = tuple(unit.layer for unit in built.units)
     files = {
@@ -115,6 +114,7 @@ def export_artifact(
         golden=golden,
         producer=f"fedzo {importlib.metadata.version('fedzo')}",
         variants=variants,
+        cut=built.cut,
     )
     _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
     return manifest
@@ -144,16 +144,16 @@ def verify_artifact(folder: Path) -> Manifest:
     return manifest
 
 
-def _envelope(graph: ModelProto, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    feeds = partial(zero_feeds, built.layout, built.units, input_shape)
-    return live_envelope(graph, measured_sizes(graph, feeds))
+def _envelope(name: str, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    graph = built.graphs[name]
+    return live_envelope(graph, measured_sizes(graph, lambda batch: built.zero_feeds(name, input_shape, batch)))
 
 
 def _blocked_envelope(
     blocked: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     def feeds(batch: int) -> dict[str, NDArray[np.generic]]:
-        return {**blocked.zero_weights(), **zero_feeds(built.layout, built.units, input_shape, batch)}
+        return {**blocked.zero_weights(), **built.zero_feeds("probe.onnx", input_shape, batch)}
 
     return live_envelope(blocked.model, measured_sizes(blocked.model, feeds))
 
@@ -218,7 +218,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     try:
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, *VARIANTS, MANIFEST))
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, *CUT_GRAPHS, *VARIANTS, MANIFEST))
         empty = not any(out.iterdir())
     except OSError as error:
         raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error

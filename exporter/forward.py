@@ -24,7 +24,9 @@ IR_VERSION = 8
 BATCH = "batch"
 """Name of the symbolic batch axis."""
 
-RESERVED_NAMES = frozenset({"w", "index", "counts", "x", "y", "shift", "logits", "loss_sum", "moments"})
+RESERVED_NAMES = frozenset(
+    {"w", "index", "counts", "x", "y", "shift", "features", "logits", "loss_sum", "moments"}
+)
 """Inputs and outputs of the finished graphs; no parameter may be called so."""
 
 

@@ -8,19 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from ..protocol.cut import Cut
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
+from ..protocol.manifest import CUT_GRAPHS
+from .cuts import CutPoint, find_cut
 from .forward import ForwardGraph
 from .passes.float64_loss import Float64Loss
 from .passes.infrastructure import GraphPass, Sequential
 from .passes.input_moments import InputMoments
+from .passes.keep_prefix import KeepPrefix
+from .passes.keep_suffix import KeepSuffix
 from .passes.scatter_survivors import ScatterSurvivors
 from .passes.unit_shifts import UnitShifts
 from .passes.weights_as_inputs import WeightsAsInputs
 from .sessions import dense_feeds
 from .units import UnitNode, find_units
 
-__all__ = ["ArtifactGraphs", "build_graphs", "zero_feeds"]
+__all__ = ["ArtifactGraphs", "build_graphs"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,32 @@ class ArtifactGraphs:
     Attributes:
         layout: The parameters, marked maskable as the sparsity asks.
         units: The unit layers.
-        graphs: Models by file name; ``saliency.onnx`` and ``moments.onnx`` are absent when there is no unit layer.
+        graphs: Models by file name; ``saliency.onnx`` and ``moments.onnx`` are absent when there is no unit layer,
+            ``prefix.onnx`` and ``suffix.onnx`` when there is no cut.
+        cut: Where the last two meet.
     """
 
     layout: Layout
     units: tuple[UnitNode, ...]
     graphs: dict[str, ModelProto]
+    cut: Cut | None
+
+    def layout_of(self, name: str) -> Layout:
+        """The parameters that graph ``name`` takes."""
+        if self.cut is None or name not in CUT_GRAPHS:
+            return self.layout
+        return self.cut.split(self.layout)[CUT_GRAPHS.index(name)]
+
+    def zero_feeds(self, name: str, input_shape: tuple[int, ...], batch: int) -> dict[str, NDArray[np.generic]]:
+        """A value for every input that graph ``name`` may have: zeros, and no mask."""
+        layout = self.layout_of(name)
+        feeds = dense_feeds(layout, np.zeros(layout.size, np.float32))
+        feeds["x"] = np.zeros((batch, *input_shape), np.float32)
+        feeds["y"] = np.zeros(batch, np.int64)
+        feeds["shift"] = np.zeros(sum(unit.layer.n_units for unit in self.units), np.float32)
+        if self.cut is not None:
+            feeds["features"] = np.zeros((batch, *self.cut.feature_shape), np.float32)
+        return feeds
 
 
 def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
@@ -56,23 +81,30 @@ def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
             hint="pruning needs Conv or Linear layers whose weight is used once; export with sparsity 0",
         )
     layout = Layout(tuple(replace(p, maskable=p.name in prunable) for p in forward.layout.parameters))
-    tails: list[GraphPass] = [WeightsAsInputs(layout), ScatterSurvivors(layout)]
+    whole = _weight_passes(layout)
     heads: dict[str, list[GraphPass]] = {"probe.onnx": [Float64Loss()], "predict.onnx": []}
     if units:
         heads |= {"saliency.onnx": [UnitShifts(units)], "moments.onnx": [InputMoments(units)]}
+    passes = {name: [*head, *whole] for name, head in heads.items()}
+    point = find_cut(forward.model, layout, units)
+    if point is not None:
+        passes |= _cut_passes(point, layout)
     graphs = {}
-    for name, head in heads.items():
-        graphs[name] = Sequential([*head, *tails])(forward.model).model
+    for name, steps in passes.items():
+        graphs[name] = Sequential(steps)(forward.model).model
         graphs[name].graph.name = name.removesuffix(".onnx")
-    return ArtifactGraphs(layout, units, graphs)
+    return ArtifactGraphs(layout, units, graphs, point.cut if point else None)
 
 
-def zero_feeds(
-    layout: Layout, units: tuple[UnitNode, ...], input_shape: tuple[int, ...], batch: int
-) -> dict[str, NDArray[np.generic]]:
-    """A value for every input that one of the graphs may have: zeros, and no mask."""
-    feeds = dense_feeds(layout, np.zeros(layout.size, np.float32))
-    feeds["x"] = np.zeros((batch, *input_shape), np.float32)
-    feeds["y"] = np.zeros(batch, np.int64)
-    feeds["shift"] = np.zeros(sum(unit.layer.n_units for unit in units), np.float32)
-    return feeds
+def _weight_passes(layout: Layout) -> list[GraphPass]:
+    return [WeightsAsInputs(layout), ScatterSurvivors(layout)]
+
+
+def _cut_passes(point: CutPoint, layout: Layout) -> dict[str, list[GraphPass]]:
+    """Each half takes its own part of the weights only."""
+    front, behind = point.cut.split(layout)
+    edge = (point.value, point.cut.feature_shape)
+    return {
+        "prefix.onnx": [KeepPrefix(*edge), *_weight_passes(front)],
+        "suffix.onnx": [KeepSuffix(*edge), Float64Loss(), *_weight_passes(behind)],
+    }

@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .cut import Cut
 from .errors import ArtifactError
 from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphVariant
 from .layout import Layout
 
 __all__ = [
+    "CUT_GRAPHS",
     "FORMAT",
     "GRAPHS",
     "Golden",
@@ -32,6 +34,7 @@ __all__ = [
 
 FORMAT = 1
 GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
+CUT_GRAPHS = ("prefix.onnx", "suffix.onnx")
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 256 << 20
 
@@ -96,6 +99,7 @@ class Manifest:
         golden: Known answer of the probe graph and of the predict graph.
         producer: Exporter name and version.
         variants: Graphs for particular machines, in any number; each has an entry in ``memory``.
+        cut: Where ``prefix.onnx`` ends and ``suffix.onnx`` begins; None if the model has no such place.
     """
 
     model: str
@@ -110,6 +114,7 @@ class Manifest:
     golden: Golden
     producer: str
     variants: tuple[GraphVariant, ...] = ()
+    cut: Cut | None = None
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -136,6 +141,10 @@ class Manifest:
         names = [variant.file.name for variant in self.variants]
         if len(set(names)) < len(names) or not planned.issuperset(names):
             raise ArtifactError(f"of the variants {names}, two share a name or one has no memory plan")
+        if (self.cut is not None) != {graph.name for graph in self.graphs}.issuperset(CUT_GRAPHS):
+            raise ArtifactError("the manifest has a cut without its graphs, or the graphs without the cut")
+        if self.cut is not None:
+            self.cut.split(self.layout)
 
     @property
     def n_units(self) -> int:
@@ -166,7 +175,7 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. Without variants there is no such key, so that older artifacts keep their bytes."""
+        """Plain data. Without variants or a cut there is no such key, so that older artifacts keep their bytes."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -205,6 +214,13 @@ class Manifest:
                     "size": v.file.size,
                 }
                 for v in self.variants
+            }
+        if self.cut is not None:
+            data["cut"] = {
+                "first_parameter": self.cut.first_parameter,
+                "feature_shape": list(self.cut.feature_shape),
+                "prefix_multiply_accumulates": self.cut.prefix_multiply_accumulates,
+                "suffix_multiply_accumulates": self.cut.suffix_multiply_accumulates,
             }
         return data
 
@@ -288,7 +304,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
     graphs = []
     for name, entry in raw["graphs"].items():
         size = _count(entry["size"])
-        if name not in GRAPHS or not 0 < size <= MAX_GRAPH_BYTES:
+        if name not in (*GRAPHS, *CUT_GRAPHS) or not 0 < size <= MAX_GRAPH_BYTES:
             raise ValueError(f"graph {name!r} of {size} bytes")
         graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
     memory = tuple(
@@ -325,4 +341,14 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         golden=Golden.from_json(raw["golden"], n_classes),
         producer=_text(raw["producer"]),
         variants=tuple(variants),
+        cut=_cut(raw["cut"]) if "cut" in raw else None,
+    )
+
+
+def _cut(raw: Mapping[str, Any]) -> Cut:
+    return Cut(
+        _count(raw["first_parameter"]),
+        tuple(_count(n) for n in raw["feature_shape"]),
+        _count(raw["prefix_multiply_accumulates"]),
+        _count(raw["suffix_multiply_accumulates"]),
     )

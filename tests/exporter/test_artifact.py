@@ -22,7 +22,7 @@ from fedzo.exporter.reference import forward
 from fedzo.exporter.sessions import run_graph
 from fedzo.protocol.errors import ArtifactError, ConfigError
 from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.manifest import GRAPHS, Manifest, golden_batch
+from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, Manifest, golden_batch
 from fedzo.protocol.mask import Mask, threshold
 from tests.exporter.text_graphs import operators, signature
 
@@ -40,9 +40,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
     manifest = verify_artifact(lenet5)
     variants = [variant.file for variant in manifest.variants]
-    assert set(contents(lenet5)) == {*GRAPHS, *(file.name for file in variants), "manifest.json"}
-    assert {graph.name for graph in manifest.graphs} == set(GRAPHS)
-    assert [plan.name for plan in manifest.memory] == [*GRAPHS, *(file.name for file in variants)]
+    graphs = [*GRAPHS, *CUT_GRAPHS]
+    assert set(contents(lenet5)) == {*graphs, *(file.name for file in variants), "manifest.json"}
+    assert {graph.name for graph in manifest.graphs} == set(graphs)
+    assert [plan.name for plan in manifest.memory] == [*graphs, *(file.name for file in variants)]
     for graph in (*manifest.graphs, *variants):
         data = (lenet5 / graph.name).read_bytes()
         assert (len(data), hashlib.sha256(data).digest()) == (graph.size, graph.sha256)
@@ -63,21 +64,25 @@ def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
         ("predict.onnx", ["w", "index", "counts", "x"], ("logits", FLOAT, ["batch", 10])),
         ("saliency.onnx", ["w", "index", "counts", "x", "shift"], ("logits", FLOAT, ["batch", 10])),
         ("moments.onnx", ["w", "index", "counts", "x"], ("moments", FLOAT, [779])),
+        ("prefix.onnx", ["w", "index", "counts", "x"], ("features", FLOAT, ["batch", 400])),
+        ("suffix.onnx", ["w", "index", "counts", "features", "y"], ("loss_sum", DOUBLE, [])),
     ],
 )
 def test_graphs_keep_the_contract(
     lenet5: Path, name: str, inputs: list[str], output: tuple[str, int, list[int | str]]
 ) -> None:
     model = onnx.load(lenet5 / name)
-    types = {"w": FLOAT, "index": INT32, "counts": INT64, "x": FLOAT, "y": INT64, "shift": FLOAT}
+    types = {"w": FLOAT, "index": INT32, "counts": INT64, "x": FLOAT, "y": INT64, "shift": FLOAT, "features": FLOAT}
+    n_parameters = {"prefix.onnx": 4, "suffix.onnx": 6}.get(name, 10)
     shapes = signature(model)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
     assert model.ir_version == 8
     assert [value.name for value in model.graph.input] == inputs
     assert [value.type.tensor_type.elem_type for value in model.graph.input] == [types[key] for key in inputs]
     assert shapes["w"] == shapes["index"] == ["survivors"]
-    assert shapes["counts"] == [10]
-    assert shapes["x"] == ["batch", 1, 32, 32]
+    assert shapes["counts"] == [n_parameters]
+    assert shapes.get("x", ["batch", 1, 32, 32]) == ["batch", 1, 32, 32]
+    assert shapes.get("features", ["batch", 400]) == ["batch", 400]
     assert shapes.get("y", ["batch"]) == ["batch"]
     assert shapes.get("shift", [236]) == [236]
     (result,) = model.graph.output

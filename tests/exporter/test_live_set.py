@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedzo.exporter.live_set import envelope_of, live_envelope, measured_sizes
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.manifest import GRAPHS, Manifest
+from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, Manifest
 from tests.exporter.text_graphs import parse
 
 KIB = 1024
@@ -97,7 +97,18 @@ manifest = Manifest.decode((folder / "manifest.json").read_bytes())
 mask = Mask.dense(manifest.layout)
 x, y = golden_batch(manifest.input_shape, manifest.n_classes, 0, batch)
 feeds = {"w": np.zeros(mask.n_survivors, np.float32), "index": mask.index(), "counts": mask.counts(), "x": x, "y": y,
-         "shift": np.zeros(manifest.n_units, np.float32)}
+         "shift": np.zeros(manifest.n_units, np.float32),
+         "features": np.zeros((batch, *manifest.cut.feature_shape), np.float32)}
+
+
+def feeds_of(name):
+    """Each half of a cut network takes its part of the weights."""
+    if name not in CUT_GRAPHS:
+        return feeds
+    first = manifest.cut.first_parameter
+    n = int(mask.counts()[:first].sum())
+    part, counts = (slice(None, n), slice(None, first)) if name == CUT_GRAPHS[0] else (slice(n, None), slice(first, None))
+    return {**feeds, "w": feeds["w"][part], "index": feeds["index"][part], "counts": feeds["counts"][counts]}
 
 
 def fits(name, limit):
@@ -115,7 +126,7 @@ def fits(name, limit):
         for _ in range(2):
             weights = {value.name: value.shape for value in session.get_inputs() if value.name not in feeds}
             feeds.update({key: np.zeros(shape, np.float32) for key, shape in weights.items()})
-            session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+            session.run(None, {value.name: feeds_of(name)[value.name] for value in session.get_inputs()})
     except Exception as error:
         assert "memory" in str(error), error
         return False
@@ -148,7 +159,10 @@ def test_the_arena_needs_what_the_plan_says(model: str, batch: int, request: pyt
     if needed is None:
         pytest.skip("this onnxruntime keeps its first arena for good, so no limit can be tried")
     assert set(needed) == {plan.name for plan in manifest.memory}
-    parts = 8 * manifest.layout.size  # into which w and index are split; a variant has none
+    assert manifest.cut is not None
+    sizes = dict.fromkeys(GRAPHS, manifest.layout.size)
+    sizes |= {name: part.size for name, part in zip(CUT_GRAPHS, manifest.cut.split(manifest.layout), strict=True)}
     for name, size in needed.items():
-        plan = manifest.live_bytes(name, batch) + (parts if name in GRAPHS else 0)
+        parts = 8 * sizes.get(name, 0)  # into which w and index are split; a variant has none
+        plan = manifest.live_bytes(name, batch) + parts
         assert 0.85 * plan - 64 * KIB <= size <= 1.05 * plan + 192 * KIB, (name, size, plan)
