@@ -128,7 +128,7 @@ class OfferBlob:
 
 @dataclass(frozen=True, slots=True)
 class ServeBlob:
-    """Answer a device's request for a block, if the blob is offered."""
+    """Answer a device's request for a block, with an empty one if the blob is not offered."""
 
     device: str
     request: BlobRequest

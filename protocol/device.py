@@ -37,9 +37,7 @@ from .device_events import (
     DropReport,
     Failed,
     Finish,
-    Plan,
     Planned,
-    Prepare,
     Prepared,
     Received,
     SaveReport,
@@ -51,6 +49,7 @@ from .errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError,
 from .log_follower import LogFollower
 from .mask import Mask
 from .messages import KINDS, Receipt, Report, UpdateRecord
+from .preparation import Preparation
 from .repeater import Repeater
 from .run_files import RunFiles
 from .tasks import make_report, make_task
@@ -100,10 +99,8 @@ class Device:
         self._is_enrolled = False
         self._ordinal: int | None = None
         self._files: RunFiles | None = None
-        self._planned: float | None = None
-        self._is_planning = self._is_preparing = False
+        self._preparation: Preparation | None = None
         self._followed_mask: str | None = None
-        self._prepared_mask: str | None = None
         self._computing: Task | None = None
         self._is_cancelled = False
         self._answered = -1
@@ -165,10 +162,10 @@ class Device:
             self._receive(event)
         elif isinstance(event, BlobFound) and self._files is not None:
             self._files.found(event)
-        elif isinstance(event, Planned) and self._run is not None and event.run == self._run.run:
-            self._planned, self._is_planning = event.peak_mib, False
-        elif isinstance(event, Prepared) and self._run is not None and event.run == self._run.run:
-            self._prepared_mask, self._is_preparing = event.mask_sha256, False
+        elif isinstance(event, Planned) and self._preparation is not None:
+            self._preparation.planned(event)
+        elif isinstance(event, Prepared) and self._preparation is not None:
+            self._preparation.prepared(event)
         elif isinstance(event, Failed) and (not event.run or (self._run is not None and event.run == self._run.run)):
             self._refuse(event.error)
         elif isinstance(event, Computed):
@@ -209,7 +206,7 @@ class Device:
         self._cancel()
         self._forget_run()
         self._forget_requests()
-        self._run, self._files = run, RunFiles(run, retry_s=self._retry_s)
+        self._run, self._files, self._preparation = run, RunFiles(run, retry_s=self._retry_s), Preparation(run)
         self._head = next((head for head in heads if head is not None and head.run == run.run), None)
         if self._outbox is not None and self._outbox[0] != run.run:
             self._drop_outbox()
@@ -249,7 +246,7 @@ class Device:
         if not self._online:
             return
         self.stage = "waiting"
-        if self._run is None or self._files is None:
+        if self._run is None or self._files is None or self._preparation is None:
             return
         starts = self._head is not None and self._head.phase != "enrol"
         if not self._is_enrolled or (self._ordinal is None and starts):
@@ -262,11 +259,11 @@ class Device:
             self._say(self._presence.status, detail=self._presence.detail)
         if self._computing is not None and self._head is not None and self._computing.round != self._head.round:
             self._cancel()
-        run, files, head = self._run, self._files, self._head
-        if self._artifact_missing(run, files, now):
+        run, files, preparation, head = self._run, self._files, self._preparation, self._head
+        if self._artifact_missing(preparation, files, now):
             return
         self.stage = "waiting"
-        if head is None or self._mask_missing(run, files, head, now):
+        if head is None or self._mask_missing(run, files, preparation, head, now):
             return
         if self._follower is not None and not self._is_behind(self._follower, head, now):
             self._work(run, head, self._follower.replica)
@@ -280,26 +277,26 @@ class Device:
         elif self._delivery.is_due(now):
             self._out.append(Send(Channel.REPORT, report))
 
-    def _artifact_missing(self, run: RunDocument, files: RunFiles, now: float) -> bool:
+    def _artifact_missing(self, preparation: Preparation, files: RunFiles, now: float) -> bool:
         """Fetch the manifest, plan, fetch the graphs, in this order: a plan that does not fit loads nothing."""
         self.stage = "fetching"
         if files.manifest is None:
             self._out += files.pull_manifest(now)
             return True
-        if self._planned is None:
+        if (steps := preparation.plan(files.manifest)) is not None:
             self.stage = "planning"
-            if not self._is_planning:
-                self._is_planning = True
-                self._out.append(Plan(run, files.manifest))
+            self._out += steps
             return True
-        if (steps := files.pull_graphs(now)) is not None:
+        if (steps := files.pull_graphs(preparation.files, now)) is not None:
             self._out += steps
             return True
         if self._presence.status == "joining":
             self._say("ready")
         return False
 
-    def _mask_missing(self, run: RunDocument, files: RunFiles, head: Announcement, now: float) -> bool:
+    def _mask_missing(
+        self, run: RunDocument, files: RunFiles, preparation: Preparation, head: Announcement, now: float
+    ) -> bool:
         """Get the announced mask, the replica that starts from it, and an engine for it."""
         assert files.manifest is not None
         wanted, manifest = head.mask_sha256, files.manifest
@@ -314,13 +311,11 @@ class Device:
                 manifest.layout, found, manifest.seed, run.settings.seed, training.directions, training.optimiser
             )
             self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
-        if self._prepared_mask != wanted and head.phase in KINDS:
+        steps = preparation.open(manifest, self._mask, wanted) if head.phase in KINDS else None
+        if steps is not None:
             self.stage = "preparing"
-            if not self._is_preparing:
-                self._is_preparing = True
-                self._out.append(Prepare(run, manifest, self._mask, wanted))
-            return True
-        return False
+            self._out += steps
+        return steps is not None
 
     def _is_behind(self, follower: LogFollower, head: Announcement, now: float) -> bool:
         """Ask for the update records up to the announced log, if there is anything to ask for."""
@@ -382,7 +377,7 @@ class Device:
             detail=one_line(detail),
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
-            planned_peak_mib=self._planned or 0.0,
+            planned_peak_mib=self._preparation.peak_mib if self._preparation else 0.0,
         )
         if self._online:
             self._heartbeat.postpone(self._now)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .codec import BinaryMessage
 from .documents import Document, RunDocument
 from .errors import FedzoError
+from .graph_files import GraphFile
 from .manifest import Manifest
 from .mask import Mask
 from .messages import Decline, Report, ReportKind
@@ -95,10 +96,12 @@ class Planned:
     Attributes:
         run: Id of the run.
         peak_mib: Planned peak of the process.
+        files: Graphs beyond the artifact's own that this machine would use, and can do without.
     """
 
     run: str
     peak_mib: float
+    files: tuple[GraphFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +203,13 @@ class StoreBlob:
         sha256: Of the blob, 32 bytes.
         data: Its bytes.
         read: Whether the answer should carry the bytes.
+        optional: The run can do without it: if it cannot be kept, say that it is not there.
     """
 
     sha256: bytes
     data: bytes
     read: bool
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .blobs import BlobFetcher
 from .device_events import BlobFound, DeviceCommand
 from .documents import Announcement, RunDocument
 from .errors import ProtocolError
+from .graph_files import GraphFile
 from .layout import Layout
 from .manifest import Manifest
 from .mask import Mask
@@ -62,11 +65,21 @@ class RunFiles:
         """The next step towards the manifest."""
         return self._blobs.fetch(bytes.fromhex(self._run.manifest_sha256), self._run.manifest_size, now, read=True)
 
-    def pull_graphs(self, now: float) -> list[DeviceCommand] | None:
-        """The next step towards the graphs; None when all of them are there."""
+    def pull_graphs(self, optional: Sequence[GraphFile], now: float) -> list[DeviceCommand] | None:
+        """The next step towards the graphs; None when all of them are there, or given up.
+
+        Args:
+            optional: Graphs that the device would use besides the artifact's own. One that the server does not have,
+                does not send or that cannot be kept is given up.
+            now: The time.
+        """
+        blobs = self._blobs
         for graph in self.manifest.graphs if self.manifest else ():
-            if not self._blobs.has(graph.sha256):
-                return self._blobs.fetch(graph.sha256, graph.size, now, read=False)
+            if not blobs.has(graph.sha256):
+                return blobs.fetch(graph.sha256, graph.size, now, read=False)
+        for graph in optional:
+            if not blobs.has(graph.sha256) and not blobs.is_abandoned(graph.sha256):
+                return blobs.fetch(graph.sha256, graph.size, now, read=False, optional=True)
         return None
 
     def pull_mask(self, head: Announcement, layout: Layout, now: float) -> list[DeviceCommand] | Mask:

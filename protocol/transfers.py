@@ -54,12 +54,12 @@ _BLOB_BLOCK = struct.Struct("<BBH32sII")
 
 @dataclass(frozen=True, slots=True)
 class BlobBlock:
-    """One block of a blob.
+    """One block of a blob, or the answer that there is no such blob: then offset, total and data are empty.
 
     Attributes:
         sha256: Of the whole blob, 32 bytes.
         offset: Of the first byte.
-        total: Length of the whole blob in bytes.
+        total: Length of the whole blob in bytes; 0 if the server has no such blob.
         data: The bytes.
     """
 
@@ -72,6 +72,8 @@ class BlobBlock:
         check_digest("blob hash", self.sha256, 32)
         check_unsigned("offset", self.offset, 32)
         check_unsigned("total", self.total, 32)
+        if self.total == self.offset == len(self.data) == 0:
+            return
         if not 1 <= len(self.data) <= MAX_BLOCK_BYTES or self.offset + len(self.data) > self.total:
             raise ProtocolError(f"block of {len(self.data)} bytes at {self.offset} in a blob of {self.total}")
 

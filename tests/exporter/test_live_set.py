@@ -89,7 +89,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from pathlib import Path
 import numpy as np, onnxruntime as ort
 from fedzo.edge_runtime.ort import arena_limit_holds
-from fedzo.protocol.manifest import Manifest, golden_batch
+from fedzo.protocol.manifest import CUT_GRAPHS, Manifest, golden_batch
 from fedzo.protocol.mask import Mask
 
 folder, batch = Path(sys.argv[1]), int(sys.argv[2])
@@ -102,12 +102,13 @@ feeds = {"w": np.zeros(mask.n_survivors, np.float32), "index": mask.index(), "co
 
 
 def feeds_of(name):
-    """Each half of a cut network takes its part of the weights."""
+    # Each half of a cut network takes its part of the weights.
     if name not in CUT_GRAPHS:
         return feeds
     first = manifest.cut.first_parameter
     n = int(mask.counts()[:first].sum())
-    part, counts = (slice(None, n), slice(None, first)) if name == CUT_GRAPHS[0] else (slice(n, None), slice(first, None))
+    halves = [(slice(None, n), slice(None, first)), (slice(n, None), slice(first, None))]
+    part, counts = halves[CUT_GRAPHS.index(name)]
     return {**feeds, "w": feeds["w"][part], "index": feeds["index"][part], "counts": feeds["counts"][counts]}
 
 
