@@ -109,6 +109,7 @@ class Suffix:
 
     def _fill_features(self) -> None:
         session = self._engine.open_session("prefix.onnx")
+        binding: Any = None
         for start in self._starts():
             binding = session.io_binding()
             rows = slice(start, start + self._engine.micro_batch)
@@ -118,7 +119,7 @@ class Suffix:
             binding.bind_output("features", "cpu", 0, np.float32, list(part.shape), part.ctypes.data)
             self._run(session, binding, "prefix.onnx")
         self._engine.sample_passes += len(self._x) * (1.0 - self._cut.suffix_share)
-        del session, binding
+        del session, binding  # both hold on to the arena
         release_arena()
 
     def _suffix_binding(self, start: int) -> Any:
@@ -133,7 +134,7 @@ class Suffix:
     def _bind_weights(self, session: Any, binding: Any, first: int, stop: int) -> None:
         """Bind the part of the weights that belongs to some parameters; the survivors of each half lie together."""
         begin, end = int(self._counts[:first].sum()), int(self._counts[:stop].sum())
-        feeds = {
+        feeds: dict[str, NDArray[Any]] = {
             "w": self._engine.weights_feed[begin:end],
             "index": self._index[begin:end],
             "counts": self._counts[first:stop],
