@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.buffers import aligned_zeros
 from ..protocol.directions import Directions
 from ..protocol.errors import ConfigError, FedzoError
 from .data import Batch
@@ -102,7 +103,7 @@ class SteinEstimator:
             raise ConfigError(f"sigma is {sigma!r}, it must be a positive float32 value such as {2.0**-10}")
         self._directions = directions
         self._two_sided = two_sided
-        self._direction = np.empty(directions.size, dtype=np.float32)
+        self._step = aligned_zeros(directions.size)  # sigma times the direction
 
     def queries(self, n_positions: int) -> int:
         """Losses that a probe of so many positions evaluates."""
@@ -119,26 +120,25 @@ class SteinEstimator:
     ) -> Scalars:
         """See :meth:`Estimator.probe`."""
 
-        def loss(step: np.float32) -> float:
+        def loss(add: np.ufunc | None) -> float:
             if cancelled():
                 raise Cancelled(f"the probe of round {round_} was cancelled")
             feed = engine.weights_feed
-            if step == 0:
+            if add is None:
                 np.copyto(feed, weights)
             else:
-                np.multiply(self._direction, step, out=feed)
-                np.add(weights, feed, out=feed)
+                add(weights, self._step, out=feed)
             return engine.loss(feed, batch.x, batch.y)
 
         sigma = float(self._sigma)
         values = np.empty(len(positions), dtype=np.float64)
-        clean = 0.0 if self._two_sided else loss(np.float32(0.0))
+        clean = 0.0 if self._two_sided else loss(None)
         total = 0.0
         for k, position in enumerate(positions.tolist()):
-            self._directions.direction(round_, position, self._direction)
-            plus = loss(self._sigma)
+            self._directions.scaled(round_, position, self._sigma, self._step)
+            plus = loss(np.add)
             if self._two_sided:
-                minus = loss(-self._sigma)
+                minus = loss(np.subtract)
                 values[k] = (plus - minus) / (2.0 * sigma)
                 total += 0.5 * (plus + minus)
             else:

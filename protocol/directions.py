@@ -214,9 +214,7 @@ class Directions:
             return random_signs(self.seed, Purpose.DIRECTION, round_, position, out)
         return self._hadamard(round_, position, np.float32(1.0), out)
 
-    def scaled(
-        self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def scaled(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
         """Write ``scale`` times one direction into ``out``: the same bits as a product after :meth:`direction`.
 
         For ``hadamard`` it costs no more than the direction. ``out`` is quickest when it begins on a cache line.
@@ -229,9 +227,7 @@ class Directions:
         _check_position(position)
         return self._hadamard(round_, position, scale, out)
 
-    def _hadamard(
-        self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def _hadamard(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
         # Entry i = block * width + low: a row repeats one short row, as it is or negated. All factors but the scale are
         # signs, so the order of the products is free; copies of whole blocks are the quickest.
         row, width, whole = int(self._rows[position % self.padded]), self._width, self._blocks * self._width

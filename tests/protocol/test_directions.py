@@ -102,10 +102,22 @@ def test_hadamard_direction_of_a_large_size_at_sampled_entries() -> None:
 
 
 @pytest.mark.parametrize("bits", range(29))
-def test_an_index_splits_into_two_short_rows_at_every_size(bits: int) -> None:
-    width = Directions("hadamard", 1, 1 << bits)._width
-    assert width <= 1 << 16
-    assert (1 << bits) // width <= 1 << 16
+def test_a_row_is_at_most_128_blocks_at_every_size(bits: int) -> None:
+    directions = Directions("hadamard", 1, 1 << bits)
+    assert directions._width & directions._width - 1 == 0
+    assert directions.padded <= directions._width * 128
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [1, 2, 127, 128, 129, 1000, 12_530])
+def test_a_scaled_direction_has_the_bits_of_the_product(family: Family, size: int) -> None:
+    directions, out = Directions(family, 4, size), np.empty(size, np.float32)
+    for position in (0, 1, 5, 99):
+        for scale in (np.float32(2.0**-10), np.float32(-0.3), np.float32(1.0)):
+            expected = np.multiply(direction(directions, 2, position), scale)
+            assert np.array_equal(directions.scaled(2, position, scale, out), expected)
+    with pytest.raises(ProtocolError, match="position"):
+        directions.scaled(0, -1, np.float32(1.0), out)
 
 
 def test_gaussian_and_rademacher_read_their_own_stream() -> None:
