@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from ..protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    import ssl  # loaded when a URL asks for TLS
 
 __all__ = ["Endpoint", "TlsConfig", "read_password"]
 
@@ -39,6 +42,10 @@ class TlsConfig:
         Raises:
             ConfigError: A file is missing or is no PEM, or only one of certificate and key is given.
         """
+        import ssl
+
+        from .tidy_socket import TidySocket
+
         if (self.certificate is None) != (self.key is None):
             lacking = "certificate" if self.certificate is None else "key"
             raise ConfigError(f"TLS needs both a certificate and its key; the {lacking} is missing")
@@ -48,7 +55,7 @@ class TlsConfig:
         try:
             context = ssl.create_default_context(cafile=None if self.ca is None else str(self.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.sslsocket_class = _TidySocket
+            context.sslsocket_class = TidySocket
             if self.certificate is not None and self.key is not None:
                 # Without a callback OpenSSL asks on the terminal for the passphrase: a daemon would hang there.
                 context.load_cert_chain(self.certificate, self.key, password=_refuse_passphrase)
@@ -139,17 +146,6 @@ def read_password(path: Path | None, *, variable: str = PASSWORD_VARIABLE) -> st
             f"the first line of the password file {path} has {len(line)} bytes; allowed are 1 to {_MAX_PASSWORD_BYTES}"
         )
     return password
-
-
-class _TidySocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails, which paho leaves to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
 
 
 def _without_password(url: str) -> str:

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import selectors
 import socket
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
+from typing import TYPE_CHECKING, Any, cast
 
 from ..protocol.errors import ConfigError
 from .endpoint import Endpoint
+from .light_imports import stand_ins
 from .mqtt_types import ProtocolName, Will
 from .traffic import PUBACK_BYTES, publish_packet_bytes
 from .wake import Wake
+
+with stand_ins("ssl", "urllib.request"):
+    from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+    from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+    from paho.mqtt.packettypes import PacketTypes
+    from paho.mqtt.properties import Properties
+    from paho.mqtt.reasoncodes import ReasonCode
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["Link", "LinkSettings", "Loss"]
 
@@ -166,7 +170,7 @@ class Link:
             self._selector.register(wake.receiver, selectors.EVENT_READ)
         self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0))
         # OpenSSL may hold decrypted bytes that the socket no longer shows as readable.
-        pending = isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+        pending = self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
         ready = {key.fileobj: mask for key, mask in self._selector.select(0.0 if pending else timeout_s)}
         if wake.receiver in ready:
             wake.clear()
@@ -337,12 +341,9 @@ def _properties(packet_type: int) -> Properties:
 
 def _explain(error: OSError | ValueError, endpoint: Endpoint) -> Loss:
     """Say in words what a failed TCP or TLS connect means."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        hint = "give the CA that signed the broker's certificate, and use the host name that the certificate names"
-        return Loss(f"the broker's certificate is not trusted: {error.verify_message}", hint, final=True)
-    if isinstance(error, (ssl.SSLError, ConnectionResetError)) and endpoint.tls:
-        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-        return Loss(f"TLS failed: {reason or error}", "is this a port without TLS? Then use mqtt://")
+    loss = _explain_tls(error) if endpoint.tls else None
+    if loss is not None:
+        return loss
     if isinstance(error, socket.gaierror) or (isinstance(error, ValueError) and not isinstance(error, OSError)):
         return Loss(f"the host name {endpoint.host!r} cannot be resolved", "check the host name and the network")
     if isinstance(error, ConnectionRefusedError):
@@ -350,3 +351,15 @@ def _explain(error: OSError | ValueError, endpoint: Endpoint) -> Loss:
     if isinstance(error, TimeoutError):
         return Loss("the host does not answer (timed out)", "check the host, the network and its firewall")
     return Loss(f"connecting failed: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def _explain_tls(error: OSError | ValueError) -> Loss | None:
+    import ssl
+
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "give the CA that signed the broker's certificate, and use the host name that the certificate names"
+        return Loss(f"the broker's certificate is not trusted: {error.verify_message}", hint, final=True)
+    if isinstance(error, (ssl.SSLError, ConnectionResetError)):
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        return Loss(f"TLS failed: {reason or error}", "is this a port without TLS? Then use mqtt://")
+    return None

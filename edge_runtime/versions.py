@@ -1,21 +1,38 @@
-"""What is installed, asked from package metadata: nothing of it is imported."""
+"""What is installed, as the folders of the installed packages are named: nothing is imported."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
+import os
 import platform
+import sys
 
 __all__ = ["installed_versions"]
 
 _DISTRIBUTIONS = ("fedzo", "numpy", "onnxruntime", "paho-mqtt")
+_SUFFIX = ".dist-info"
 
 
 def installed_versions(*more: str) -> dict[str, str]:
     """Versions of fedzo, of what decides its numbers, of ``more`` and of Python; ``missing`` for what is not there."""
-    versions = {}
-    for name in (*_DISTRIBUTIONS, *more):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "missing"
-    return {**versions, "python": platform.python_version()}
+    return {**{name: _version(name) for name in (*_DISTRIBUTIONS, *more)}, "python": platform.python_version()}
+
+
+def _version(name: str) -> str:
+    """Read from ``NAME-VERSION.dist-info``: ``importlib.metadata`` pulls in ``email`` and 1 MiB for the same answer."""
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(folder or "."):
+                package, _, version = entry.removesuffix(_SUFFIX).rpartition("-")
+                if entry.endswith(_SUFFIX) and _normal(package) == _normal(name):
+                    return version
+    from importlib import metadata  # other ways to install, such as those of a Linux distribution
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _normal(name: str) -> str:
+    return name.replace("-", "_").replace(".", "_").lower()
