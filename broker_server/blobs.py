@@ -1,4 +1,4 @@
-"""What devices may pull, by hash: the artifact's manifest and graphs, and the run's masks."""
+"""What devices may pull, by hash: the artifact's manifest, graphs and their variants, and the run's masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class BlobServer:
     """
 
     def __init__(self, artifact: Artifact, folder: Path) -> None:
-        self._files = {graph.sha256: folder / graph.name for graph in artifact.manifest.graphs}
+        manifest = artifact.manifest
+        variants = [variant.file for variant in manifest.variants if artifact.holds(variant.file)]
+        self._files = {graph.sha256: folder / graph.name for graph in (*manifest.graphs, *variants)}
         self._data: dict[bytes, bytes] = {artifact.digest: (folder / "manifest.json").read_bytes()}
 
     def offer(self, sha256: bytes, data: bytes) -> None:
@@ -27,8 +29,13 @@ class BlobServer:
         self._data[sha256] = data
 
     def block(self, request: BlobRequest) -> BlobBlock | None:
-        """The block that a device asked for; None if there is no such blob or the offset is beyond its end."""
+        """The block that a device asked for.
+
+        Returns:
+            An empty block if there is no such blob; None if the offset is beyond its end.
+        """
         length = min(request.length, MAX_BLOCK_BYTES)
+        absent = BlobBlock(request.sha256, 0, 0, b"")
         if request.sha256 in self._data:
             data = self._data[request.sha256]
             part, total = data[request.offset : request.offset + length], len(data)
@@ -39,7 +46,7 @@ class BlobServer:
                     file.seek(min(request.offset, total))
                     part = file.read(length)
             except OSError:
-                return None
+                return absent
         else:
-            return None
+            return absent
         return BlobBlock(request.sha256, request.offset, total, part) if part else None

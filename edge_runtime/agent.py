@@ -25,6 +25,8 @@ from .data import Dataset
 from .endpoint import TlsConfig
 from .inbound import read_message
 from .memory import peak_rss_mib
+from .ort import provider_in_use
+from .service import ServiceManager
 from .state import DeviceState
 from .transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
 from .worker import Limits, Worker
@@ -70,7 +72,9 @@ class Summary:
         status: ``done``, ``refused``, ``left``, or where it was.
         log_length: Update records applied.
         weights_digest: Digest of its weights, 32 hex digits; empty without a run.
+        provider: Execution provider that graphs ran on; empty if none did.
         planned_peak_mib: What the memory plan says; 0 without one.
+        layout: What losses were computed with, ``portable`` or ``blocked``; empty if none were.
         peak_rss_mib: What the process used at most.
         reports: Reports made, declined ones included.
         declined: Those without scalars.
@@ -86,7 +90,9 @@ class Summary:
     status: str = "joining"
     log_length: int = 0
     weights_digest: str = ""
+    provider: str = ""
     planned_peak_mib: float = 0.0
+    layout: str = ""
     peak_rss_mib: float = 0.0
     reports: int = 0
     declined: int = 0
@@ -109,6 +115,7 @@ class Agent:
         load_data: Gives its samples, see :class:`~.worker.Worker`.
         connection: The broker.
         limits: What the board allows.
+        service: The service manager, which hears that the agent's loop turns, whatever the worker computes.
         federation: Its federation.
         retry_s: Time after which an unanswered request is repeated.
         say: Takes one line for people at every change of phase.
@@ -125,6 +132,7 @@ class Agent:
         connection: Connection,
         limits: Limits,
         *,
+        service: ServiceManager | None = None,
         federation: str = "default",
         retry_s: float = RETRY_S,
         say: Callable[[str], None] = _log.info,
@@ -134,7 +142,7 @@ class Agent:
         self._events: queue.SimpleQueue[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = queue.SimpleQueue()
         self._device = Device(hello, outbox=state.outbox.load(), retry_s=retry_s)
         self._worker = Worker(load_data, state.blobs, self._events.put, limits)
-        self._limits = limits
+        self._limits, self._service = limits, service or ServiceManager({})
         self._summary = Summary(state.device, state.session)
         self._pending: dict[tuple[Channel, bytes], int] = {}
         self._linked: bool | None = None
@@ -164,6 +172,8 @@ class Agent:
             self._summary,
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
+            layout=self._worker.layout,
+            provider=provider_in_use(),
             peak_rss_mib=peak_rss_mib(),
             bytes_up=traffic.bytes_up,
             bytes_down=traffic.bytes_down,
@@ -183,6 +193,7 @@ class Agent:
         """
         self._worker.start()
         threading.Thread(target=self._connect, name="fedzo-connect", daemon=True).start()
+        self._service.ready()
         try:
             while not self._device.finished:
                 item = self._next()
@@ -195,6 +206,7 @@ class Agent:
                 if event is not None:
                     self._carry_out(self._device.on(event, time.monotonic()))
         finally:
+            self._service.stopping()
             self._worker.close()
             self._transport.close(timeout_s=FLUSH_S)
 
@@ -214,10 +226,15 @@ class Agent:
 
     def _next(self) -> TransportEvent | machine.DeviceEvent | FedzoError | _Stop:
         wakeup = self._device.wakeup
-        try:
-            return self._events.get(timeout=None if wakeup is None else max(0.0, wakeup - time.monotonic()))
-        except queue.Empty:
-            return machine.Tick()
+        while True:
+            self._service.feed()
+            waits = [] if wakeup is None else [max(0.0, wakeup - time.monotonic())]
+            waits += [] if self._service.interval_s is None else [self._service.interval_s]
+            try:
+                return self._events.get(timeout=min(waits, default=None))
+            except queue.Empty:
+                if wakeup is not None and time.monotonic() >= wakeup:
+                    return machine.Tick()
 
     def _translate(self, item: TransportEvent | machine.DeviceEvent) -> machine.DeviceEvent | None:
         if isinstance(item, Arrived):
@@ -314,7 +331,10 @@ class Agent:
             _log.warning("%s", error.message)
             return machine.BlobFound(sha256, False)
         except ConfigError as error:
-            return machine.Failed(error)
+            if not (isinstance(command, machine.StoreBlob) and command.optional):
+                return machine.Failed(error)
+            _log.warning("going on without an optional file: %s", error.message)
+            return machine.BlobFound(sha256, False)
 
     def _keep(self, command: machine.SaveReport | machine.DropReport) -> None:
         try:
@@ -329,7 +349,7 @@ class Agent:
     def _announce(self, task: machine.Task) -> None:
         if task.kind is not self._doing:
             self._doing = task.kind
-            self._say(f"{_WORK[task.kind]} from round {task.round}")
+            self._say(f"{_WORK[task.kind]} from round {task.round}, on {provider_in_use()}")
 
     def _topic(self, channel: Channel) -> str:
         return topic(self._federation, channel, self._state.device)

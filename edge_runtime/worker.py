@@ -32,6 +32,7 @@ from ..protocol.device_events import (
 from ..protocol.directions import Directions
 from ..protocol.documents import RunDocument
 from ..protocol.errors import DataError, FedzoError, MemoryBudgetError
+from ..protocol.graph_files import GraphFile
 from ..protocol.manifest import Manifest
 from ..protocol.messages import Decline, ReportKind
 from ..protocol.saliency import gaussian_inputs
@@ -40,6 +41,7 @@ from .data import Dataset, batch_indices
 from .engine import Engine, NonFiniteLossError
 from .estimators import Cancelled, SteinEstimator
 from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan
+from .providers import CPU
 from .saliency import UnitShiftScorer
 from .variants import matching_variant
 
@@ -58,11 +60,15 @@ class Limits:
         ram_budget_mib: Planned peak of the whole process.
         threads: Threads within an operator.
         micro_batch: Samples of one run of a graph; None to choose.
+        providers: Execution providers in order of preference.
+        strict_providers: Refuse a run when the first one does not start.
     """
 
     ram_budget_mib: float
     threads: int = 1
     micro_batch: int | None = None
+    providers: tuple[str, ...] = (CPU,)
+    strict_providers: bool = False
 
 
 class NoSamplesError(DataError):
@@ -100,6 +106,7 @@ class Worker:
 
     Attributes:
         plans: The memory plans of the latest run's phases, once it was planned; replaced, never changed.
+        layout: What the latest losses were computed with, see :class:`~.engine.Engine`; empty before the first.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Worker:
     ) -> None:
         self._load_data, self._blobs, self._answer, self._limits = load_data, blobs, answer, limits
         self.plans: tuple[MemoryPlan, ...] = ()
+        self.layout = ""
         self._commands: queue.SimpleQueue[Plan | Prepare | Compute | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="fedzo-worker", daemon=True)
         self._submitted = 0
@@ -195,28 +203,35 @@ class Worker:
             )
 
         survivors, resident = layout.size - round(settings.sparsity * layout.maskable_size), dataset.resident_bytes
-        plans = [phase(TRAINING_GRAPHS, survivors, settings.training.batch, resident)]
+        training, files = self._training_plan(
+            manifest, lambda graphs: phase(graphs, survivors, settings.training.batch, dataset.resident_bytes)
+        )
+        plans = [training]
         if settings.sparsity > 0:
             # While weights are scored, the replica of the state machine is dense: weights and two moments.
             samples, resident = settings.saliency.samples, resident + 12 * layout.size
             plans.append(phase(SCORING_GRAPHS, layout.size, samples, resident))
         self.plans = tuple(plans)
-        return Planned(command.run.run, max(p.planned_peak_mib for p in plans))
+        return Planned(command.run.run, max(p.planned_peak_mib for p in plans), files)
 
-    def _training_plan(self, manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]) -> MemoryPlan:
+    def _training_plan(
+        self, manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]
+    ) -> tuple[MemoryPlan, tuple[GraphFile, ...]]:
         """The plan with the variant of this machine, unless that needs more than the budget or smaller micro-batches.
 
-        The engine takes the variant if it fits under the plan's limit.
+        Returns:
+            The plan, and the variant's file if the plan counts it. The engine takes it if it is there, fits under the
+            plan's limit and gives the known answer.
         """
-        variant = matching_variant(manifest, "probe.onnx")
-        if variant is None or variant.file.sha256 not in self._blobs:
-            return phase(TRAINING_GRAPHS)
         portable = phase(TRAINING_GRAPHS)
+        variant = matching_variant(manifest, "probe.onnx")
+        if variant is None:
+            return portable, ()
         with contextlib.suppress(MemoryBudgetError):
             blocked = phase((*TRAINING_GRAPHS, variant.file.name))
             if blocked.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
-                return blocked
-        return portable
+                return blocked, (variant.file,)
+        return portable, ()
 
     def _prepare(self, command: Prepare) -> Prepared:
         self._release()
@@ -228,6 +243,8 @@ class Worker:
             threads=self._limits.threads,
             micro_batch=min(p.micro_batch for p in self.plans),
             arena_bytes=max(p.arena_bytes for p in self.plans),
+            providers=self._limits.providers,
+            strict_providers=self._limits.strict_providers,
         )
         if artifact.digest not in self._tested:
             engine.check_golden()
@@ -298,6 +315,7 @@ class Worker:
         seed = prepared.run.settings.seed
         batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
         result = prepared.estimator.probe(prepared.engine, task.weights, batch, task.round, task.positions, cancelled)
+        self.layout = prepared.engine.layout
         return _Measured((result.values,), len(batch), result.mean_loss, result.queries)
 
     def _evaluate(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:

@@ -130,9 +130,7 @@ class BlobFetcher:
             self._download = None
         return sha256 in self._abandoned
 
-    def fetch(
-        self, sha256: bytes, size: int, now: float, *, read: bool, optional: bool = False
-    ) -> list[DeviceCommand]:
+    def fetch(self, sha256: bytes, size: int, now: float, *, read: bool, optional: bool = False) -> list[DeviceCommand]:
         """The next step towards a blob; a download of another one is given up.
 
         Args:

@@ -85,12 +85,14 @@ class FakeServer:
     Attributes:
         acknowledge: Whether reports get a receipt at once.
         run: The run of new devices.
+        lacks: Hashes of blobs that it does not have, with whether it says so.
     """
 
     def __init__(self, url: str, artifact: Path, run: RunDocument, password: str | None = None) -> None:
         self.run = run
         self.acknowledge = True
         self.welcome = True
+        self.lacks: dict[bytes, bool] = {}
         self._blobs = {path: path.read_bytes() for path in artifact.iterdir()}
         self._by_hash = filled_store(artifact.parent / "server-blobs", artifact)
         self._log: list[UpdateRecord] = []
@@ -191,6 +193,9 @@ class FakeServer:
         if isinstance(message, Hello) and self.welcome:
             ordinal = self._ordinals.setdefault(device, len(self._ordinals))
             self.send(Channel.COMMAND, Order(self.run.run, "welcome", message.session, ordinal), device)
+        elif isinstance(message, BlobRequest) and message.sha256 in self.lacks:
+            if self.lacks[message.sha256]:
+                self.send(Channel.BLOCK, BlobBlock(message.sha256, 0, 0, b""), device)
         elif isinstance(message, BlobRequest):
             data = self._by_hash.get(message.sha256)
             part = data[message.offset : message.offset + message.length]

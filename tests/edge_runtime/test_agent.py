@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.edge_runtime import artifact as artifact_module
 from fedzo.edge_runtime.agent import Agent
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.transport import Connected, MqttTransport
+from fedzo.edge_runtime.variants import matching_variant
+from fedzo.protocol.blobs import MAX_SETBACKS
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
 from fedzo.protocol.errors import (
@@ -180,7 +183,9 @@ def test_a_run_from_hello_to_done(
     assert len(agent.lines) == 5
 
 
-def test_a_second_start_fetches_nothing_again(server: FakeServer, start: Callable[..., RunningAgent]) -> None:
+def test_a_second_start_fetches_nothing_again(
+    server: FakeServer, start: Callable[..., RunningAgent], manifest: Manifest
+) -> None:
     first = start()
     server.expect(Presence, status="ready")
     first.stop()
@@ -188,7 +193,9 @@ def test_a_second_start_fetches_nothing_again(server: FakeServer, start: Callabl
     start()
     server.expect(Presence, status="ready")
     asked = [message for _, message, _ in server.heard if isinstance(message, BlobRequest)]
-    assert len(asked) == len({request.sha256 for request in asked}) == 5  # manifest and graphs, once
+    optional = matching_variant(manifest, "probe.onnx") is not None
+    wanted = 1 + len(manifest.graphs) + optional
+    assert len(asked) == len({request.sha256 for request in asked}) == wanted  # once
 
 
 def test_a_damaged_blob_is_fetched_again(
@@ -313,6 +320,40 @@ def test_a_full_disk_while_fetching_ends_the_agent(
     assert "cannot keep a blob" in server.expect(Presence, status="refused").detail
     agent.wait()
     assert isinstance(agent.error, ConfigError)
+
+
+@pytest.mark.parametrize("fault", ["full disk", "absent", "silent"])
+def test_an_optional_graph_that_cannot_be_had_is_given_up(
+    server: FakeServer,
+    start: Callable[..., RunningAgent],
+    run: RunDocument,
+    manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    variant = matching_variant(manifest, "probe.onnx")
+    if variant is None:
+        pytest.skip("onnxruntime has no blocked kernels on this machine")
+    if fault == "full disk":
+        original = artifact_module.write_durably
+
+        def write(path: Path, data: bytes) -> None:
+            if path.name == variant.file.sha256.hex():
+                raise OSError(28, "No space left on device")
+            original(path, data)
+
+        monkeypatch.setattr("fedzo.edge_runtime.artifact.write_durably", write)
+    else:
+        server.lacks[variant.file.sha256] = fault == "absent"
+    agent = start()
+    server.expect(Presence, status="ready")
+    announce_training(server, dense_replica(run, manifest), 1)
+    assert server.expect(Report).decline is Decline.NONE
+    assert agent.agent.summary.layout == "portable"
+    asked = [m for _, m, _ in server.heard if isinstance(m, BlobRequest) and m.sha256 == variant.file.sha256]
+    assert len(asked) == (1 + MAX_SETBACKS if fault == "silent" else 1)
+    assert ("going on without an optional file" in caplog.text) == (fault == "full disk")
 
 
 # --- hostile and broken peers ---------------------------------------------------------------------------------------

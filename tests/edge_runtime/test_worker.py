@@ -271,17 +271,22 @@ def variant(manifest: Manifest) -> GraphVariant:
 
 
 @pytest.mark.parametrize("layout", ["blocked", "portable"])
-def test_a_variant_is_used_when_its_file_was_fetched(
-    desk: Desk, run: RunDocument, manifest: Manifest, mask: Mask, variant: GraphVariant, layout: str
+def test_a_variant_is_asked_for_and_used_when_its_file_was_fetched(
+    desk: Desk, run: RunDocument, manifest: Manifest, mask: Mask, variant: GraphVariant, layout: str, artifact: Path
 ) -> None:
-    if layout == "portable":
-        desk.store.path(variant.file.sha256).unlink()
-    desk.ready(run, manifest, mask)
+    desk.store.path(variant.file.sha256).unlink()
+    planned = desk.ask(Plan(run, manifest), Planned)
+    assert planned.files == (variant.file,)
+    assert planned.peak_mib == max(plan.planned_peak_mib for plan in desk.worker.plans)
+    if layout == "blocked":  # It is fetched after the plan, as the plan asks for it.
+        desk.store.put((artifact / variant.file.name).read_bytes(), expected=variant.file.sha256)
+    desk.ask(Prepare(run, manifest, mask, "ab"), Prepared)
+    assert desk.worker.layout == ""
     assert desk.worker._prepared is not None
     outcome = desk.compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask)))
     assert outcome is not None
     assert outcome.decline is Decline.NONE
-    assert desk.worker._prepared.engine.layout == layout
+    assert desk.worker._prepared.engine.layout == desk.worker.layout == layout
 
 
 @pytest.mark.parametrize(
@@ -297,7 +302,24 @@ def test_a_variant_must_not_make_micro_batches_small(
             raise MemoryBudgetError("too large")
         return MemoryPlan(1.0, 1.0, 1.0, 1.0, 1.0, size, 9.0)
 
-    assert desk.worker._training_plan(manifest, phase).micro_batch == chosen
+    plan, files = desk.worker._training_plan(manifest, phase)
+    assert plan.micro_batch == chosen
+    assert files == ((variant.file,) if chosen == blocked else ())
+
+
+def test_a_plan_that_only_the_portable_graph_fits_asks_for_nothing(
+    tmp_path: Path, artifact: Path, run: RunDocument, manifest: Manifest, variant: GraphVariant
+) -> None:
+    dense_run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, sparsity=0.0))
+    desk = Desk(tmp_path, artifact)
+    desk.ask(Plan(dense_run, manifest), Planned)
+    (blocked,) = desk.worker.plans
+    desk.worker.close()
+    desk = Desk(tmp_path, artifact, ram_budget_mib=blocked.planned_peak_mib - 0.01, micro_batch=blocked.micro_batch)
+    planned = desk.ask(Plan(dense_run, manifest), Planned)
+    assert planned.files == ()
+    assert planned.peak_mib < blocked.planned_peak_mib
+    desk.worker.close()
 
 
 def test_data_of_another_shape_fail_the_plan(

@@ -74,7 +74,9 @@ def blob_requests(draw: st.DrawFn) -> BlobRequest:
 
 @st.composite
 def blob_blocks(draw: st.DrawFn) -> BlobBlock:
-    """Blocks anywhere in a blob."""
+    """Blocks anywhere in a blob, and answers that there is none."""
+    if draw(st.booleans()) and draw(st.booleans()):
+        return BlobBlock(draw(hashes), 0, 0, b"")
     data = draw(st.binary(min_size=1, max_size=300))
     offset = draw(st.integers(0, 2**32 - 1 - len(data)))
     return BlobBlock(draw(hashes), offset, draw(st.integers(offset + len(data), 2**32 - 1)), data)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from fedzo.protocol.blobs import BLOCK_BYTES, WINDOW, BlobDownload, BlobFetcher
+from fedzo.protocol.blobs import BLOCK_BYTES, MAX_SETBACKS, WINDOW, BlobDownload, BlobFetcher
 from fedzo.protocol.device_events import BlobFound, FindBlob, Send, StoreBlob
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest
@@ -199,3 +199,72 @@ def test_the_bytes_of_a_blob_that_is_there_are_read_again() -> None:
     fetcher, store = BlobFetcher(retry_s=RETRY_S), Store(data)
     fetcher.found(store.do(*fetcher.fetch(sha256, 10, 0.0, read=False)))
     assert fetcher.fetch(sha256, 10, 0.0, read=True) == [FindBlob(sha256, read=True)]
+
+
+# --- blobs that one can do without ----------------------------------------------------------------------------------
+
+
+def pulling(sha256: bytes, size: int) -> BlobFetcher:
+    """A fetcher that has asked the server for an optional blob, at 0 s."""
+    fetcher = BlobFetcher(retry_s=RETRY_S)
+    fetcher.fetch(sha256, size, 0.0, read=False, optional=True)
+    fetcher.found(BlobFound(sha256, present=False))
+    assert fetcher.fetch(sha256, size, 0.0, read=False, optional=True)
+    assert not fetcher.is_abandoned(sha256)
+    return fetcher
+
+
+def test_a_blob_that_the_server_does_not_have_is_abandoned_at_once() -> None:
+    sha256, data = blob(10)
+    fetcher = pulling(sha256, 10)
+    assert fetcher.add(BlobBlock(blob(10, 2)[0], 0, 0, b"")) == []
+    assert not fetcher.is_abandoned(sha256)  # said of another one
+    assert fetcher.add(BlobBlock(sha256, 0, 0, b"")) == []
+    assert fetcher.is_abandoned(sha256)
+    assert fetcher.wakeup is None
+    assert fetcher.add(BlobBlock(sha256, 0, 10, data)) == []
+    assert fetcher.is_abandoned(sha256)
+
+
+def test_a_server_that_does_not_answer_is_waited_for_some_time() -> None:
+    sha256, _ = blob(10)
+    fetcher = pulling(sha256, 10)
+    for _ in range(MAX_SETBACKS):
+        assert not fetcher.is_abandoned(sha256)
+        assert fetcher.wakeup is not None
+        fetcher.fetch(sha256, 10, fetcher.wakeup, read=False, optional=True)
+    assert fetcher.is_abandoned(sha256)
+
+
+def test_blocks_that_come_start_the_patience_again() -> None:
+    sha256, data = blob(4 * BLOCK_BYTES)
+    fetcher = pulling(sha256, len(data))
+    for number in range(4):
+        for _ in range(MAX_SETBACKS - 1):
+            assert fetcher.wakeup is not None
+            fetcher.fetch(sha256, len(data), fetcher.wakeup, read=False, optional=True)
+        stored = fetcher.add(serve(data, BlobRequest(sha256, number * BLOCK_BYTES, BLOCK_BYTES)))
+        assert not fetcher.is_abandoned(sha256)
+    assert stored == [StoreBlob(sha256, data, read=False, optional=True)]
+
+
+@pytest.mark.parametrize("fault", ["other bytes", "not kept"])
+def test_a_blob_that_comes_wrong_or_cannot_be_kept_is_abandoned(fault: str) -> None:
+    sha256, data = blob(10)
+    fetcher = pulling(sha256, 10)
+    stored = fetcher.add(BlobBlock(sha256, 0, 10, bytes(10) if fault == "other bytes" else data))
+    if fault == "not kept":
+        assert stored
+        fetcher.found(BlobFound(sha256, present=False))
+    assert fetcher.is_abandoned(sha256)
+    assert not fetcher.has(sha256)
+
+
+def test_a_blob_that_is_needed_is_asked_for_for_ever() -> None:
+    sha256, data = blob(10)
+    download = BlobDownload(sha256, 10, retry_s=RETRY_S)
+    download.requests(0.0)
+    assert download.add(BlobBlock(sha256, 0, 0, b"")) is None
+    for turn in range(1, 20):
+        assert download.requests(turn * RETRY_S) == [BlobRequest(sha256, 0, 10)]
+    assert download.add(BlobBlock(sha256, 0, 10, data)) == data

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.protocol.blobs import BLOCK_BYTES, MAX_SETBACKS
 from fedzo.protocol.device_events import (
     Compute,
     Connected,
@@ -34,7 +35,7 @@ from fedzo.protocol.messages import Receipt, Report, Verdict
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest
 from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, hello
-from tests.protocol.simulation.fakes import tiny_manifest
+from tests.protocol.simulation.fakes import optional_graph, tiny_manifest
 
 
 def half_mask() -> Mask:
@@ -263,6 +264,53 @@ def test_files_that_are_there_are_not_fetched() -> None:
     assert bench.sent(BlobRequest) == []
     assert bench.presence().status == "ready"
     assert bench.presence().planned_peak_mib == 12.5
+
+
+def wants(bench: Bench) -> BlobRequest:
+    """Plan with an optional graph, up to the request for it."""
+    bench.join()
+    bench.give(Planned(bench.run.run, 12.5, (optional_graph()[0],)))
+    assert bench.device.stage == "fetching"
+    first, *_ = bench.sent(BlobRequest)
+    assert first.sha256 == optional_graph()[0].sha256
+    return first
+
+
+def test_an_optional_graph_is_pulled_after_the_artifact() -> None:
+    graph, data = optional_graph()
+    bench = Bench()
+    wants(bench)
+    bench.hear(
+        Channel.BLOCK,
+        BlobBlock(graph.sha256, BLOCK_BYTES, graph.size, data[BLOCK_BYTES:]),
+        BlobBlock(graph.sha256, 0, graph.size, data[:BLOCK_BYTES]),
+    )
+    assert bench.store[graph.sha256] == data
+    assert bench.presence().status == "ready"
+
+
+def test_without_an_optional_graph_the_device_goes_on() -> None:
+    graph, data = optional_graph()
+    bench = Bench()
+    wants(bench)
+    bench.hear(Channel.BLOCK, BlobBlock(graph.sha256, 0, 0, b""))
+    assert bench.presence().status == "ready"
+    bench.announce()
+    assert bench.device.stage == "computing"
+    bench.hear(Channel.BLOCK, BlobBlock(graph.sha256, 0, graph.size, data[:BLOCK_BYTES]))
+    assert graph.sha256 not in bench.store
+
+
+def test_a_server_that_is_silent_about_an_optional_graph_is_not_waited_for_long() -> None:
+    bench = Bench()
+    wants(bench)
+    bench.give(Disconnected())
+    bench.wait(100 * RETRY_S)  # no time for an answer
+    bench.give(Connected())
+    assert bench.device.stage == "fetching"
+    bench.wait((MAX_SETBACKS + 1) * RETRY_S)
+    assert bench.device.stage == "waiting"
+    assert bench.device._presence.status == "ready"
 
 
 def test_lost_repeated_and_damaged_blocks() -> None:

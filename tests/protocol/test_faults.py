@@ -12,7 +12,7 @@ import pytest
 
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.protocol.simulation.desk import check_order
-from tests.protocol.simulation.fakes import run_document
+from tests.protocol.simulation.fakes import optional_graph, run_document
 from tests.protocol.simulation.network import Faults, Node
 from tests.protocol.simulation.nodes import ServerNode
 from tests.protocol.simulation.world import World, check_end
@@ -92,8 +92,11 @@ def heal(world: World) -> None:
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     world = World(settings_of(seed), 4, seed=seed, has_test_set=bool(seed % 2))
-    for node in world.devices.values():
+    graph, data = optional_graph()
+    world.server.extra, world.server.is_mute = ((data,), False) if seed % 3 == 0 else ((), seed % 3 == 1)
+    for number, node in enumerate(world.devices.values()):
         node.compute_s = 1.5
+        node.wanted = (graph,) if number % 2 else ()
     world.start()
     misfortune(world)
     world.run(lambda: not is_faulty(world))
@@ -101,6 +104,8 @@ def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     world.finish(limit_s=2_000)
     check_end(world)
     check_order(world.server.trace)
+    if seed % 3:
+        assert not any(graph.sha256 in node.blobs for node in world.devices.values())
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -199,6 +199,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "request: too much": lambda: BlobRequest(bytes(32), 0, MAX_BLOCK_BYTES + 1),
     "request: offset": lambda: BlobRequest(bytes(32), 2**32, 1),
     "block: empty": lambda: BlobBlock(bytes(32), 0, 1, b""),
+    "block: absent at an offset": lambda: BlobBlock(bytes(32), 1, 0, b""),
+    "block: absent with data": lambda: BlobBlock(bytes(32), 0, 0, b"x"),
     "block: beyond the end": lambda: BlobBlock(bytes(32), 1, 1, b"x"),
     "block: before the start": lambda: BlobBlock(bytes(32), -1, 1, b"x"),
     "block: too long": lambda: BlobBlock(bytes(32), 0, 1 << 20, bytes(MAX_BLOCK_BYTES + 1)),

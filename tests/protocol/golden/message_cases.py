@@ -42,6 +42,7 @@ MESSAGES: dict[str, BinaryMessage] = {
     "receipt": Receipt(7, Verdict.ACCEPTED),
     "blob request": BlobRequest(_HASH, 65_536, 4_096),
     "blob block": BlobBlock(_HASH, 65_536, 65_540, b"data"),
+    "blob block of an absent blob": BlobBlock(_HASH, 0, 0, b""),
     "log request": LogRequest(12, 1_024),
     "log slice": LogSlice(
         3, (_RECORD, UpdateRecord(4, 10, 0.5, ((0, 1),), _scalars(-3.0), _HASH[16:], _DIGEST))

@@ -27,6 +27,13 @@ def fake_graphs() -> dict[str, bytes]:
 
 
 @functools.cache
+def optional_graph() -> tuple[GraphFile, bytes]:
+    """A graph that the manifest does not list and that a device can do without; it takes two blocks."""
+    data = random.Random("optional").randbytes(70_000)
+    return GraphFile("probe.nchwc16.onnx", hashlib.sha256(data).digest(), len(data)), data
+
+
+@functools.cache
 def tiny_manifest() -> Manifest:
     """Two linear layers: 40 parameters, 36 of them maskable."""
     graphs = fake_graphs()

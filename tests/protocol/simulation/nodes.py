@@ -16,6 +16,7 @@ from fedzo.protocol.coordinator_events import RecordKind
 from fedzo.protocol.device import Device
 from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, ServerPresence
+from fedzo.protocol.graph_files import GraphFile
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Report, UpdateRecord
 from fedzo.protocol.topics import Channel, topic
@@ -36,6 +37,7 @@ class DeviceNode(Node):
         computed: ``(session, round)`` of every task it worked on to the end.
         stages: Every stage it was seen in.
         alter: Changes what the engine measured, for devices that misbehave.
+        wanted: Files that it can do without.
     """
 
     def __init__(self, world: Simulation, name: str, *, compute_s: float = 0.2) -> None:
@@ -50,6 +52,7 @@ class DeviceNode(Node):
         self.computed: list[tuple[int, int]] = []
         self.stages: set[str] = set()
         self.alter: Callable[[Task, Outcome], Outcome] = lambda _, outcome: outcome
+        self.wanted: tuple[GraphFile, ...] = ()
         self._prepared: tuple[RunDocument, Mask] | None = None
         self._task: Task | None = None
 
@@ -112,7 +115,7 @@ class DeviceNode(Node):
             stored = device_events.BlobFound(command.sha256, True, command.data if command.read else b"")
             self.later(0.0, lambda: self.handle(stored))
         elif isinstance(command, device_events.Plan):
-            planned = device_events.Planned(command.run.run, 12.5)
+            planned = device_events.Planned(command.run.run, 12.5, self.wanted)
             self.later(0.05, lambda: self.handle(planned))
         elif isinstance(command, device_events.Prepare):
             assert all(graph.sha256 in self.blobs for graph in command.manifest.graphs)
@@ -161,6 +164,8 @@ class ServerNode(Node):
         trace: Every command in the order in which it was carried out, in all lives.
         lives: How often it was started.
         crash_before: Number of the command before which it dies.
+        extra: Blobs that it offers besides the artifact.
+        is_mute: It does not answer requests for blobs that it does not have.
     """
 
     def __init__(self, world: Simulation, run: RunDocument, *, has_test_set: bool) -> None:
@@ -172,6 +177,8 @@ class ServerNode(Node):
         self.trace: list[server_events.CoordinatorCommand] = []
         self.lives = 0
         self.crash_before: int | None = None
+        self.extra: tuple[bytes, ...] = ()
+        self.is_mute = False
         self._has_test_set = has_test_set
         self._blobs: dict[bytes, bytes] = {}
 
@@ -193,7 +200,7 @@ class ServerNode(Node):
     def start(self) -> None:
         self.alive, self.lives = True, self.lives + 1
         manifest = tiny_manifest()
-        files = [manifest.encode(), *fake_graphs().values()]
+        files = [manifest.encode(), *fake_graphs().values(), *self.extra]
         self._blobs = {hashlib.sha256(data).digest(): data for data in files}
         self.machine = Coordinator(self.run, manifest, birth=self.lives, has_test_set=self._has_test_set)
         for command in self.machine.restore(self.journal):
@@ -251,6 +258,8 @@ class ServerNode(Node):
             part = data[request.offset : request.offset + request.length]
             block = BlobBlock(request.sha256, request.offset, len(data), part)
             self.world.broker.publish(self, Channel.BLOCK, block, command.device)
+        elif data is None and not self.is_mute:
+            self.world.broker.publish(self, Channel.BLOCK, BlobBlock(request.sha256, 0, 0, b""), command.device)
 
     def _serve_log(self, device: str, request: LogRequest) -> None:
         payloads = [payload for kind, _, _, payload in self.journal if kind == "update"]
