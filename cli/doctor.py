@@ -25,6 +25,15 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="DIR", help="Folder of fedzo export: check its known answer and memory.")
         ] = None,
         profile: Annotated[str, typer.Option(metavar="NAME", help="Hardware profile of this machine.")] = "",
+        provider: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="NAME", help="Execution provider, in order of preference, such as cuda [default: cpu]."
+            ),
+        ] = None,
+        strict_providers: Annotated[
+            bool, typer.Option("--strict-providers", help="Fail when the first one does not start.")
+        ] = False,
         url: Annotated[
             str,
             typer.Option(metavar="URL", help="Check address, TLS, credentials and rights.", rich_help_panel=_BROKER),
@@ -68,6 +77,8 @@ def register(app: typer.Typer) -> None:
         settings = DoctorSettings(
             artifact=artifact,
             profile=profile,
+            providers=tuple(provider or ("cpu",)),
+            strict_providers=strict_providers,
             url=url,
             federation=federation,
             id=device,

@@ -31,7 +31,6 @@ _log = logging.getLogger("fedzo.edge_runtime")  # under -m the module's name is 
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_INTERRUPTED: Final = 130
-_M_ARENA_MAX: Final = -8  # malloc.h of glibc
 # Text of the server, a path or an exception is shown, never executed by the terminal.
 _CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
@@ -147,7 +146,11 @@ def _profiles(options: argparse.Namespace, result: dict[str, Any]) -> int:
 
 
 def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
-    _set_environment()
+    from .light_imports import hashlib_without_openssl
+    from .resident import keep_small
+
+    keep_small()
+    hashlib_without_openssl()
     from .join import Stopped, join
 
     resolved = _settings(options)
@@ -201,18 +204,6 @@ def _install(options: argparse.Namespace, result: dict[str, Any]) -> int:
         _say(f"warning: {note}")
     _say(f"wrote {path}; start it with: systemctl enable --now {unit_name(settings)}")
     return 0
-
-
-def _set_environment() -> None:
-    """What libraries read once, at their import, and what the C library reads before there are threads."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
-        # One heap for all threads: 1.2 MiB less at the peak of a LeNet-5 run. The variable itself would be too late.
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _settings(options: argparse.Namespace) -> Resolved[JoinSettings]:
@@ -290,6 +281,7 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=_numbers, metavar="X[,X...]", help="subtracted from the inputs, after scaling bytes to [0, 1]")
     add("--std", type=_numbers, metavar="X[,X...]", help="what the inputs are divided by")
     add("--pad", action="store_true", default=None, help="center smaller images in zeros (28x28 in 32x32)")
+    _add_providers(parser)
     _add_connection(parser)
     add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
     add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
@@ -306,6 +298,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--artifact", type=Path, metavar="DIR", help="folder of fedzo export: check its known answer and its memory")
     add("--profile", metavar="NAME", help="the board that this machine should be, see: fedzo-device profiles")
+    _add_providers(parser)
     add("--url", metavar="URL", help="broker: check address, TLS, credentials and rights")
     _add_connection(parser)
     add("--connect-timeout", type=float, metavar="S", help="[default: 15]")
@@ -325,6 +318,7 @@ def _add_install(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="PATH", help="as for join")
     add("--profile", metavar="NAME", help="the board, see: fedzo-device profiles")
     add("--ram-budget-mib", type=float, metavar="MIB", help="what the process may use [default: the profile's]")
+    _add_providers(parser)
     add("--federation", metavar="NAME", help="[default: default]")
     add("--id", metavar="ID", help="device id [default: made once and kept]")
     add("--username", metavar="NAME", help="[default: the device id, if there is a password]")
@@ -333,6 +327,14 @@ def _add_install(parser: argparse.ArgumentParser) -> None:
     add("--cert", type=Path, metavar="FILE", help="this device's certificate")
     add("--key", type=Path, metavar="FILE", help="its key; only root needs to be able to read it")
     add("--user", metavar="NAME", help="an existing user [default: systemd makes one while the service runs]")
+
+
+def _add_providers(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "execution providers in order, such as cuda,cpu; may be repeated [default: cpu]"
+    add("--provider", action="append", dest="providers", metavar="NAME[,NAME...]", help=text)
+    text = "refuse to work when the first one does not start, instead of taking the next"
+    add("--strict-providers", action="store_true", default=None, help=text)
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ..hardware_profiles.loader import Profile, load_profile
 from ..protocol.errors import ConfigError, FedzoError, SelfTestError
@@ -26,6 +26,7 @@ from .artifact import Artifact, load_artifact
 from .board_plan import RunSizes, plan_board
 from .broker_check import BrokerAccess, broker_findings, describe
 from .memory import PROCESS_FLOOR_MIB, available_mib, total_mib
+from .providers import CPU, provider_names
 from .selftest import KNOWN_ANSWERS, keeps_denormals
 from .state import default_folder
 from .versions import installed_versions
@@ -39,7 +40,13 @@ BUILT: Final = dt.datetime(2026, 11, 1, tzinfo=dt.timezone.utc)
 """This release is not older; a clock that is behind was never set."""
 CHILD_TIMEOUT_S: Final = 180.0
 _LITTLE_DISK_MIB: Final = 64
-_STAGES: Final = {"import": "importing it", "forward": "a small network", "golden": "the artifact's known answer"}
+_STAGES: Final = {
+    "import": "importing it",
+    "forward": "a small network",
+    "providers": "the execution provider",
+    "golden loss": "the artifact's golden loss",
+    "golden predictions": "the artifact's golden predictions",
+}
 _OTHER_RELEASE: Final = "install another release of onnxruntime, see docs/boards.md"
 
 
@@ -71,6 +78,8 @@ class DoctorSettings:
     Attributes:
         artifact: Folder of `fedzo export`, for its known answer and its memory.
         profile: Hardware profile that the machine should have.
+        providers: Execution providers in order of preference.
+        strict_providers: Fail when the first one does not start.
         url: Broker; empty to check none.
         federation: Name of the federation.
         id: Device id; by default the one in the state folder.
@@ -85,6 +94,8 @@ class DoctorSettings:
 
     artifact: Path | None = None
     profile: str = ""
+    providers: tuple[str, ...] = (CPU,)
+    strict_providers: bool = False
     url: str = ""
     federation: str = "default"
     id: str | None = None
@@ -97,6 +108,7 @@ class DoctorSettings:
     connect_timeout: float = 15.0
 
     def __post_init__(self) -> None:
+        provider_names(self.providers)
         check_name("federation", self.federation)
         if self.id is not None:
             check_name("device id", self.id)
@@ -129,7 +141,7 @@ def diagnose(settings: DoctorSettings) -> Iterator[Check]:
     artifact, missing = _artifact(settings.artifact)
     if missing is not None:
         yield missing
-    yield from _runtime(None if artifact is None else settings.artifact)
+    yield from _runtime(settings, with_artifact=artifact is not None)
     yield from _known_answers()
     yield _denormals()
     yield _clock(settings)
@@ -171,48 +183,68 @@ def _artifact(folder: Path | None) -> tuple[Artifact | None, Check | None]:
         return None, Check("artifact", "fail", error.message, error.hint)
 
 
-def _runtime(artifact: Path | None) -> Iterator[Check]:
+def _runtime(settings: DoctorSettings, *, with_artifact: bool) -> Iterator[Check]:
     """Load and run ONNX Runtime in a child process."""
     command = [sys.executable, "-m", "fedzo.edge_runtime.forward_check"]
-    if artifact is not None:
-        command += ["--artifact", str(artifact)]
+    for name in provider_names(settings.providers):
+        command += ["--provider", name]
+    command += ["--strict-providers"] if settings.strict_providers else []
+    command += ["--artifact", str(settings.artifact)] if with_artifact else []
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=CHILD_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as expired:
         output: object = expired.stdout  # bytes, whatever text=True says
-        stage = _stage(output.decode(errors="replace") if isinstance(output, bytes) else str(output or ""))
-        yield Check("onnxruntime", "fail", f"{stage} took more than {CHILD_TIMEOUT_S:g} s", _OTHER_RELEASE)
+        name, stage = _stage(output.decode(errors="replace") if isinstance(output, bytes) else str(output or ""))
+        yield Check(name, "fail", f"{stage} took more than {CHILD_TIMEOUT_S:g} s", _OTHER_RELEASE)
         return
     except OSError as error:
         yield Check("onnxruntime", "fail", f"no process to try it in: {error.strerror or error}")
         return
+    name, stage = _stage(done.stdout)
     last, _, text = (done.stdout.splitlines() or [""])[-1].partition(" ")
     if done.returncode < 0:
-        yield Check(
-            "onnxruntime", "fail", f"{_stage(done.stdout)} died with {_signal(-done.returncode)}", _OTHER_RELEASE
-        )
+        yield Check(name, "fail", f"{stage} died with {_signal(-done.returncode)}", _OTHER_RELEASE)
     elif last == "failed":
         answer = json.loads(text)
-        name = "golden loss" if "golden" in done.stdout.splitlines() else "onnxruntime"
         yield Check(name, "fail", answer["message"], answer["hint"])
     elif done.returncode or last != "done":
         line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield Check("onnxruntime", "fail", f"{_stage(done.stdout)} failed: {line[:300]}", _OTHER_RELEASE)
+        yield Check(name, "fail", f"{stage} failed: {line[:300]}", _OTHER_RELEASE)
     else:
-        answer = json.loads(text)
-        detail = f"{answer['onnxruntime']} runs; a small network is right within {answer['difference']:.1e}"
+        yield from _answers(json.loads(text))
+
+
+def _answers(answer: dict[str, Any]) -> Iterator[Check]:
+    """What the child found when it came to its end."""
+    detail = f"{answer['onnxruntime']} runs; a small network is right within {answer['difference']:.1e}"
+    if answer["denormals"]:
         yield Check("onnxruntime", "ok", detail)
-        if "golden_difference" in answer:
-            detail = f"right within {answer['golden_difference']:.1e}, {answer['tolerance']:.1e} is allowed"
-            yield Check("golden loss", "ok", detail)
+    else:
+        yield Check("onnxruntime", "fail", f"{detail}, but numpy has lost its denormals", _OTHER_RELEASE)
+    detail = f"{answer['provider']} of {', '.join(answer['available'])}"
+    if answer["provider"] == answer["wanted"]:
+        yield Check("execution providers", "ok", detail)
+    else:
+        detail += f"; {answer['wanted']} is not there or did not start"
+        yield Check("execution providers", "warn", detail, "--strict-providers makes this an error")
+    for what in ("loss", "predictions"):
+        found = answer.get("golden", {}).get(what)
+        if found is not None:
+            detail = f"right within {found['difference']:.1e}, {found['tolerance']:.1e} is allowed"
+            yield Check(f"golden {what}", "ok", detail)
+        elif "golden" in answer:
+            yield Check(f"golden {what}", "warn", "the artifact holds none", "export it again with this release")
 
 
-def _stage(output: str) -> str:
-    """What the child was doing when it ended."""
-    stages = [_STAGES[line] for line in output.splitlines() if line in _STAGES]
-    return stages[-1] if stages else "starting Python"
+def _stage(output: str) -> tuple[str, str]:
+    """Name of the check that the child was at when it ended, and what it was doing."""
+    stages = [line for line in output.splitlines() if line in _STAGES]
+    if not stages:
+        return "onnxruntime", "starting Python"
+    name = "execution providers" if stages[-1] == "providers" else stages[-1]
+    return name if name.startswith(("golden", "execution")) else "onnxruntime", _STAGES[stages[-1]]
 
 
 def _signal(number: int) -> str:

@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any, Final
@@ -18,14 +19,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.errors import FedzoError, SelfTestError
+from ..protocol.errors import ConfigError, FedzoError, SelfTestError
 from ..protocol.mask import Mask
 from ..protocol.quantiles import gaussian_table
 from ..protocol.streams import Purpose, uint16s
 from .artifact import load_artifact
 from .engine import Engine
+from .golden_check import check_predictions
 from .memory import peak_rss_mib
-from .ort import CPU, runtime
+from .ort import available_providers, chosen_providers, runtime
+from .providers import CPU, PROVIDER_OPTIONS, provider_names
 from .selftest import keeps_denormals
 
 __all__ = ["GRAPH", "WEIGHTS", "expected", "main", "seeded"]
@@ -75,28 +78,48 @@ def _convolution(x: NDArray[np.float64], w: NDArray[np.float64]) -> NDArray[np.f
     return np.asarray(np.einsum("nchwij,ocij->nohw", windows, w))
 
 
-def _forward() -> float:
+def _forward(providers: list[str]) -> tuple[float, str]:
     """Run the graph.
 
     Returns:
-        The largest difference to :func:`expected`.
+        The largest difference to :func:`expected`, and the provider that the session prefers.
 
     Raises:
-        SelfTestError: It is too large.
+        SelfTestError: The difference is too large.
     """
     ort = runtime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     feeds = seeded()
-    found = ort.InferenceSession(GRAPH, options, providers=[CPU]).run(None, feeds)[0]
-    difference = float(np.abs(found - expected(feeds)).max())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about a provider that does not start: the answer says it
+        session = ort.InferenceSession(
+            GRAPH, options, providers=[(name, PROVIDER_OPTIONS.get(name, {})) for name in providers]
+        )
+    difference = float(np.abs(session.run(None, feeds)[0] - expected(feeds)).max())
+    provider = str(session.get_providers()[0])
     if not difference <= _TOLERANCE:
         raise SelfTestError(
-            f"a small network gives results that are wrong by {difference:.2e}, {_TOLERANCE:.0e} is allowed",
+            f"a small network gives results that are wrong by {difference:.2e} on {provider},"
+            f" {_TOLERANCE:.0e} is allowed",
             hint="install another release of onnxruntime: this one computes something else on this processor",
         )
-    return difference
+    return difference, provider
+
+
+def _golden(folder: Path, providers: tuple[str, ...], strict: bool) -> dict[str, Any]:
+    artifact = load_artifact(folder)
+    golden, dense = artifact.manifest.golden, Mask.dense(artifact.manifest.layout)
+    answer: dict[str, Any] = {}
+    with Engine(artifact, dense, micro_batch=8, providers=providers, strict_providers=strict) as engine:
+        _stage("golden loss")
+        answer["loss"] = {"difference": engine.check_golden(), "tolerance": golden.tolerance}
+        _stage("golden predictions")
+        difference = check_predictions(engine)
+        if golden.predictions is not None:
+            answer["predictions"] = {"difference": difference, "tolerance": golden.predictions.tolerance}
+    return answer
 
 
 def _stage(name: str, answer: dict[str, Any] | None = None) -> None:
@@ -108,20 +131,27 @@ def main() -> int:
     """Run every stage; 7 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--artifact", type=Path, metavar="DIR", help="check its known answer as well")
-    artifact = parser.parse_args().artifact
+    parser.add_argument("--provider", action="append", metavar="NAME", help="in order of preference [default: cpu]")
+    parser.add_argument("--strict-providers", action="store_true", help="fail when the first one does not start")
+    options = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
+        wanted = provider_names(options.provider or (CPU,))
         _stage("import")
-        answer: dict[str, Any] = {"onnxruntime": str(runtime().__version__)}
+        answer: dict[str, Any] = {"onnxruntime": str(runtime().__version__), "available": available_providers()}
         _stage("forward")
-        answer["difference"] = _forward()
-        answer["denormals"] = keeps_denormals()
-        if artifact is not None:
-            _stage("golden")
-            loaded = load_artifact(artifact)
-            with Engine(loaded, Mask.dense(loaded.manifest.layout), micro_batch=8) as engine:
-                answer["golden_difference"] = engine.check_golden()
-            answer["tolerance"] = loaded.manifest.golden.tolerance
+        kept = keeps_denormals()
+        answer["difference"], _ = _forward([CPU])
+        _stage("providers")
+        chosen = chosen_providers(wanted, options.strict_providers)
+        _, taken = _forward(chosen)
+        if options.strict_providers and taken != wanted[0]:
+            raise ConfigError(f"{wanted[0]} did not start, a session runs on {taken}")
+        answer["provider"], answer["wanted"] = taken, wanted[0]
+        if options.artifact is not None:
+            answer["golden"] = _golden(options.artifact, wanted, options.strict_providers)
+        # After all sessions, in the same thread: ONNX Runtime must not have changed its floating-point mode.
+        answer["denormals"] = keeps_denormals() or not kept
         answer["peak_mib"] = peak_rss_mib()
     except FedzoError as error:
         _stage("failed", {"message": error.message, "hint": error.hint})

@@ -17,6 +17,8 @@ from .agent import Agent, Connection, Summary
 from .data import Dataset, count_samples, load_dataset
 from .endpoint import Endpoint, TlsConfig, read_password
 from .memory import total_mib
+from .providers import CPU, provider_names
+from .service import ServiceManager
 from .state import DeviceState
 from .versions import installed_versions
 from .worker import Limits
@@ -55,6 +57,8 @@ class JoinSettings:
         connect_timeout: Seconds for the first connection; None to try for ever.
         retry: Seconds after which an unanswered request is repeated.
         profile: Name or path of the hardware profile; empty for this machine as it is.
+        providers: Execution providers in order of preference, ``cuda`` or ``CUDAExecutionProvider``.
+        strict_providers: Refuse a run when the first one does not start, instead of computing with the next.
     """
 
     url: str
@@ -77,12 +81,15 @@ class JoinSettings:
     connect_timeout: float | None = None
     retry: float = 5.0
     profile: str = ""
+    providers: tuple[str, ...] = (CPU,)
+    strict_providers: bool = False
 
     def __post_init__(self) -> None:
         Endpoint.parse(self.url)
         check_name("federation", self.federation)
         if self.id is not None:
             check_name("device id", self.id)
+        provider_names(self.providers)
         _check("ram_budget_mib", self.ram_budget_mib, above=0.0)
         _check("threads", self.threads, above=0)
         _check("micro_batch", self.micro_batch, above=0)
@@ -144,9 +151,23 @@ def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[
             versions=", ".join(f"{name} {version}" for name, version in installed_versions().items()),
             machine=platform.machine(),
         )
-        limits = Limits(budget_mib, settings.threads, settings.micro_batch)
+        limits = Limits(
+            budget_mib,
+            settings.threads,
+            settings.micro_batch,
+            provider_names(settings.providers),
+            settings.strict_providers,
+        )
         agent = Agent(
-            state, hello, load, connection, limits, federation=settings.federation, retry_s=settings.retry, say=say
+            state,
+            hello,
+            load,
+            connection,
+            limits,
+            service=ServiceManager(),
+            federation=settings.federation,
+            retry_s=settings.retry,
+            say=say,
         )
         say(f"device {state.device}: {train} training and {held} test samples, session {state.session}")
         try:

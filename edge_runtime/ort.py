@@ -17,6 +17,7 @@ Settings, each with its reason:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import warnings
@@ -25,24 +26,30 @@ from typing import Any
 
 from ..protocol.errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError
 from .artifact import Artifact
+from .providers import CPU, PROVIDER_OPTIONS
 
 __all__ = [
+    "CPU",
     "LAYOUT_KEY",
     "arena_limit_holds",
     "available_providers",
+    "chosen_providers",
     "mapped_error",
     "open_session",
+    "provider_in_use",
     "release_arena",
     "runtime",
     "runtime_version",
 ]
 
+_log = logging.getLogger(__name__)
+
 LAYOUT_KEY = "fedzo.layout_digest"
-CPU = "CPUExecutionProvider"
 
 _AS_REQUESTED = 1
 _FATAL = 4
 _lock = threading.Lock()
+_in_use = ""
 _OUT_OF_MEMORY = ("available memory of", "bad_alloc", "failed to allocate memory", "out of memory")
 
 
@@ -103,7 +110,7 @@ def open_session(
     """
     ort = runtime()
     model = artifact.read_graph(name)
-    chosen = _available(providers, strict_providers)
+    chosen = chosen_providers(providers, strict_providers)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
@@ -121,14 +128,12 @@ def open_session(
             with warnings.catch_warnings():
                 # An unavailable provider is only a warning there; it is checked below.
                 warnings.simplefilter("ignore", UserWarning)
-                session = ort.InferenceSession(model, options, providers=chosen)
+                session = ort.InferenceSession(
+                    model, options, providers=[(p, PROVIDER_OPTIONS.get(p, {})) for p in chosen]
+                )
         except Exception as error:
             raise mapped_error(error, f"{name} of {artifact.source} cannot be loaded") from error
-    if strict_providers and session.get_providers()[0] != chosen[0]:
-        raise ConfigError(
-            f"provider {chosen[0]} did not start, the session runs on {session.get_providers()[0]}",
-            hint=f"install the driver that {chosen[0]} needs, or drop it from the providers",
-        )
+    _check_provider(session.get_providers()[0], chosen[0] if strict_providers else "", providers[0])
     _check_layout(session, artifact, name)
     return session
 
@@ -163,7 +168,17 @@ def mapped_error(error: Exception, what: str) -> FedzoError:
     )
 
 
-def _available(providers: Sequence[str], strict: bool) -> list[str]:
+def provider_in_use() -> str:
+    """Execution provider that the latest session of this process prefers; empty before there is one."""
+    return _in_use
+
+
+def chosen_providers(providers: Sequence[str], strict: bool) -> list[str]:
+    """Those of ``providers`` that this build has, and the CPU, which runs what no other one can.
+
+    Raises:
+        ConfigError: It has none of them, or ``strict`` and one is absent.
+    """
     listed = available_providers()
     chosen = [name for name in providers if name in listed]
     absent = [name for name in providers if name not in listed]
@@ -173,6 +188,20 @@ def _available(providers: Sequence[str], strict: bool) -> list[str]:
             hint=f"it has {', '.join(listed)}",
         )
     return chosen if CPU in chosen else [*chosen, CPU]
+
+
+def _check_provider(taken: str, required: str, wanted: str) -> None:
+    """Note what a session runs on, which ONNX Runtime decides silently, and say when it is not the wanted one."""
+    global _in_use  # noqa: PLW0603 (of the process, as the module onnxruntime is)
+    if required and taken != required:
+        raise ConfigError(
+            f"provider {required} did not start, the session runs on {taken}",
+            hint=f"install the driver that {required} needs, or drop it from the providers",
+        )
+    if taken != _in_use:
+        say = _log.info if taken == wanted else _log.warning
+        say("graphs run on %s%s", taken, "" if taken == wanted else f", {wanted} is not there or did not start")
+    _in_use = taken
 
 
 def _register_arena(limit: int) -> None:

@@ -49,7 +49,7 @@ def findings(**settings: Any) -> dict[str, Check]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what computes."""
-    monkeypatch.setattr(doctor, "_runtime", lambda artifact: iter(()))
+    monkeypatch.setattr(doctor, "_runtime", lambda settings, with_artifact: iter(()))
     monkeypatch.setattr(doctor, "KNOWN_ANSWERS", ())
 
 
