@@ -147,7 +147,7 @@ def _profiles(options: argparse.Namespace, result: dict[str, Any]) -> int:
 
 def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
     from .light_imports import hashlib_without_openssl
-    from .resident import keep_small
+    from .resident import keep_small, release_code, trim_heap
 
     keep_small()
     hashlib_without_openssl()
@@ -157,6 +157,9 @@ def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
     if options.show_config:
         _show(resolved, options, result)
         return 0
+
+    release_code()
+    trim_heap()
 
     def done(summary: Summary) -> None:
         result.update({name: _finite(value) for name, value in dataclasses.asdict(summary).items()})

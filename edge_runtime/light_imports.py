@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["hashlib_without_openssl", "stand_ins"]
 
 
-class _Never(OSError):
+class _UnraisedError(OSError):
     """Stands for an exception of a module that is not loaded, so nobody can raise it."""
 
 
@@ -35,7 +35,7 @@ class _StandIn(ModuleType):
         loaded = sys.modules.get(self.__name__)
         if loaded is None or loaded is self:
             if name in self._unraised:
-                return _Never
+                return _UnraisedError
             if name.startswith("__"):  # what the import system asks for
                 raise AttributeError(name)
             loaded = importlib.import_module(self.__name__)

@@ -27,6 +27,7 @@ from typing import Any
 from ..protocol.errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError
 from .artifact import Artifact
 from .providers import CPU, PROVIDER_OPTIONS
+from .resident import release_code, trim_heap
 
 __all__ = [
     "CPU",
@@ -109,6 +110,7 @@ def open_session(
         MemoryBudgetError: There is not enough memory to load the graph.
     """
     ort = runtime()
+    release_code()  # of the imports, or of the graph before
     model = artifact.read_graph(name)
     chosen = chosen_providers(providers, strict_providers)
     options = ort.SessionOptions()
@@ -135,6 +137,8 @@ def open_session(
             raise mapped_error(error, f"{name} of {artifact.source} cannot be loaded") from error
     _check_provider(session.get_providers()[0], chosen[0] if strict_providers else "", providers[0])
     _check_layout(session, artifact, name)
+    del model
+    release_code()  # what loads a graph is not what runs it
     return session
 
 
@@ -142,6 +146,7 @@ def release_arena() -> None:
     """Drop the registered arena, so that the memory of closed sessions goes back to the system."""
     with _lock:
         _register_arena(0)
+    trim_heap()
 
 
 def arena_limit_holds() -> bool:

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 __all__ = ["keep_small", "release_code", "trim_heap"]
@@ -44,7 +45,7 @@ def keep_small() -> None:
     MiB less at the peak of a LeNet-5 run), large blocks go back when freed, and there are no huge pages: neither numpy
     nor the system rounds the process up to them.
     """
-    global _small
+    global _small  # noqa: PLW0603 (of the process, as what it sets)
     _small = True
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -80,8 +81,7 @@ def release_code() -> int:
     if not _small or sys.platform != "linux":
         return 0
     try:
-        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line.rstrip("\n") for line in file]
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         candidates = list(_candidates(lines))
         if any(line not in _clean for line, _, _ in candidates):
             _clean.update(_cleanliness())
@@ -108,7 +108,7 @@ def _cleanliness() -> dict[str, bool]:
     """
     clean: dict[str, bool] = {}
     line = ""
-    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as file:
+    with Path("/proc/self/smaps").open(encoding="utf-8", errors="surrogateescape") as file:
         for text in file:
             key, _, value = text.partition(":")
             if _MAP.fullmatch(text):

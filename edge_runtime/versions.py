@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import sys
+from pathlib import Path
 
 __all__ = ["installed_versions"]
 
@@ -22,9 +22,9 @@ def _version(name: str) -> str:
     """Read from ``NAME-VERSION.dist-info``: ``importlib.metadata`` pulls in ``email`` and 1 MiB for the same answer."""
     for folder in sys.path:
         with contextlib.suppress(OSError):
-            for entry in os.listdir(folder or "."):
-                package, _, version = entry.removesuffix(_SUFFIX).rpartition("-")
-                if entry.endswith(_SUFFIX) and _normal(package) == _normal(name):
+            for entry in Path(folder).glob(f"*{_SUFFIX}"):
+                package, _, version = entry.name.removesuffix(_SUFFIX).rpartition("-")
+                if _normal(package) == _normal(name):
                     return version
     from importlib import metadata  # other ways to install, such as those of a Linux distribution
 
