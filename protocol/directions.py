@@ -25,7 +25,7 @@ from .errors import ConfigError, ProtocolError
 from .quantiles import gaussian_table
 from .streams import Purpose, permutation, raw_bytes, uint16s
 
-__all__ = ["FAMILIES", "Directions", "Family", "fwht", "random_signs", "round_coefficients"]
+__all__ = ["FAMILIES", "MAX_BLOCKS", "Directions", "Family", "fwht", "random_signs", "round_coefficients"]
 
 Family = Literal["gaussian", "rademacher", "hadamard"]
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
@@ -34,6 +34,7 @@ COEFFICIENT_BITS: Final = 13
 SMALLEST_COEFFICIENT: Final = 2.0**-100
 LARGEST_COEFFICIENT: Final = 2.0**80
 MAX_POSITION: Final = 1 << 62
+MAX_BLOCKS: Final = 4  # what is left of a stream's 64-bit index above the position
 _BLOCK: Final = 256
 _SHORT: Final = 128
 
@@ -151,27 +152,31 @@ def _check_position(position: int) -> None:
 
 
 class Directions:
-    """The directions of one run. Not thread-safe: it keeps the signs of the last round.
+    """The directions of one run, or of one block of its weights. Not thread-safe: it keeps the signs of the last round.
 
     Args:
         family: ``gaussian``, ``rademacher`` or ``hadamard``.
         seed: Run seed, ``0 <= seed < 2**64``.
         size: Number of entries of a direction, the mask's survivors.
+        block: Which block of the weights, below :data:`MAX_BLOCKS`; each has streams of its own.
 
     Raises:
-        ConfigError: The family is unknown, or the seed or the size is out of range.
+        ConfigError: The family is unknown, or a number is out of range.
     """
 
-    def __init__(self, family: Family, seed: int, size: int) -> None:
+    def __init__(self, family: Family, seed: int, size: int, block: int = 0) -> None:
         if family not in FAMILIES:
             raise ConfigError(f"the direction family {family!r} is not one of {', '.join(FAMILIES)}")
         if not 0 <= seed < 1 << 64:
             raise ConfigError(f"the run seed {seed} is not an unsigned 64-bit number")
         if not 1 <= size <= 1 << 28:
             raise ConfigError(f"a direction of {size} entries is not in [1, 2**28]")
+        if not 0 <= block < MAX_BLOCKS:
+            raise ConfigError(f"the block {block} is not in [0, {MAX_BLOCKS})")
         self.family: Final = family
         self.seed: Final = seed
         self.size: Final = size
+        self.block: Final = block
         self.padded: Final = 1 << (size - 1).bit_length()
         self._width = max(1, self.padded // _SHORT)
         self._blocks = size // self._width
@@ -184,15 +189,18 @@ class Directions:
         """After how many positions the directions repeat: the padded size for ``hadamard``, else ``2**62``."""
         return self.padded if self.family == "hadamard" else MAX_POSITION
 
+    def _stream(self, position: int) -> int:
+        return self.block * MAX_POSITION + position
+
     @functools.cached_property
     def _rows(self) -> NDArray[np.uint32]:
-        return permutation(self.seed, Purpose.ROWS, 0, 0, self.padded).astype(np.uint32)
+        return permutation(self.seed, Purpose.ROWS, 0, self.block, self.padded).astype(np.uint32)
 
     def _round_signs(self, round_: int) -> NDArray[np.float32]:
         if self._signs_round != round_:
             if self._signs.size != self.size:
                 self._signs = aligned_zeros(self.size)
-            random_signs(self.seed, Purpose.SIGNS, round_, 0, self._signs)
+            random_signs(self.seed, Purpose.SIGNS, round_, self.block, self._signs)
             self._signs_round = round_
         return self._signs
 
@@ -208,10 +216,10 @@ class Directions:
         """
         _check_position(position)
         if self.family == "gaussian":
-            bits = uint16s(self.seed, Purpose.DIRECTION, round_, position, self.size)
+            bits = uint16s(self.seed, Purpose.DIRECTION, round_, self._stream(position), self.size)
             return np.take(gaussian_table(), bits, out=out, mode="clip")
         if self.family == "rademacher":
-            return random_signs(self.seed, Purpose.DIRECTION, round_, position, out)
+            return random_signs(self.seed, Purpose.DIRECTION, round_, self._stream(position), out)
         return self._hadamard(round_, position, np.float32(1.0), out)
 
     def scaled(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -278,6 +286,25 @@ class Directions:
                 np.multiply(product, coefficient, out=product)
                 np.add(total, product, out=total)
         return total
+
+    def project(self, round_: int, positions: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Inner products of ``values float32[size]`` with directions: ``float64[n]``, owned by the caller.
+
+        Only one side computes them, so unlike :meth:`combine` they are no part of the contract. ``hadamard`` takes one
+        transform for any number of positions.
+
+        Raises:
+            ProtocolError: A position is out of range.
+        """
+        for position in positions.tolist():
+            _check_position(position)
+        if self.family == "hadamard":
+            spectrum = np.zeros(self.padded, dtype=np.float32)
+            np.multiply(values, self._round_signs(round_), out=spectrum[: self.size])
+            return fwht(spectrum)[self.rows(positions)].astype(np.float64)
+        direction = np.empty(self.size, dtype=np.float32)
+        products = [self.direction(round_, position, direction) @ values for position in positions.tolist()]
+        return np.array(products, dtype=np.float64)
 
     def _decode(
         self, round_: int, positions: NDArray[np.int64], coefficients: NDArray[np.float32]
