@@ -2,9 +2,10 @@
 
 ONNX Runtime rewrites convolutions to its blocked kernels, and fuses operators, only where weights are constants. So
 the weights become constants for a moment, each entry with a value of its own; ONNX Runtime optimises the graph and
-saves it; the values in the saved tensors tell where every entry went. The tensors then become inputs, and the engine
-writes each survivor straight into its place. The losses are those of the constant graph, bit for bit (without
-prepacking, which only constants get and which cuts long sums in other places).
+saves it; two detours out of the blocked layout are cut (:mod:`.blocked_rewrites`); the values in the tensors tell where
+every entry went. The tensors then become inputs, and the engine writes each survivor straight into its place. The
+losses are those of the same graph with constant weights, bit for bit (without prepacking, which only constants get and
+which cuts long sums in other places).
 
 The saved graph holds private operators: it is good for one release of ONNX Runtime and one block size, and only
 machines of that kind load it (:class:`~fedzo.protocol.manifest.GraphVariant`).
@@ -29,12 +30,12 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from ..protocol.errors import FedzoError
 from ..protocol.layout import Layout, Parameter
 from ..protocol.placement import BlockedAxis, Placement
+from .blocked_rewrites import BLOCKED_DOMAIN, stay_blocked
 from .passes.editing import new_node, replace_nodes
 from .passes.fold_weights import FoldWeights
 
 __all__ = ["BLOCKED_DOMAIN", "BLOCK_SIZES", "BlockedProbe", "UntraceableError", "block_probe", "optimised_by_runtime"]
 
-BLOCKED_DOMAIN: Final = "com.microsoft.nchwc"
 BLOCK_SIZES: Final = (8, 16)
 _MACHINES: Final = {"x86_64": "x86_64", "AMD64": "x86_64"}
 _FIRST: Final = 1 << 23
@@ -102,6 +103,8 @@ def block_probe(probe: ModelProto, layout: Layout) -> BlockedProbe | None:
         if all(node.domain != BLOCKED_DOMAIN for node in optimised.graph.node):
             logger.info("no blocked graph: onnxruntime %s uses no blocked kernel for this model", version)
             return None
+        block = _block_size()
+        stay_blocked(optimised, block)
         traced = _trace(optimised, layout)
         placements = {
             parameter.name: placement
@@ -109,7 +112,7 @@ def block_probe(probe: ModelProto, layout: Layout) -> BlockedProbe | None:
             if (placement := _placement(parameter, tensor)) is not None
         }
         rewritten = _with_inputs(optimised, probe, traced)
-        return BlockedProbe(rewritten, placements, machine, version, _block_size())
+        return BlockedProbe(rewritten, placements, machine, version, block)
     except UntraceableError as error:
         logger.info("no blocked graph: %s", error.message)
         return None

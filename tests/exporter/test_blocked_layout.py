@@ -20,6 +20,7 @@ from fedzo.edge_runtime.variants import block_size, machine_family
 from fedzo.exporter import blocked_layout
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.blocked_layout import BLOCKED_DOMAIN, block_probe
+from fedzo.exporter.blocked_rewrites import stay_blocked
 from fedzo.exporter.graphs import build_graphs
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.passes.fold_weights import FoldWeights
@@ -32,13 +33,19 @@ needs_blocks = pytest.mark.skipif(
 )
 
 
-def constant_loss(probe: bytes, layout: Layout, dense: NDArray[np.float32], feeds: dict[str, Any]) -> float:
+def constant_loss(
+    probe: bytes, layout: Layout, dense: NDArray[np.float32], feeds: dict[str, Any], rewritten: bool
+) -> float:
     """Loss of the graph with constant weights under all of onnxruntime's rewriting, but for prepacked constants."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.disable_prepacking", "1")
     twin = FoldWeights(layout, dense)(onnx.load_from_string(probe)).model
+    if rewritten:
+        twin = blocked_layout.optimised_by_runtime(twin)[0]
+        stay_blocked(twin, block_size())
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(twin.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return float(session.run(None, feeds)[0])
 
@@ -59,9 +66,12 @@ def test_losses_are_those_of_constant_weights(
     with Engine(artifact, mask, layout="blocked") as engine:
         for scale in (np.float32(1.0), np.float32(-0.5)):  # the tensors are written again, not made again
             loss = engine.loss(weights[mask.survivors()] * scale, x, y)
-            probe = artifact.read_graph("probe.onnx")
-            expected = constant_loss(probe, manifest.layout, dense * scale, {"x": x, "y": y}) / batch
+            probe, feeds = artifact.read_graph("probe.onnx"), {"x": x, "y": y}
+            expected, plain = (
+                constant_loss(probe, manifest.layout, dense * scale, feeds, r) / batch for r in (True, False)
+            )
             assert loss == expected
+            assert loss == pytest.approx(plain, rel=1e-6)  # the rewriting of blocked_rewrites only rounds otherwise
 
 
 @needs_blocks
