@@ -23,7 +23,7 @@ from ..protocol.errors import ArtifactError, ConfigError
 from ..protocol.golden_answer import GoldenPredictions
 from ..protocol.graph_files import GraphFile, GraphVariant
 from ..protocol.layout import Layout, initial_weights
-from ..protocol.manifest import CUT_GRAPHS, FORMAT, GRAPHS, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
+from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
 from .blocked_layout import BLOCK_SIZES, BlockedProbe, block_probe
 from .graphs import ArtifactGraphs, build_graphs
@@ -115,6 +115,7 @@ def export_artifact(
         producer=f"fedzo {importlib.metadata.version('fedzo')}",
         variants=variants,
         cut=built.cut,
+        tail=built.tail,
     )
     _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
     return manifest
@@ -218,7 +219,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     try:
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPHS, *CUT_GRAPHS, *VARIANTS, MANIFEST))
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPH_NAMES, *VARIANTS, MANIFEST))
         empty = not any(out.iterdir())
     except OSError as error:
         raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error

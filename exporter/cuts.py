@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
@@ -14,7 +14,7 @@ from .forward import BATCH
 from .passes.editing import value_shapes
 from .units import UnitNode
 
-__all__ = ["CutPoint", "find_cut", "multiply_accumulates"]
+__all__ = ["CutPoint", "cut_points", "find_cut", "multiply_accumulates"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +37,22 @@ def multiply_accumulates(unit: UnitNode, layout: Layout) -> int:
     return math.prod(shape) * positions
 
 
-def find_cut(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) -> CutPoint | None:
-    """The cut that saves most.
+def cut_points(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) -> Iterator[CutPoint]:
+    """Every place where a network can be cut, front to back.
 
-    A value can be the cut if nothing behind it needs the input or a parameter in front of it. Of these the one with
-    the largest product of two shares wins: that of the parameters behind the cut (how many coordinates gain) and that
-    of the multiplications in front of it (what each of their probes saves). Between equals the smallest value wins,
-    then the latest.
+    A value can be the cut if it holds a part of every sample and nothing behind it needs the input or a parameter in
+    front of it.
 
     Args:
         model: A forward graph.
         layout: Its parameters, in the order of first use.
         units: Its unit layers; what other nodes cost is left out.
-
-    Returns:
-        None if the layers cannot be separated, or nothing is saved.
     """
     producers = {name: node for node in model.graph.node for name in node.output if name}
     position = {parameter.name: k for k, parameter in enumerate(layout.parameters)}
     costs = {unit.output: multiply_accumulates(unit, layout) for unit in units}
     total, logits, shapes = sum(costs.values()), model.graph.output[0].name, value_shapes(model)
-    best: tuple[tuple[float, int, int], CutPoint] | None = None
-    for order, node in enumerate(model.graph.node):
+    for node in model.graph.node:
         for value in node.output:
             shape = _sample_shape(shapes.get(value, ()))
             if not shape or value == logits:
@@ -69,12 +63,32 @@ def find_cut(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) -> Cu
             if "x" in behind or not front or not after or max(front) > min(after):
                 continue
             suffix = sum(cost for name, cost in costs.items() if name in behind)
-            first = min(after)
-            coordinates = sum(p.size for p in layout.parameters[first:]) / layout.size
-            gain = coordinates * (total - suffix)
-            key = (gain, -math.prod(shape), order)
-            if gain > 0 and (best is None or key > best[0]):
-                best = key, CutPoint(Cut(first, shape, total - suffix, suffix), value)
+            if suffix < total:
+                yield CutPoint(Cut(min(after), shape, total - suffix, suffix), value)
+
+
+def find_cut(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) -> CutPoint | None:
+    """The cut that saves most.
+
+    It has the largest product of two shares: that of the parameters behind the cut (how many coordinates gain) and
+    that of the multiplications in front of it (what each of their probes saves). Between equals the smallest value
+    wins, then the latest.
+
+    Args:
+        model: A forward graph.
+        layout: Its parameters, in the order of first use.
+        units: Its unit layers.
+
+    Returns:
+        None if the layers cannot be separated.
+    """
+
+    def gain(entry: tuple[int, CutPoint]) -> tuple[int, int, int]:
+        order, cut = entry[0], entry[1].cut
+        coordinates = sum(p.size for p in layout.parameters[cut.first_parameter :])
+        return coordinates * cut.prefix_multiply_accumulates, -math.prod(cut.feature_shape), order
+
+    best = max(enumerate(cut_points(model, layout, units)), key=gain, default=None)
     return best[1] if best else None
 
 

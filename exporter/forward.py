@@ -25,7 +25,21 @@ BATCH = "batch"
 """Name of the symbolic batch axis."""
 
 RESERVED_NAMES = frozenset(
-    {"w", "index", "counts", "x", "y", "shift", "features", "logits", "loss_sum", "moments"}
+    {
+        "w",
+        "index",
+        "counts",
+        "x",
+        "y",
+        "shift",
+        "features",
+        "noise",
+        "inputs",
+        "logits",
+        "loss_sum",
+        "losses",
+        "moments",
+    }
 )
 """Inputs and outputs of the finished graphs; no parameter may be called so."""
 

@@ -9,16 +9,21 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from ..protocol.cut import Cut
+from ..protocol.dense_tail import DenseTail
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
-from ..protocol.manifest import CUT_GRAPHS
+from ..protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS
 from .cuts import CutPoint, find_cut
+from .dense_tails import TailPoint, find_dense_tail
 from .forward import ForwardGraph
 from .passes.float64_loss import Float64Loss
 from .passes.infrastructure import GraphPass, Sequential
 from .passes.input_moments import InputMoments
 from .passes.keep_prefix import KeepPrefix
 from .passes.keep_suffix import KeepSuffix
+from .passes.layer_inputs import LayerInputs
+from .passes.node_noise import NodeNoise
+from .passes.sample_losses import SampleLosses
 from .passes.scatter_survivors import ScatterSurvivors
 from .passes.unit_shifts import UnitShifts
 from .passes.weights_as_inputs import WeightsAsInputs
@@ -36,20 +41,24 @@ class ArtifactGraphs:
         layout: The parameters, marked maskable as the sparsity asks.
         units: The unit layers.
         graphs: Models by file name; ``saliency.onnx`` and ``moments.onnx`` are absent when there is no unit layer,
-            ``prefix.onnx`` and ``suffix.onnx`` when there is no cut.
-        cut: Where the last two meet.
+            ``prefix.onnx`` and ``suffix.onnx`` when there is no cut, ``tail.onnx`` when there is no dense tail, and
+            ``body.onnx`` too when the tail begins at the cut.
+        cut: Where prefix and suffix meet.
+        tail: The fully connected layers at the end.
     """
 
     layout: Layout
     units: tuple[UnitNode, ...]
     graphs: dict[str, ModelProto]
     cut: Cut | None
+    tail: DenseTail | None
 
     def layout_of(self, name: str) -> Layout:
         """The parameters that graph ``name`` takes."""
-        if self.cut is None or name not in CUT_GRAPHS:
-            return self.layout
-        return self.cut.split(self.layout)[CUT_GRAPHS.index(name)]
+        for cut, names in ((self.cut, CUT_GRAPHS), (self.tail and self.tail.cut, TAIL_GRAPHS)):
+            if cut is not None and name in names:
+                return cut.split(self.layout)[names.index(name)]
+        return self.layout
 
     def zero_feeds(self, name: str, input_shape: tuple[int, ...], batch: int) -> dict[str, NDArray[np.generic]]:
         """A value for every input that graph ``name`` may have: zeros, and no mask."""
@@ -60,6 +69,10 @@ class ArtifactGraphs:
         feeds["shift"] = np.zeros(sum(unit.layer.n_units for unit in self.units), np.float32)
         if self.cut is not None:
             feeds["features"] = np.zeros((batch, *self.cut.feature_shape), np.float32)
+        if self.tail is not None and name in TAIL_GRAPHS:
+            feeds["features"] = np.zeros((batch, *self.tail.cut.feature_shape), np.float32)
+            hidden = self.tail.shapes(self.layout)[:-1]
+            feeds["noise"] = np.zeros((batch, sum(n_units for n_units, _ in hidden)), np.float32)
         return feeds
 
 
@@ -86,14 +99,18 @@ def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
     if units:
         heads |= {"saliency.onnx": [UnitShifts(units)], "moments.onnx": [InputMoments(units)]}
     passes = {name: [*head, *whole] for name, head in heads.items()}
-    point = find_cut(forward.model, layout, units)
+    point, tail = find_cut(forward.model, layout, units), find_dense_tail(forward.model, layout, units)
     if point is not None:
         passes |= _cut_passes(point, layout)
+    if tail is not None:
+        passes |= _tail_passes(tail, layout)
+        if point is not None and tail.tail.cut == point.cut:
+            del passes["body.onnx"]
     graphs = {}
     for name, steps in passes.items():
         graphs[name] = Sequential(steps)(forward.model).model
         graphs[name].graph.name = name.removesuffix(".onnx")
-    return ArtifactGraphs(layout, units, graphs, point.cut if point else None)
+    return ArtifactGraphs(layout, units, graphs, point.cut if point else None, tail.tail if tail else None)
 
 
 def _weight_passes(layout: Layout) -> list[GraphPass]:
@@ -107,4 +124,18 @@ def _cut_passes(point: CutPoint, layout: Layout) -> dict[str, list[GraphPass]]:
     return {
         "prefix.onnx": [KeepPrefix(*edge), *_weight_passes(front)],
         "suffix.onnx": [KeepSuffix(*edge), Float64Loss(), *_weight_passes(behind)],
+    }
+
+
+def _tail_passes(point: TailPoint, layout: Layout) -> dict[str, list[GraphPass]]:
+    """The tail with noise on all layers but the last, whose gradient the logits give."""
+    front, behind = point.tail.cut.split(layout)
+    edge = (point.value, point.tail.cut.feature_shape)
+    noisy: list[GraphPass] = []
+    if len(point.units) > 1:
+        sizes = [n_inputs for _, n_inputs in point.tail.shapes(layout)[1:]]
+        noisy = [NodeNoise(point.units[:-1]), LayerInputs(point.units[1:], sizes)]
+    return {
+        "body.onnx": [KeepPrefix(*edge), *_weight_passes(front)],
+        "tail.onnx": [KeepSuffix(*edge), *noisy, SampleLosses(), *_weight_passes(behind)],
     }

@@ -7,8 +7,11 @@ feature reuse of DeepZero (Chen et al., arXiv 2310.02025, section 4).
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import ArtifactError
 from .layout import Layout
@@ -34,14 +37,32 @@ class Cut:
     suffix_multiply_accumulates: int
 
     def __post_init__(self) -> None:
+        numbers = (*self.feature_shape, *dataclasses.astuple(self)[:1], *dataclasses.astuple(self)[2:])
         if (
-            self.first_parameter < 1
+            any(type(n) is not int or n >= 1 << 48 for n in numbers)
+            or self.first_parameter < 1
             or any(n < 1 for n in self.feature_shape)
             or not 0 < math.prod(self.feature_shape) <= 1 << 26
             or self.prefix_multiply_accumulates < 1
             or self.suffix_multiply_accumulates < 0
         ):
             raise ArtifactError(f"the manifest has an impossible cut: {self}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**dataclasses.asdict(self), "feature_shape": list(self.feature_shape)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Cut:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ArtifactError: A number is missing or impossible.
+        """
+        try:
+            return cls(**{**raw, "feature_shape": tuple(raw["feature_shape"])})
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"the manifest has a malformed cut: {error!r}") from None
 
     @property
     def suffix_share(self) -> float:

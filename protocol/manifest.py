@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cut import Cut
+from .dense_tail import DenseTail
 from .errors import ArtifactError
 from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphVariant
@@ -23,6 +24,8 @@ __all__ = [
     "CUT_GRAPHS",
     "FORMAT",
     "GRAPHS",
+    "GRAPH_NAMES",
+    "TAIL_GRAPHS",
     "Golden",
     "GraphFile",
     "GraphMemory",
@@ -35,6 +38,8 @@ __all__ = [
 FORMAT = 1
 GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
 CUT_GRAPHS = ("prefix.onnx", "suffix.onnx")
+TAIL_GRAPHS = ("body.onnx", "tail.onnx")
+GRAPH_NAMES = (*GRAPHS, *CUT_GRAPHS, *TAIL_GRAPHS)
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 256 << 20
 
@@ -100,6 +105,7 @@ class Manifest:
         producer: Exporter name and version.
         variants: Graphs for particular machines, in any number; each has an entry in ``memory``.
         cut: Where ``prefix.onnx`` ends and ``suffix.onnx`` begins; None if the model has no such place.
+        tail: The fully connected layers of ``tail.onnx``; None if the model does not end with any.
     """
 
     model: str
@@ -115,6 +121,7 @@ class Manifest:
     producer: str
     variants: tuple[GraphVariant, ...] = ()
     cut: Cut | None = None
+    tail: DenseTail | None = None
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -141,10 +148,23 @@ class Manifest:
         names = [variant.file.name for variant in self.variants]
         if len(set(names)) < len(names) or not planned.issuperset(names):
             raise ArtifactError(f"of the variants {names}, two share a name or one has no memory plan")
-        if (self.cut is not None) != {graph.name for graph in self.graphs}.issuperset(CUT_GRAPHS):
-            raise ArtifactError("the manifest has a cut without its graphs, or the graphs without the cut")
+        files = {graph.name for graph in self.graphs}
+        if self.cut is not None and not files.issuperset(CUT_GRAPHS):
+            raise ArtifactError("the manifest has a cut without its graphs")
+        if self.tail is not None and not files.issuperset(self.tail_graphs):
+            raise ArtifactError("the manifest has a dense tail without its graphs")
         if self.cut is not None:
             self.cut.split(self.layout)
+        if self.tail is not None:
+            self.tail.cut.split(self.layout)
+            self.tail.shapes(self.layout)
+
+    @property
+    def tail_graphs(self) -> tuple[str, ...]:
+        """The graph that yields the features of the dense tail, and that of the tail; nothing if there is no tail."""
+        if self.tail is None:
+            return ()
+        return (CUT_GRAPHS if self.tail.cut == self.cut else TAIL_GRAPHS)[0], TAIL_GRAPHS[1]
 
     @property
     def n_units(self) -> int:
@@ -175,7 +195,7 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. Without variants or a cut there is no such key, so that older artifacts keep their bytes."""
+        """Plain data. Without variants, cut or tail there is no such key, so that older artifacts keep their bytes."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -216,12 +236,9 @@ class Manifest:
                 for v in self.variants
             }
         if self.cut is not None:
-            data["cut"] = {
-                "first_parameter": self.cut.first_parameter,
-                "feature_shape": list(self.cut.feature_shape),
-                "prefix_multiply_accumulates": self.cut.prefix_multiply_accumulates,
-                "suffix_multiply_accumulates": self.cut.suffix_multiply_accumulates,
-            }
+            data["cut"] = self.cut.to_json()
+        if self.tail is not None:
+            data["tail"] = self.tail.to_json()
         return data
 
     def encode(self) -> bytes:
@@ -304,7 +321,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
     graphs = []
     for name, entry in raw["graphs"].items():
         size = _count(entry["size"])
-        if name not in (*GRAPHS, *CUT_GRAPHS) or not 0 < size <= MAX_GRAPH_BYTES:
+        if name not in GRAPH_NAMES or not 0 < size <= MAX_GRAPH_BYTES:
             raise ValueError(f"graph {name!r} of {size} bytes")
         graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
     memory = tuple(
@@ -341,14 +358,6 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         golden=Golden.from_json(raw["golden"], n_classes),
         producer=_text(raw["producer"]),
         variants=tuple(variants),
-        cut=_cut(raw["cut"]) if "cut" in raw else None,
-    )
-
-
-def _cut(raw: Mapping[str, Any]) -> Cut:
-    return Cut(
-        _count(raw["first_parameter"]),
-        tuple(_count(n) for n in raw["feature_shape"]),
-        _count(raw["prefix_multiply_accumulates"]),
-        _count(raw["suffix_multiply_accumulates"]),
+        cut=Cut.from_json(raw["cut"]) if "cut" in raw else None,
+        tail=DenseTail.from_json(raw["tail"]) if "tail" in raw else None,
     )

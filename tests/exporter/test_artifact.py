@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
     manifest = verify_artifact(lenet5)
     variants = [variant.file for variant in manifest.variants]
-    graphs = [*GRAPHS, *CUT_GRAPHS]
+    graphs = [*GRAPHS, *CUT_GRAPHS, "tail.onnx"]  # no body.onnx: the tail begins where the network is cut
     assert set(contents(lenet5)) == {*graphs, *(file.name for file in variants), "manifest.json"}
     assert {graph.name for graph in manifest.graphs} == set(graphs)
     assert [plan.name for plan in manifest.memory] == [*graphs, *(file.name for file in variants)]
@@ -66,14 +66,16 @@ def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
         ("moments.onnx", ["w", "index", "counts", "x"], ("moments", FLOAT, [779])),
         ("prefix.onnx", ["w", "index", "counts", "x"], ("features", FLOAT, ["batch", 400])),
         ("suffix.onnx", ["w", "index", "counts", "features", "y"], ("loss_sum", DOUBLE, [])),
+        ("tail.onnx", ["w", "index", "counts", "features", "noise", "y"], ("losses", DOUBLE, ["batch"])),
     ],
 )
 def test_graphs_keep_the_contract(
     lenet5: Path, name: str, inputs: list[str], output: tuple[str, int, list[int | str]]
 ) -> None:
     model = onnx.load(lenet5 / name)
-    types = {"w": FLOAT, "index": INT32, "counts": INT64, "x": FLOAT, "y": INT64, "shift": FLOAT, "features": FLOAT}
-    n_parameters = {"prefix.onnx": 4, "suffix.onnx": 6}.get(name, 10)
+    types = {"w": FLOAT, "index": INT32, "counts": INT64, "x": FLOAT, "y": INT64, "shift": FLOAT}
+    types |= {"features": FLOAT, "noise": FLOAT}
+    n_parameters = {"prefix.onnx": 4, "suffix.onnx": 6, "tail.onnx": 6}.get(name, 10)
     shapes = signature(model)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
     assert model.ir_version == 8
@@ -85,7 +87,9 @@ def test_graphs_keep_the_contract(
     assert shapes.get("features", ["batch", 400]) == ["batch", 400]
     assert shapes.get("y", ["batch"]) == ["batch"]
     assert shapes.get("shift", [236]) == [236]
-    (result,) = model.graph.output
+    *others, result = model.graph.output
+    assert [o.name for o in others] == (["logits", "inputs"] if name == "tail.onnx" else [])
+    assert (shapes.get("noise", ["batch", 204]), shapes.get("inputs", ["batch", 204])) == (["batch", 204],) * 2
     assert (result.name, result.type.tensor_type.elem_type, shapes[result.name]) == output
     assert all(len(tensor.raw_data) < 1024 for tensor in model.graph.initializer), "weights do not belong in a graph"
 

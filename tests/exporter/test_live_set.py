@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedzo.exporter.live_set import envelope_of, live_envelope, measured_sizes
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, Manifest
+from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Manifest
 from tests.exporter.text_graphs import parse
 
 KIB = 1024
@@ -89,7 +89,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from pathlib import Path
 import numpy as np, onnxruntime as ort
 from fedzo.edge_runtime.ort import arena_limit_holds
-from fedzo.protocol.manifest import CUT_GRAPHS, Manifest, golden_batch
+from fedzo.protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS, Manifest, golden_batch
 from fedzo.protocol.mask import Mask
 
 folder, batch = Path(sys.argv[1]), int(sys.argv[2])
@@ -99,17 +99,21 @@ x, y = golden_batch(manifest.input_shape, manifest.n_classes, 0, batch)
 feeds = {"w": np.zeros(mask.n_survivors, np.float32), "index": mask.index(), "counts": mask.counts(), "x": x, "y": y,
          "shift": np.zeros(manifest.n_units, np.float32),
          "features": np.zeros((batch, *manifest.cut.feature_shape), np.float32)}
+hidden = sum(units for units, _ in manifest.tail.shapes(manifest.layout)[:-1])
 
 
 def feeds_of(name):
     # Each half of a cut network takes its part of the weights.
-    if name not in CUT_GRAPHS:
+    cut = manifest.tail.cut if name in TAIL_GRAPHS else manifest.cut
+    halves = TAIL_GRAPHS if name in TAIL_GRAPHS else CUT_GRAPHS
+    if name not in halves:
         return feeds
-    first = manifest.cut.first_parameter
-    n = int(mask.counts()[:first].sum())
-    halves = [(slice(None, n), slice(None, first)), (slice(n, None), slice(first, None))]
-    part, counts = halves[CUT_GRAPHS.index(name)]
-    return {**feeds, "w": feeds["w"][part], "index": feeds["index"][part], "counts": feeds["counts"][counts]}
+    n = int(mask.counts()[:cut.first_parameter].sum())
+    slices = [(slice(None, n), slice(None, cut.first_parameter)), (slice(n, None), slice(cut.first_parameter, None))]
+    part, counts = slices[halves.index(name)]
+    return {**feeds, "w": feeds["w"][part], "index": feeds["index"][part], "counts": feeds["counts"][counts],
+            "features": np.zeros((batch, *cut.feature_shape), np.float32),
+            "noise": np.zeros((batch, hidden), np.float32)}
 
 
 def fits(name, limit):
@@ -125,9 +129,10 @@ def fits(name, limit):
     try:
         session = ort.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
         for _ in range(2):
-            weights = {value.name: value.shape for value in session.get_inputs() if value.name not in feeds}
+            known = feeds_of(name)
+            weights = {value.name: value.shape for value in session.get_inputs() if value.name not in known}
             feeds.update({key: np.zeros(shape, np.float32) for key, shape in weights.items()})
-            session.run(None, {value.name: feeds_of(name)[value.name] for value in session.get_inputs()})
+            session.run(None, {value.name: {**feeds, **feeds_of(name)}[value.name] for value in session.get_inputs()})
     except Exception as error:
         assert "memory" in str(error), error
         return False
@@ -161,8 +166,10 @@ def test_the_arena_needs_what_the_plan_says(model: str, batch: int, request: pyt
         pytest.skip("this onnxruntime keeps its first arena for good, so no limit can be tried")
     assert set(needed) == {plan.name for plan in manifest.memory}
     assert manifest.cut is not None
+    assert manifest.tail is not None
     sizes = dict.fromkeys(GRAPHS, manifest.layout.size)
     sizes |= {name: part.size for name, part in zip(CUT_GRAPHS, manifest.cut.split(manifest.layout), strict=True)}
+    sizes |= {n: p.size for n, p in zip(TAIL_GRAPHS, manifest.tail.cut.split(manifest.layout), strict=True)}
     for name, size in needed.items():
         parts = 8 * sizes.get(name, 0)  # into which w and index are split; a variant has none
         plan = manifest.live_bytes(name, batch) + parts
