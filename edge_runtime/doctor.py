@@ -231,7 +231,9 @@ def _answers(answer: dict[str, Any]) -> Iterator[Check]:
         yield Check("execution providers", "warn", detail, "--strict-providers makes this an error")
     for what in ("loss", "predictions"):
         found = answer.get("golden", {}).get(what)
-        if found is not None:
+        if found is not None and "message" in found:
+            yield Check(f"golden {what}", "fail", found["message"], found["hint"])
+        elif found is not None:
             detail = f"right within {found['difference']:.1e}, {found['tolerance']:.1e} is allowed"
             yield Check(f"golden {what}", "ok", detail)
         elif "golden" in answer:

@@ -1,6 +1,6 @@
 """``fedzo-device install --systemd``: a unit that runs ``fedzo-device join`` with few rights and a memory limit.
 
-There is no watchdog in it: the device sends systemd no signs of life.
+A watchdog restarts a device whose loop hangs. A long forward pass is no reason: it has a thread of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.topics import check_name
 from .durable import write_durably
 from .endpoint import Endpoint
+from .providers import CPU, provider_names
 
 __all__ = ["UNIT_FOLDER", "UnitSettings", "install", "unit_name", "unit_text"]
 
@@ -27,6 +28,10 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_@:,./=+-]+")
 # A wrong setting, a budget that is too small, a damaged artifact or a failed self-test do not heal by themselves.
 _NO_RESTART: Final = "2 3 4 6 7"
 
+# The loop applies what a device missed in slices of up to 1,024 updates, which may take a minute on a slow board.
+WATCHDOG_S: Final = 300
+_START_S: Final = 300
+
 _HARDENING: Final = """\
 NoNewPrivileges=yes
 CapabilityBoundingSet=
@@ -34,7 +39,6 @@ AmbientCapabilities=
 ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes
-PrivateDevices=yes
 ProtectClock=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
@@ -69,6 +73,8 @@ class UnitSettings:
         cert: The device's certificate.
         key: Its key.
         user: An existing user; by default systemd makes one for the time that the service runs.
+        providers: Execution providers in order of preference; empty for the default.
+        strict_providers: Refuse a run when the first one does not start.
         extra: Further options of ``join``.
     """
 
@@ -84,6 +90,8 @@ class UnitSettings:
     cert: Path | None = None
     key: Path | None = None
     user: str = ""
+    providers: tuple[str, ...] = ()
+    strict_providers: bool = False
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -101,6 +109,8 @@ class UnitSettings:
             )
         if self.ram_budget_mib is not None and not 1 <= self.ram_budget_mib < 1e9:
             raise ConfigError(f"ram_budget_mib is {self.ram_budget_mib}, it must be at least 1 and below 1e9")
+        if self.providers:
+            provider_names(self.providers)
         if self.user and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
             raise ConfigError(f"{self.user[:60]!r} is no user name")
 
@@ -130,7 +140,8 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
         "After=network-online.target time-sync.target",
         "",
         "[Service]",
-        "Type=exec",
+        "Type=notify",
+        "NotifyAccess=main",
         f"ExecStart={' '.join(_command(settings, python, state))}",
         user,
         f"StateDirectory={state}",
@@ -142,8 +153,13 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
         "Restart=on-failure",
         "RestartSec=30",
         f"RestartPreventExitStatus={_NO_RESTART}",
+        f"WatchdogSec={WATCHDOG_S}",
+        f"TimeoutStartSec={_START_S}",
         "TimeoutStopSec=30",
     ]
+    # The driver of an accelerator is a device file.
+    only_cpu = not settings.providers or provider_names(settings.providers) == (CPU,)
+    lines.append(f"PrivateDevices={'yes' if only_cpu else 'no'}")
     if settings.password_file is not None:
         lines.append(f"LoadCredential=password:{_path(settings.password_file).replace('%', '%%')}")
     if settings.key is not None:
@@ -161,9 +177,11 @@ def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
         ("--username", settings.username),
         ("--ca", settings.ca and _path(settings.ca)),
         ("--cert", settings.cert and _path(settings.cert)),
+        ("--provider", ",".join(settings.providers)),
     ):
         if value:
             words += [option, value]
+    words += ["--strict-providers"] if settings.strict_providers else []
     quoted = [_quoted(word) for word in (*words, *settings.extra)]
     quoted += ["--state", f"/var/lib/{state}"]
     if settings.password_file is not None:

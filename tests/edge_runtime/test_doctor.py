@@ -157,7 +157,7 @@ def test_a_wheel_that_computes_wrong_is_found(monkeypatch: pytest.MonkeyPatch, c
 
 def test_the_artifacts_known_answer(tiny: Any, tmp_path: Path) -> None:
     found = findings(artifact=tiny.folder)
-    assert found["golden loss"].status == found["plan"].status == "ok"
+    assert found["golden loss"].status == found["golden predictions"].status == found["plan"].status == "ok"
     folder = tmp_path / "wrong"
     shutil.copytree(tiny.folder, folder)
     manifest = tiny.artifact.manifest
@@ -166,10 +166,39 @@ def test_the_artifacts_known_answer(tiny: Any, tmp_path: Path) -> None:
     found = findings(artifact=folder)
     assert found["golden loss"].status == "fail"
     assert "known answer" in found["golden loss"].detail
+    assert found["golden predictions"].status == found["onnxruntime"].status == "ok"
+    predictions = dataclasses.replace(manifest.golden.predictions, logits=(9.0,) * manifest.golden.batch)
+    golden = dataclasses.replace(manifest.golden, predictions=predictions)
+    (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, golden=golden).encode())
+    found = findings(artifact=folder)
+    assert (found["golden loss"].status, found["golden predictions"].status) == ("ok", "fail")
+    assert "golden batch are wrong by" in found["golden predictions"].detail
+    golden = dataclasses.replace(manifest.golden, predictions=None)
+    (folder / "manifest.json").write_bytes(dataclasses.replace(manifest, golden=golden).encode())
+    assert findings(artifact=folder)["golden predictions"].status == "warn"  # of an older release
     (folder / "probe.onnx").write_bytes(b"")
     found = findings(artifact=folder)
     assert found["artifact"].status == "fail"
     assert found["onnxruntime"].status == "ok"
+
+
+def test_execution_providers() -> None:
+    found = findings()["execution providers"]
+    assert (found.status, found.detail.split()[0]) == ("ok", "CPUExecutionProvider")
+    found = findings(providers=("cuda", "cpu"))["execution providers"]
+    assert found.status == "warn"
+    assert "CUDAExecutionProvider is not there" in found.detail
+    found = findings(providers=("cuda", "cpu"), strict_providers=True)["execution providers"]
+    assert found.status == "fail"
+    with pytest.raises(ConfigError, match="no execution provider"):
+        DoctorSettings(providers=("gpu",))
+
+
+def test_a_wheel_that_changes_the_floating_point_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"onnxruntime": "1", "difference": 0.0, "denormals": False, "provider": "x", "wanted": "x"}
+    (found, *_) = doctor._answers({**answer, "available": ["x"]})
+    assert (found.name, found.status) == ("onnxruntime", "fail")
+    assert "has lost its denormals" in found.detail
 
 
 # --- releases and processors ----------------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def test_the_unit(data: Path, tmp_path: Path) -> None:
     assert unit["MemoryMax"] == f"{load_profile('rpi-zero-2w').ram_budget_mib}M"
     assert unit["DynamicUser"] == unit["NoNewPrivileges"] == "yes"
     assert unit["StateDirectory"] == "fedzo/default"
-    assert "WatchdogSec" not in unit  # the device sends no signs of life
+    assert unit["PrivateDevices"] == "yes"
+    assert (unit["Type"], unit["NotifyAccess"], unit["WatchdogSec"]) == ("notify", "main", "300")
     assert unit["Restart"] == "on-failure"
     assert "MALLOC_ARENA_MAX=1" in unit["Environment"]
     words = [word.replace("%%", "%") for word in shlex.split(unit["ExecStart"])]
@@ -58,13 +59,17 @@ def test_the_unit(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_and_a_user_of_ones_own(data: Path) -> None:
-    settings = UnitSettings(URL, data, ram_budget_mib=96.5, user="pi", federation="home")
+    settings = UnitSettings(
+        URL, data, ram_budget_mib=96.5, user="pi", federation="home", providers=("cuda", "cpu"), strict_providers=True
+    )
     unit = values(unit_text(settings))
     assert unit["MemoryMax"] == "96M"
     assert unit["User"] == "pi"
     assert "DynamicUser" not in unit
     assert unit["ExecStart"].startswith(f"{sys.executable} -m fedzo.edge_runtime join {URL}")
     assert "--ram-budget-mib 96.5" in unit["ExecStart"]
+    assert "--provider cuda,cpu --strict-providers" in unit["ExecStart"]
+    assert unit["PrivateDevices"] == "no"  # a GPU is a device file
     assert unit_name(settings) == "fedzo-device-home.service"
 
 
@@ -78,6 +83,7 @@ def test_a_budget_and_a_user_of_ones_own(data: Path) -> None:
         {"federation": "A B"},
         {"id": "x y"},
         {"user": "root;"},
+        {"providers": ("gpu",)},
     ],
 )
 def test_wrong_settings(data: Path, wrong: dict[str, Any]) -> None:
@@ -95,14 +101,30 @@ def test_no_value_adds_a_line(tmp_path: Path) -> None:
     assert r'--username "a \"$$HOME\" \\b"' in quoted
 
 
-def test_systemd_understands_it(data: Path, tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
+def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("systemd-analyze")
+    if program is None:
         pytest.skip("systemd-analyze is not installed")
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+def test_systemd_understands_it(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "fedzo-device.service"
     path.write_text(unit_text(UnitSettings(URL, data, "rpi-zero-2w", password_file=data)))
-    done = subprocess.run([analyze, "verify", str(path)], capture_output=True, text=True, timeout=60)
+    done = analyze("verify", path)
     assert "fedzo-device.service" not in done.stderr, done.stderr
+    path.write_text(path.read_text().replace("WatchdogSec", "WatchDogSec"))
+    assert "WatchDogSec" in analyze("verify", path).stderr  # it does look
+
+
+def test_systemd_finds_little_exposed(data: Path, tmp_path: Path) -> None:
+    """``systemd-analyze security``: 0 is a service without rights, 9.6 one without a limit."""
+    path = tmp_path / "fedzo-device.service"
+    path.write_text(unit_text(UnitSettings(URL, data, "rpi-zero-2w", password_file=data)))
+    done = analyze("security", "--offline=yes", "--threshold=20", path)
+    if "unrecognized option" in done.stderr or "not supported" in done.stderr:
+        pytest.skip("this systemd-analyze cannot look at a file")  # before systemd 250
+    assert done.returncode == 0, done.stdout[-400:] + done.stderr
 
 
 def test_installing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
