@@ -55,7 +55,8 @@ class ArtifactGraphs:
 
     def layout_of(self, name: str) -> Layout:
         """The parameters that graph ``name`` takes."""
-        for cut, names in ((self.cut, CUT_GRAPHS), (self.tail and self.tail.cut, TAIL_GRAPHS)):
+        tail_cut = self.tail.cut if self.tail else None
+        for cut, names in ((self.cut, CUT_GRAPHS), (tail_cut, TAIL_GRAPHS)):
             if cut is not None and name in names:
                 return cut.split(self.layout)[names.index(name)]
         return self.layout

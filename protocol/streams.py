@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     MASK = 9
     GOLDEN = 10
     HOLDOUT = 11
+    NODE_NOISE = 12
 
 
 def uint64s(seed: int, purpose: Purpose, round_: int, index: int, count: int) -> NDArray[np.uint64]:
