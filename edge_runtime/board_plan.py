@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ..protocol.errors import MemoryBudgetError
-from ..protocol.manifest import Manifest
+from ..protocol.manifest import GraphVariant, Manifest
 from ..protocol.settings import RunSettings
 from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, plan
 
@@ -16,7 +17,7 @@ __all__ = ["BoardPlan", "Phase", "PhasePlan", "RunSizes", "plan_board"]
 
 Phase = Literal["scoring", "training"]
 _NO_LIMIT_MIB: Final = 1e9
-_DENSE_REPLICA_BYTES: Final = 12  # weights and two moments of the server's optimiser, as the state machine holds them
+_GOOD_MICRO_BATCH: Final = 8  # as in the worker: a smaller one costs more than a variant saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class RunSizes:
         threads: Threads within an operator.
         micro_batch: Samples of one run of a graph; None to choose.
         dataset_bytes: Resident samples.
+        variant: Of ``probe.onnx`` for the machine that is planned for, which takes it where it fits; None if it is
+            not known or has none.
     """
 
     batch: int = RunSettings().training.batch
@@ -38,6 +41,7 @@ class RunSizes:
     threads: int = 1
     micro_batch: int | None = None
     dataset_bytes: int = 0
+    variant: GraphVariant | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,10 @@ class BoardPlan:
 
 
 def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardPlan:
-    """Plan as a device does when it joins a run, with the portable graphs.
+    """Plan as a device does when it joins a run over a connection without TLS, which takes :data:`TLS_MIB` more.
 
-    A processor for which the artifact holds a variant of its own uses that where the budget allows; its plan may be
-    higher then, and never over the budget.
+    With a variant in ``sizes`` its graph and weights are counted, unless they need more than the budget or a smaller
+    micro-batch.
 
     Raises:
         ConfigError: A number is out of range.
@@ -111,8 +115,8 @@ def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardP
     survivors = layout.size - round(sparsity * layout.maskable_size)
     phases = [_phase("training", manifest, survivors, budget_mib, sizes, sizes.batch, sizes.dataset_bytes)]
     if sparsity > 0:
-        resident = sizes.dataset_bytes + _DENSE_REPLICA_BYTES * layout.size
-        phases.insert(0, _phase("scoring", manifest, layout.size, budget_mib, sizes, sizes.samples, resident))
+        scoring = _phase("scoring", manifest, layout.size, budget_mib, sizes, sizes.samples, sizes.dataset_bytes)
+        phases.insert(0, scoring)
     return BoardPlan(budget_mib, tuple(phases))
 
 
@@ -125,12 +129,14 @@ def _phase(
     batch: int,
     resident_bytes: int,
 ) -> PhasePlan:
-    def under(limit_mib: float, micro_batch: int | None) -> MemoryPlan:
+    graphs = SCORING_GRAPHS if phase == "scoring" else TRAINING_GRAPHS
+
+    def under(limit_mib: float, micro_batch: int | None, more: tuple[str, ...] = ()) -> MemoryPlan:
         return plan(
             manifest,
             n_survivors,
             limit_mib,
-            graphs=SCORING_GRAPHS if phase == "scoring" else TRAINING_GRAPHS,
+            graphs=(*graphs, *more),
             batch=batch,
             micro_batch=micro_batch,
             threads=sizes.threads,
@@ -138,7 +144,13 @@ def _phase(
         )
 
     try:
-        return PhasePlan(phase, under(budget_mib, sizes.micro_batch), n_survivors)
+        memory = under(budget_mib, sizes.micro_batch)
+        if phase == "training" and sizes.variant is not None:
+            with contextlib.suppress(MemoryBudgetError):
+                blocked = under(budget_mib, sizes.micro_batch, (sizes.variant.file.name,))
+                if blocked.micro_batch >= min(memory.micro_batch, _GOOD_MICRO_BATCH):
+                    memory = blocked
+        return PhasePlan(phase, memory, n_survivors)
     except MemoryBudgetError as error:
         needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)
         hint = error.hint

@@ -46,9 +46,9 @@ class _StandIn(ModuleType):
 def stand_ins(*names: str) -> Iterator[None]:
     """While this holds, an import of one of ``names`` gives a stand-in, unless the module is loaded already."""
     put = {name: _StandIn(name) for name in names if name not in sys.modules}
-    parents = {name: name.rpartition(".")[0] for name in put}
-    for parent in filter(None, parents.values()):
-        importlib.import_module(parent)
+    for name in put:
+        if "." in name:
+            importlib.import_module(name.rpartition(".")[0])
     sys.modules.update(put)
     try:
         yield
@@ -56,9 +56,9 @@ def stand_ins(*names: str) -> Iterator[None]:
         for name, module in put.items():
             if sys.modules.get(name) is module:
                 del sys.modules[name]
-            parent = sys.modules.get(parents[name])
-            if parent is not None and vars(parent).get(name.rpartition(".")[2]) is module:
-                delattr(parent, name.rpartition(".")[2])
+            parent, _, child = name.rpartition(".")
+            if parent and vars(sys.modules[parent]).get(child) is module:
+                delattr(sys.modules[parent], child)
 
 
 def hashlib_without_openssl() -> bool:

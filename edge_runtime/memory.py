@@ -3,8 +3,9 @@
 The plan adds what was measured to what can be computed:
 
 ========  =====================================================================================================
-floor     Python, numpy, ONNX Runtime, the MQTT client and this package at work. Measured.
-session   Code pages and structures of one loaded graph; at most one is loaded at a time. Measured.
+process   Python, numpy, ONNX Runtime, the MQTT client and this package at work, without their code. Measured.
+code      What of their code is resident at the peak. Measured; it depends on the kernel and its page cache.
+session   Structures of one loaded graph; at most one is loaded at a time. Measured.
 feeds     Weights, indices, one batch, the state of optimiser and directions, the data set if it is in memory.
 live      Largest set of tensors alive at once (manifest), the copies of weights and indices that the graph splits
           off, and the workspace of further threads.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from ..protocol.manifest import Manifest
 __all__ = [
     "PROCESS_FLOOR_MIB",
     "SCORING_GRAPHS",
-    "SESSION_MIB",
+    "TLS_MIB",
     "TRAINING_GRAPHS",
     "MemoryPlan",
     "arena_bytes_of",
@@ -39,22 +41,32 @@ __all__ = [
     "peak_rss_mib",
     "plan",
     "reset_peak",
+    "tls_bytes",
     "total_mib",
 ]
 
 SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
 TRAINING_GRAPHS: Final = ("probe.onnx", "predict.onnx")
 
-PROCESS_FLOOR_MIB: Final = 65.0
-"""Resident without a graph, a batch and weights: 59.1 MiB after all imports, 1.8 MiB for a TLS context, 2.4 MiB for
-the rest of a device at work (threads, connection, state), rounded up. Whole runs of `fedzo-device` peaked at 76.4 and
-77.6 MiB where the other parts of the plan sum up to 14.8 and 15.3. x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime
-1.32.0, paho-mqtt 2.2.0, one heap (M_ARENA_MAX). 28 MiB are file-backed code that the kernel may drop. Emulated
-aarch64 libraries have the same size within 10 %; no board was measured."""
+PROCESS_MIB: Final = 30.8
+"""Anonymous memory of a device at work without a graph, a batch and weights: interpreter, modules, ONNX Runtime's
+operators, threads, connection, state. x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime 1.32.0, paho-mqtt 2.2.0, set up
+by :mod:`.resident`. No board was measured; 1.19.2 needs less."""
 
-SESSION_MIB: Final = 10.6
-"""First loaded graph and first run, without tensors: 10.5 MiB for LeNet-5, 12.0 MiB for ResNet-20 on that machine;
-the difference grows with the graph, see :data:`SESSION_BYTES_PER_GRAPH_BYTE`."""
+TLS_MIB: Final = 2.5
+"""OpenSSL and a context with the system's certificates, where the URL asks for it."""
+
+LOADING_CODE_MIB: Final = 18.2
+RUNNING_CODE_MIB: Final = 15.5
+"""Library code that is resident while a graph is loaded, and while it runs, by 64 KiB around each page that is needed:
+measured with libraries that came into the page cache as after a start of the machine. Where a kernel keeps a file in
+larger pieces, as Linux 6.18 does on ext4 for one that was just installed, up to 13 MiB more are resident until it is
+read anew; they are clean pages, which the kernel takes back before anything else."""
+
+PROCESS_FLOOR_MIB: Final = PROCESS_MIB + LOADING_CODE_MIB
+
+SESSION_MIB: Final = 1.0
+"""A loaded graph without tensors and code; it grows with the graph, see :data:`SESSION_BYTES_PER_GRAPH_BYTE`."""
 
 SESSION_BYTES_PER_GRAPH_BYTE: Final = 30
 WORKING_BYTES_PER_THREAD: Final = 64 << 10
@@ -80,27 +92,34 @@ class MemoryPlan:
     """Planned peak of a device process, in MiB.
 
     Attributes:
-        floor_mib: Process without a graph.
-        session_mib: The loaded graph, without tensors.
+        process_mib: Process without a graph and code.
+        session_mib: The loaded graph, without tensors and code.
         feeds_mib: Arrays of this package: weights, batch, optimiser, data set.
         live_mib: Tensors of ONNX Runtime.
         margin_mib: What the arena may take over ``live_mib``.
         micro_batch: Samples of one run of a graph.
         budget_mib: What the profile allows.
+        code_mib: Resident code of libraries.
     """
 
-    floor_mib: float
+    process_mib: float
     session_mib: float
     feeds_mib: float
     live_mib: float
     margin_mib: float
     micro_batch: int
     budget_mib: float
+    code_mib: float = 0.0
+
+    @property
+    def anonymous_mib(self) -> float:
+        """Sum of all parts but the code: what does not depend on the kernel and its page cache."""
+        return self.process_mib + self.session_mib + self.feeds_mib + self.live_mib + self.margin_mib
 
     @property
     def planned_peak_mib(self) -> float:
         """Sum of all parts."""
-        return self.floor_mib + self.session_mib + self.feeds_mib + self.live_mib + self.margin_mib
+        return self.anonymous_mib + self.code_mib
 
     @property
     def fits(self) -> bool:
@@ -195,25 +214,40 @@ def _planned(
     variants = [variant for variant in manifest.variants if variant.file.name in graphs]
     files = [*manifest.graphs, *(variant.file for variant in variants)]
     graph_bytes = max(file.size for file in files if file.name in graphs)
-    sample = math.prod(manifest.input_shape)
-    # A batch as float32, the gathered rows that it is made of, labels and logits.
-    feeds = batch * (8 * sample + 8 + 8 * manifest.n_classes)
-    # The engine's weights and indices, the caller's weights, and the dense initial weights when they are made.
-    feeds += 12 * n_survivors + 4 * manifest.layout.size + 4 * manifest.n_units + 24 * manifest.n_moments
+    feeds = _batch_bytes(manifest, batch)
     if variants:
         # The weight tensors of a variant, and the place of each survivor there.
         feeds += max(variant.weight_bytes for variant in variants) + 8 * n_survivors
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
+    # The known answer is computed before all that, on the dense initial weights.
+    feeds += max(0, math.ceil(_golden_bytes(manifest, micro_batch, threads) - feeds - tensors - spare))
+    # The engine's weights and indices, and the caller's weights.
+    feeds += 12 * n_survivors + 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
+    # While a graph is loaded there is more code and there are no tensors.
+    code_mib = max(RUNNING_CODE_MIB, LOADING_CODE_MIB - (tensors + spare) / _MIB)
     return MemoryPlan(
-        floor_mib=PROCESS_FLOOR_MIB,
+        process_mib=PROCESS_MIB,
+        code_mib=code_mib,
         session_mib=SESSION_MIB + SESSION_BYTES_PER_GRAPH_BYTE * graph_bytes / _MIB,
-        feeds_mib=(feeds + dataset_bytes) / _MIB,
+        feeds_mib=feeds / _MIB,
         live_mib=tensors / _MIB,
         margin_mib=spare / _MIB,
         micro_batch=micro_batch,
         budget_mib=budget_mib,
     )
+
+
+def _batch_bytes(manifest: Manifest, batch: int) -> int:
+    """A batch as float32, the gathered rows that it is made of, labels and logits."""
+    return batch * (8 * math.prod(manifest.input_shape) + 8 + 8 * manifest.n_classes)
+
+
+def _golden_bytes(manifest: Manifest, micro_batch: int, threads: int) -> float:
+    """What the known answer takes: dense weights, those of an engine of its own, its indices, its batch and tensors."""
+    size, batch = manifest.layout.size, manifest.golden.batch
+    tensors, spare = _arena(manifest, ("probe.onnx",), size, min(micro_batch, batch), threads)
+    return 12 * size + _batch_bytes(manifest, batch) + tensors + spare
 
 
 def arena_bytes_of(manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int) -> int:
@@ -242,11 +276,16 @@ def _arena(
 
 
 def _training_state_bytes(n_survivors: int) -> int:
-    """Optimiser state (2 arrays), copies to undo an update (3), signs, direction, gradient: 8 arrays; and for
+    """Optimiser state (2 arrays), copies to undo an update (3), signs, directions, gradient: 10 arrays; and for
     Hadamard directions the permutation of all padded rows, whose making takes 20 bytes a row for a moment.
     """
     padded = 1 << max(0, n_survivors - 1).bit_length()
-    return 32 * n_survivors + 20 * padded
+    return 40 * n_survivors + 20 * padded
+
+
+def tls_bytes() -> int:
+    """What TLS takes in this process: nothing until something has loaded it."""
+    return int(TLS_MIB * _MIB) if "ssl" in sys.modules else 0
 
 
 def peak_rss_mib() -> float:

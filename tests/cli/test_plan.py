@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -15,10 +16,11 @@ from fedzo.cli.main import main
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.board_plan import RunSizes, plan_board
 from fedzo.edge_runtime.child import answer_of
-from fedzo.edge_runtime.memory import PROCESS_FLOOR_MIB, SCORING_GRAPHS, TRAINING_GRAPHS, plan
-from fedzo.edge_runtime.ort import arena_limit_holds
+from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
+from fedzo.edge_runtime.ort import arena_limit_holds, runtime_version
 from fedzo.hardware_profiles import list_profiles, load_profile
 from fedzo.protocol.errors import FedzoError, MemoryBudgetError
+from fedzo.protocol.manifest import GraphMemory
 from fedzo.protocol.settings import RunSettings
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc")
@@ -57,7 +59,6 @@ def test_a_board_plan_is_what_a_device_plans(artifact: Path) -> None:
         graphs=SCORING_GRAPHS,
         batch=settings.saliency.samples,
         threads=4,
-        dataset_bytes=12 * layout.size,
     )
     assert board.fits
     assert board.peak.slack_mib == 160.0 - max(p.memory.planned_peak_mib for p in board.phases)
@@ -69,7 +70,7 @@ def test_what_does_not_fit_says_how_much_it_needs(artifact: Path) -> None:
     board = plan_board(manifest, 40.0, RunSizes())
     assert not board.fits
     for phase in board.phases:
-        assert phase.memory.planned_peak_mib > 70
+        assert phase.memory.planned_peak_mib > 45
         assert phase.slack_mib == pytest.approx(40.0 - phase.memory.planned_peak_mib)
         assert "the budget is 40 MiB" in phase.refusal
     scoring, training = board.phases
@@ -77,8 +78,10 @@ def test_what_does_not_fit_says_how_much_it_needs(artifact: Path) -> None:
     assert "--batch" in training.hint
     with pytest.raises(MemoryBudgetError, match="scoring: lenet5 needs"):
         board.check()
-    tight = scoring.memory.planned_peak_mib + 0.05
-    assert plan_board(manifest, tight, RunSizes(micro_batch=32)).phases[0].hint.startswith("--micro-batch ")
+    larger = tuple(GraphMemory(m.name, tuple((f, 9 * each) for f, each in m.envelope)) for m in manifest.memory)
+    manifest = dataclasses.replace(manifest, memory=larger)
+    full = plan_board(manifest, 160.0, RunSizes(micro_batch=32)).phases[0].memory.planned_peak_mib
+    assert plan_board(manifest, full - 0.05, RunSizes(micro_batch=32)).phases[0].hint == "--micro-batch 16 fits"
 
 
 def test_all_boards(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +101,7 @@ def test_one_board(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (board,) = fits["boards"]
     assert board["budget_mib"] == load_profile("rpi-zero-2w").ram_budget_mib
     for phase in board["phases"].values():
-        parts = ("floor_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib")
+        parts = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib")
         assert sum(phase[part] for part in parts) == pytest.approx(phase["planned_peak_mib"])
     assert board["phases"]["training"]["micro_batch"] == 32
     code, refused = answer(capsys, "plan", artifact, "--profile", "rpi-zero-2w", "--budget-mib", 40)
@@ -145,11 +148,12 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
     assert found["profile"] == "rpi-zero-2w"
     assert [phase["phase"] for phase in found["phases"]] == ["scoring", "training"]
     for phase in found["phases"]:
-        # The floor was measured with onnxruntime 1.32.0; 1.19.2 needs 13 MiB less. Of the same libraries 22 to 33 MiB
-        # of code are resident, as the page cache has it.
-        assert 0.75 * phase["planned_mib"] < phase["measured_mib"] < 1.05 * phase["planned_mib"] + 12
-        # What is not library code is what the plan is about: growth over the process as it was before any graph.
-        assert phase["measured_mib"] - found["floor_mib"] < phase["planned_mib"] - PROCESS_FLOOR_MIB + 3
+        # Like with like: how much of the libraries' code is resident, the kernel's page cache decides. The process was
+        # measured with onnxruntime 1.32.0; older releases need less.
+        over = phase["planned_anonymous_mib"] - phase["anonymous_mib"]
+        newest = tuple(int(part) for part in runtime_version().split(".")[:2]) >= (1, 32)
+        assert -1.0 < over < (0.05 * phase["anonymous_mib"] + 1.0 if newest else 15.0)
+        assert phase["anonymous_mib"] < phase["measured_mib"] < phase["anonymous_mib"] + phase["code_mib"] + 1.0
         if arena_limit_holds():
             assert 0.2 * phase["planned_tensors_mib"] < phase["tensors_mib"] <= phase["planned_tensors_mib"]
     assert found["floor_mib"] < found["peak_mib"] <= 160
