@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..edge_runtime.versions import installed_versions
-from . import deploy, doctor, export, plan, profiles, serve
+from . import bundle, deploy, doctor, export, plan, profiles, serve
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 export.register(app)
 serve.register(app)
 deploy.register(app)
+bundle.register(app)
 profiles.register(app)
 plan.register(app)
 doctor.register(app)

@@ -212,7 +212,7 @@ def test_predictions_of_logits() -> None:
     predictions = GoldenPredictions.of_logits(logits, 1e-4)
     assert predictions == GoldenPredictions((1, 0), (2.0, 3.0), 1e-4)
     assert predictions.difference(logits) == 0.0
-    assert predictions.difference(logits + np.float32([[0, 0, 0], [0.25, 0, 0]])) == 0.25
+    assert predictions.difference(logits + np.array([[0, 0, 0], [0.25, 0, 0]], np.float32)) == 0.25
     other_class = logits.copy()
     other_class[1, 1] = 4.0  # the stored logit is right, but another one is larger
     assert predictions.difference(other_class) == 0.5
