@@ -123,7 +123,7 @@ def tail_gradient(
 
 def _last_delta(logits: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np.float32]:
     """Gradient of every sample's cross-entropy with respect to its logits: ``float32[batch, n_classes]``."""
-    delta = np.exp(logits - logits.max(axis=1, keepdims=True))
+    delta: NDArray[np.float64] = np.exp(logits - logits.max(axis=1, keepdims=True))
     delta /= delta.sum(axis=1, keepdims=True)
     delta[np.arange(len(y)), y] -= 1.0
     return delta.astype(np.float32)

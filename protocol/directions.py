@@ -25,7 +25,16 @@ from .errors import ConfigError, ProtocolError
 from .quantiles import gaussian_table
 from .streams import Purpose, permutation, raw_bytes, uint16s
 
-__all__ = ["FAMILIES", "MAX_BLOCKS", "Directions", "Family", "fwht", "random_signs", "round_coefficients"]
+__all__ = [
+    "FAMILIES",
+    "MAX_BLOCKS",
+    "Directions",
+    "Family",
+    "fwht",
+    "n_positions",
+    "random_signs",
+    "round_coefficients",
+]
 
 Family = Literal["gaussian", "rademacher", "hadamard"]
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
@@ -33,8 +42,8 @@ FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
 COEFFICIENT_BITS: Final = 13
 SMALLEST_COEFFICIENT: Final = 2.0**-100
 LARGEST_COEFFICIENT: Final = 2.0**80
-MAX_POSITION: Final = 1 << 62
-MAX_BLOCKS: Final = 4  # what is left of a stream's 64-bit index above the position
+MAX_POSITION: Final = 1 << 60
+MAX_BLOCKS: Final = 8  # positions of all blocks, one behind the other, fill 63 bits
 _BLOCK: Final = 256
 _SHORT: Final = 128
 
@@ -146,9 +155,14 @@ def _walsh(row: int, count: int) -> NDArray[np.float32]:
     return signs[:count]
 
 
+def n_positions(family: Family, size: int) -> int:
+    """After how many positions directions of ``size`` entries repeat: the padded size for ``hadamard``, else never."""
+    return 1 << (size - 1).bit_length() if family == "hadamard" else MAX_POSITION
+
+
 def _check_position(position: int) -> None:
     if not 0 <= position < MAX_POSITION:
-        raise ProtocolError(f"the position {position} is not in [0, 2**62)")
+        raise ProtocolError(f"the position {position} is not in [0, 2**60)")
 
 
 class Directions:
@@ -177,7 +191,7 @@ class Directions:
         self.seed: Final = seed
         self.size: Final = size
         self.block: Final = block
-        self.padded: Final = 1 << (size - 1).bit_length()
+        self.padded: Final = n_positions("hadamard", size)
         self._width = max(1, self.padded // _SHORT)
         self._blocks = size // self._width
         self._scale = np.array([[1.0], [-1.0]], np.float32)
@@ -186,8 +200,8 @@ class Directions:
 
     @property
     def n_positions(self) -> int:
-        """After how many positions the directions repeat: the padded size for ``hadamard``, else ``2**62``."""
-        return self.padded if self.family == "hadamard" else MAX_POSITION
+        """After how many positions the directions repeat: the padded size for ``hadamard``, else ``2**60``."""
+        return n_positions(self.family, self.size)
 
     def _stream(self, position: int) -> int:
         return self.block * MAX_POSITION + position
@@ -275,7 +289,7 @@ class Directions:
         if positions.size and (
             int(positions[0]) < 0 or int(positions[-1]) >= MAX_POSITION or not (positions[1:] > positions[:-1]).all()
         ):
-            raise ProtocolError("the positions are not strictly ascending in [0, 2**62)")
+            raise ProtocolError("the positions are not strictly ascending in [0, 2**60)")
         if self.family == "hadamard":
             return self._decode(round_, positions, coefficients)
         total = np.zeros(self.size, dtype=np.float32)
