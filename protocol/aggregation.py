@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .blocks import Deal
 from .directions import round_coefficients
 from .errors import ProtocolError
 from .manifest import Manifest
 from .messages import Report, ReportKind
-from .settings import Assignment, RunSettings
-from .wire import MAX_SCALARS
+from .settings import RunSettings
 
 __all__ = [
     "MAX_PARTICIPANTS",
@@ -24,7 +24,6 @@ __all__ = [
     "average_blocks",
     "check_report",
     "combine_probes",
-    "directions_per_device",
     "evaluate_reports",
 ]
 
@@ -48,7 +47,12 @@ class Evaluation:
 
 
 def check_report(
-    report: Report, kind: ReportKind, manifest: Manifest, settings: RunSettings, k: int, weights_digest: bytes
+    report: Report,
+    kind: ReportKind,
+    manifest: Manifest,
+    settings: RunSettings,
+    deals: Sequence[Deal],
+    weights_digest: bytes,
 ) -> None:
     """Treat every scalar as hostile: right kind, right counts, bounded, made with the right weights.
 
@@ -63,7 +67,7 @@ def check_report(
         raise ProtocolError("made with other weights")
     counts = tuple(block.size for block in report.blocks)
     if kind is ReportKind.PROBE:
-        wanted: tuple[int, ...] = (k,)
+        wanted: tuple[int, ...] = tuple(deal.k for deal in deals)
     elif kind is ReportKind.SALIENCY:
         layers = (len(manifest.units),) if settings.saliency.draws else ()
         wanted = (manifest.n_units, manifest.n_moments, *layers)
@@ -93,60 +97,55 @@ def _most_samples(kind: ReportKind, settings: RunSettings) -> int:
     return settings.saliency.samples if kind is ReportKind.SALIENCY else int(MAX_EVALUATED)
 
 
-def directions_per_device(k: int, n_slots: int, n_positions: int) -> int:
-    """How many directions a device gets, so that whoever reports, the update fits one message.
-
-    Args:
-        k: What the settings ask for.
-        n_slots: Disjoint runs of positions that the round hands out, at most :data:`MAX_PARTICIPANTS`.
-        n_positions: After how many positions the directions repeat.
-    """
-    return max(1, min(k, n_positions // n_slots, MAX_SCALARS // n_slots))
-
-
 def combine_probes(
-    assignment: Assignment, cursor: int, k: int, reports: Sequence[tuple[int, Report]]
+    deals: Sequence[Deal], reports: Sequence[tuple[int, Report]]
 ) -> tuple[tuple[tuple[int, int], ...], NDArray[np.float32]]:
     """Segments and coefficients of an update.
 
+    The estimate of a probed block is the mean of scalar times direction over the positions that were answered; a sketch
+    has coefficients already, which are averaged. Averages over devices are weighted by samples.
+
     Args:
-        assignment: ``shared`` averages the scalars of a direction, weighted by samples; ``dealt`` strings them up.
-        cursor: First position of the round.
-        k: Directions per device.
-        reports: ``(slot, report)`` of every usable report, in any order.
+        deals: What the round handed out, one per block.
+        reports: ``(rank, report)`` of every usable report, in any order; one block of scalars per deal.
 
     Returns:
         Segments ``(first position, count)``, ascending, adjacent ones joined, and ``float32[sum of counts]``.
     """
-    ordered = sorted(reports, key=lambda item: item[0])
-    if assignment == "shared":
-        blocks = [report.blocks[0].astype(np.float64) for _, report in ordered]
-        weights = [float(report.samples) for _, report in ordered]
-        total = np.zeros(k, dtype=np.float64)
-        for weight, block in zip(weights, blocks, strict=True):
-            total += weight * block
-        return ((cursor, k),), round_coefficients(total / sum(weights))
     segments: list[tuple[int, int]] = []
-    for slot, _ in ordered:
-        first = cursor + slot * k
-        if segments and segments[-1][0] + segments[-1][1] == first:
-            segments[-1] = (segments[-1][0], segments[-1][1] + k)
-        else:
-            segments.append((first, k))
-    scalars = np.concatenate([report.blocks[0] for _, report in ordered]).astype(np.float64)
-    return tuple(segments), round_coefficients(scalars)
+    parts: list[NDArray[np.float64]] = []
+    for number, deal in enumerate(deals):
+        first = deal.block.offset + deal.first
+        if deal.n_slots == 1:
+            scale = 1.0 / deal.k if deal.block.kind == "probe" else 1.0
+            ordered = sorted(reports, key=lambda item: item[0])
+            parts.append(_weighted_mean([(report.samples, report.blocks[number]) for _, report in ordered]) * scale)
+            segments.append((first, deal.k))
+            continue
+        dealt = sorted(((deal.slot(rank), report) for rank, report in reports), key=lambda item: item[0])
+        for slot, report in dealt:
+            start = first + slot * deal.k
+            if segments and sum(segments[-1]) == start:
+                segments[-1] = (segments[-1][0], segments[-1][1] + deal.k)
+            else:
+                segments.append((start, deal.k))
+            parts.append(report.blocks[number].astype(np.float64) / (len(dealt) * deal.k))
+    return tuple(segments), round_coefficients(np.concatenate(parts))
+
+
+def _weighted_mean(rows: Sequence[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float64]:
+    total = np.zeros(rows[0][1].size, dtype=np.float64)
+    for weight, row in rows:
+        total += float(weight) * row
+    return total / float(sum(weight for weight, _ in rows))
 
 
 def average_blocks(reports: Sequence[Report]) -> tuple[NDArray[np.float64], ...]:
     """Mean of every block over the reports, weighted by samples: ``float64[n]`` per block."""
-    weights = [float(report.samples) for report in reports]
-    out = []
-    for i in range(len(reports[0].blocks)):
-        total = np.zeros(reports[0].blocks[i].size, dtype=np.float64)
-        for weight, report in zip(weights, reports, strict=True):
-            total += weight * report.blocks[i]
-        out.append(total / sum(weights))
-    return tuple(out)
+    return tuple(
+        _weighted_mean([(report.samples, report.blocks[i]) for report in reports])
+        for i in range(len(reports[0].blocks))
+    )
 
 
 def evaluate_reports(reports: Sequence[Report]) -> Evaluation | None:

@@ -128,7 +128,7 @@ class Coordinator:
             elif kind == "announce":
                 self.head = parse(Announcement, payload)
                 self.roster.number()
-                self._round = OpenRound(self.head, self.roster) if self.head.phase in KINDS else None
+                self._round = OpenRound(self.head, self.roster, self._progress.deals(self.head)) if self.head.phase in KINDS else None
                 self._gather_target = self._settings.quorum
             elif kind == "report":
                 message = decode(payload)
@@ -141,7 +141,7 @@ class Coordinator:
             elif kind == "update":
                 record = decode(payload)
                 assert isinstance(record, UpdateRecord)
-                self._progress.adopt_update(self.head, record)
+                self._progress.adopt_update(record)
             elif kind == "evaluation":
                 self._progress.adopt_evaluation(json.loads(payload))
             elif kind == "phase":
@@ -294,7 +294,7 @@ class Coordinator:
 
     def _open(self, phase: Phase, now: float) -> OpenRound:
         self._announce(phase)
-        self._round = OpenRound(self.head, self.roster, deadline=now + self._settings.deadline_s)
+        self._round = OpenRound(self.head, self.roster, self._progress.deals(self.head), deadline=now + self._settings.deadline_s)
         self._gather_until, self._gather_target = None, self._settings.quorum
         self._ask_server_to_evaluate()
         return self._round
@@ -352,7 +352,7 @@ class Coordinator:
         self._out.append(OfferBlob(bytes.fromhex(self._progress.mask_sha256), encoded))
 
     def _update(self, current: OpenRound) -> None:
-        slots = [(current.slot(name), report) for name, report in current.usable()]
+        ranks = [(current.rank(name), report) for name, report in current.usable()]
         try:
             record = self._progress.make_update(self.head, slots)
         except FedzoError as error:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from .blocks import blocks_of
 from .device_events import (
     BlobFound,
     Cancel,
@@ -307,8 +308,9 @@ class Device:
                 self._out += found
                 return True
             self._mask, training = found, run.training
+            blocks = blocks_of(training, manifest, found)
             replica = Replica(
-                manifest.layout, found, manifest.seed, run.settings.seed, training.directions, training.optimiser
+                manifest.layout, found, manifest.seed, run.settings.seed, blocks, training.optimiser
             )
             self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
         steps = preparation.open(manifest, self._mask, wanted) if head.phase in KINDS else None

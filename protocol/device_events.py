@@ -246,7 +246,7 @@ class Task:
         kind: What to measure.
         round: Round number, which seeds batches and directions.
         ordinal: This device's number in the run.
-        positions: ``int64[k]``, directions to probe; empty unless probing.
+        positions: ``int64[k]`` for every block, directions to probe or rows to send; none unless training.
         weights: ``float32[n_survivors]``, a copy that belongs to the task.
         weights_digest: Digest of those weights, 16 bytes.
     """
@@ -255,7 +255,7 @@ class Task:
     kind: ReportKind
     round: int
     ordinal: int
-    positions: NDArray[np.int64]
+    positions: tuple[NDArray[np.int64], ...]
     weights: NDArray[np.float32]
     weights_digest: bytes = bytes(16)
 

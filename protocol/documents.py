@@ -21,12 +21,11 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .directions import MAX_POSITION
 from .errors import ConfigError, ProtocolError
 from .manifest import MAX_MANIFEST_BYTES
 from .settings import RunSettings, SaliencySettings, TrainingSettings
 from .topics import check_name
-from .wire import DIGEST_BYTES, MAX_SCALARS, check_unsigned
+from .wire import DIGEST_BYTES, check_unsigned
 
 __all__ = [
     "Announcement",
@@ -132,11 +131,10 @@ class Announcement(Document):
         round: Round number, unique in the run over all phases.
         phase: What to do.
         participants: Packed set of ordinals (:func:`pack_participants`).
-        k: Directions per device, when training.
-        cursor: First position of the round in the walk over the directions.
         mask_sha256: Hash of the encoded mask, 64 hex digits; empty while there is none.
         mask_size: Its length in bytes.
-        log_length: Update records before this round.
+        log_length: Update records before this round; with the settings and the participants it decides which positions
+            a device gets (``blocks.py``).
         log_head: Chain digest of the log, 32 hex digits; empty before training.
         weights_digest: Digest of the weights, 32 hex digits; empty before training.
         deadline_s: Time that the round may take; for information, the server's clock decides.
@@ -147,8 +145,6 @@ class Announcement(Document):
     round: int
     phase: Phase
     participants: str = ""
-    k: int = 0
-    cursor: int = 0
     mask_sha256: str = ""
     mask_size: int = 0
     log_length: int = 0
@@ -161,8 +157,6 @@ class Announcement(Document):
         check_unsigned("round", self.round, 32)
         check_unsigned("log length", self.log_length, 32)
         _check_lines(self.participants, limit=MAX_PARTICIPANTS)
-        if not 0 <= self.k <= MAX_SCALARS or not 0 <= self.cursor < MAX_POSITION:
-            raise ProtocolError(f"{self.k} directions from position {self.cursor} are out of range")
         _check_hex("the mask's hash", self.mask_sha256, 32)
         least, most = (1, MAX_MASK_BYTES) if self.mask_sha256 else (0, 0)
         if not least <= self.mask_size <= most:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .directions import MAX_POSITION
+from .directions import MAX_BLOCKS, MAX_POSITION
 from .documents import Phase
 from .errors import ProtocolError
 from .wire import (
@@ -177,8 +177,10 @@ class UpdateRecord:
         index: Position in the log, from 0.
         round: Round whose seed words made the directions.
         learning_rate: A float32 value.
-        segments: ``(first position, count)`` runs of the walk over the basis, ascending and disjoint.
-        coefficients: ``float32[sum of counts]``, rounded by the server; read-only.
+        segments: ``(first position, count)`` runs, ascending and disjoint; position ``p`` of block ``b`` counts as
+            ``b * 2**60 + p``.
+        coefficients: ``float32[sum of counts]``, rounded by the server; the gradient of a block is the sum of its
+            coefficients times directions. Read-only.
         parent: Chain digest of the log before this record, 16 bytes.
         digest: Digest of the weights after it, 16 bytes.
     """
@@ -202,8 +204,10 @@ class UpdateRecord:
             raise ProtocolError(f"an update has 1 to {MAX_SEGMENTS} segments, not {len(self.segments)}")
         end = 0
         for first, count in self.segments:
-            if count < 1 or first < end or first + count > MAX_POSITION:
-                raise ProtocolError("the segments of an update are not ascending, disjoint and below 2**62")
+            if count < 1 or first < end or first + count > MAX_BLOCKS * MAX_POSITION:
+                raise ProtocolError("the segments of an update are not ascending, disjoint and below 2**63")
+            if first // MAX_POSITION != (first + count - 1) // MAX_POSITION:
+                raise ProtocolError("a segment of an update lies in two blocks")
             end = first + count
         total = sum(count for _, count in self.segments)
         if total > MAX_SCALARS or total != self.coefficients.size:

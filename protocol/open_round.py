@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .aggregation import check_report
+from .blocks import Deal
 from .coordinator_events import ServerEvaluated
 from .documents import Announcement
 from .errors import ProtocolError, QuorumError
@@ -20,6 +23,7 @@ class OpenRound:
     Args:
         head: Its announcement.
         roster: All devices.
+        deals: The positions that it hands out; none unless weights are trained.
         deadline: When it is over; None until the first event after a restart.
 
     Attributes:
@@ -29,8 +33,11 @@ class OpenRound:
         server_result: The server's own evaluation.
     """
 
-    def __init__(self, head: Announcement, roster: Roster, *, deadline: float | None = None) -> None:
+    def __init__(
+        self, head: Announcement, roster: Roster, deals: Sequence[Deal] = (), *, deadline: float | None = None
+    ) -> None:
         self._head = head
+        self._deals = tuple(deals)
         self._roster = roster
         self.deadline = deadline
         self.participants = tuple(roster.names_of(head.participants))
@@ -50,11 +57,11 @@ class OpenRound:
         """
         if device not in self._ranks:
             raise ProtocolError("not a participant of this round")
-        check_report(report, KINDS[self._head.phase], manifest, settings, self._head.k, weights_digest)
+        check_report(report, KINDS[self._head.phase], manifest, settings, self._deals, weights_digest)
 
-    def slot(self, device: str) -> int:
-        """The device's place in a dealt round; rotates with the rounds like ``settings.positions_of``."""
-        return (self._ranks[device] + self._head.round) % len(self.participants)
+    def rank(self, device: str) -> int:
+        """The device's place among the participants."""
+        return self._ranks[device]
 
     def accept(self, device: str, report: Report) -> None:
         """Count a report that was checked and recorded."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .aggregation import MAX_PARTICIPANTS, average_blocks, combine_probes, directions_per_device, evaluate_reports
+from .aggregation import MAX_PARTICIPANTS, average_blocks, combine_probes, evaluate_reports
+from .blocks import Deal, blocks_of, deal
 from .coordinator_events import ServerEvaluated
 from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
 from .errors import FedzoError, ProtocolError
@@ -46,7 +47,6 @@ class RunProgress:
         self._manifest = manifest
         self._scored = 0
         self._evaluated_at = -1
-        self._cursor = 0
         self.evaluations: list[EvaluationRecord] = []
         self._set_mask(Mask.dense(manifest.layout), b"")
 
@@ -54,8 +54,9 @@ class RunProgress:
         self.mask, self._mask_size = mask, len(encoded)
         self.mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
         training, manifest = self._run.training, self._manifest
+        blocks = blocks_of(training, manifest, mask)
         self.replica = Replica(
-            manifest.layout, mask, manifest.seed, self._run.settings.seed, training.directions, training.optimiser
+            manifest.layout, mask, manifest.seed, self._run.settings.seed, blocks, training.optimiser
         )
 
     def next_phase(self) -> Phase:
@@ -76,24 +77,18 @@ class RunProgress:
             phase: What it is for.
             round_: Its number.
             ready: Devices that it can count on, in the order of ordinals. Above :data:`~.aggregation.MAX_PARTICIPANTS`
-                they take turns.
+                they take turns; the fewer the more blocks there are.
         """
-        training, members = self._run.training, list(ready)
-        if len(members) > MAX_PARTICIPANTS:
-            start = round_ * MAX_PARTICIPANTS % len(members)
-            members = (members + members)[start : start + MAX_PARTICIPANTS]
-        k = 0
-        if phase == "train":
-            n_slots = len(members) if training.assignment == "dealt" else 1
-            k = directions_per_device(training.k, n_slots, self.replica.directions.n_positions)
+        members, most = list(ready), MAX_PARTICIPANTS // len(self.replica.blocks)
+        if len(members) > most:
+            start = round_ * most % len(members)
+            members = (members + members)[start : start + most]
         has_log = phase != "saliency"
         return Announcement(
             run=self._run.run,
             round=round_,
             phase=phase,
             participants=pack_participants(np.array([member.ordinal for member in members], dtype=np.int64)),
-            k=k,
-            cursor=self._cursor if phase == "train" else 0,
             mask_sha256=self.mask_sha256,
             mask_size=self._mask_size,
             log_length=self.replica.index,
@@ -102,10 +97,12 @@ class RunProgress:
             deadline_s=self._run.settings.deadline_s,
         )
 
-    def _walk_on(self, head: Announcement) -> None:
-        """The next round's directions follow those that this one handed out, reported or not."""
-        dealt = self._run.training.assignment == "dealt"
-        self._cursor = head.cursor + head.k * (unpack_participants(head.participants).size if dealt else 1)
+    def deals(self, head: Announcement) -> tuple[Deal, ...]:
+        """The positions that an announced round hands out; none unless weights are trained."""
+        if head.phase != "train":
+            return ()
+        n_devices = max(1, unpack_participants(head.participants).size)
+        return deal(self.replica.blocks, self._run.training.assignment, head.log_length, n_devices)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -125,18 +122,17 @@ class RunProgress:
 
         Args:
             head: The round's announcement.
-            reports: ``(slot, report)`` of every usable report.
+            reports: ``(rank, report)`` of every usable report.
 
         Raises:
             FedzoError: The update cannot be made; nothing has changed.
         """
         training, index = self._run.training, self.replica.index
         try:
-            segments, coefficients = combine_probes(training.assignment, head.cursor, head.k, reports)
+            segments, coefficients = combine_probes(self.deals(head), reports)
             record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients)
         except ProtocolError as error:
             raise FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate") from None
-        self._walk_on(head)
         return record
 
     def count(self, reports: Sequence[Report], server: ServerEvaluated | None) -> EvaluationRecord:
@@ -165,14 +161,13 @@ class RunProgress:
         self._set_mask(Mask.decode(encoded, self._manifest.layout), encoded)
         self._scored += 1
 
-    def adopt_update(self, head: Announcement, record: UpdateRecord) -> None:
+    def adopt_update(self, record: UpdateRecord) -> None:
         """Replay a recorded update.
 
         Raises:
             ProtocolError: It gives other weights.
         """
         self.replica.apply(record)
-        self._walk_on(head)
 
     def adopt_evaluation(self, result: EvaluationRecord) -> None:
         """Note a recorded evaluation."""

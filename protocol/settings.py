@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .directions import Family
 from .errors import ConfigError
 from .optimisers import OptimiserConfig
 
-__all__ = ["Assignment", "Inputs", "RunSettings", "SaliencySettings", "Schedule", "TrainingSettings", "positions_of"]
+__all__ = ["Assignment", "EstimatorName", "Inputs", "RunSettings", "SaliencySettings", "Schedule", "TrainingSettings"]
 
 Assignment = Literal["shared", "dealt"]
 Schedule = Literal["constant", "cosine"]
+EstimatorName = Literal["stein", "split", "node"]
 Inputs = Literal["gaussian", "data"]
 MAX_DIRECTIONS = 60_000
+MAX_REPEATS = 65_535  # what the streams of a device's noise have room for
 MAX_SCALAR = 1e20  # well below the largest coefficient of an update, 2**80
 
 
@@ -55,13 +56,19 @@ class SaliencySettings:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """Zeroth-order training by Stein's identity (BAFFLE, arXiv 2301.12195).
+    """Zeroth-order training.
 
     Attributes:
         rounds: Updates to make.
+        estimator: ``stein``: directions over all weights (BAFFLE, arXiv 2301.12195). ``split``: some over the layers in
+            front of the artifact's cut, many over those behind it, from stored features. ``node``: directions over the
+            layers in front of the fully connected ones, and a sketch of these layers' gradient by node perturbation.
         directions: Family of the perturbations.
         assignment: ``shared``: every device evaluates the same directions; ``dealt``: disjoint ones.
-        k: Directions per device and round.
+        k: Directions per device and round; of the front layers unless the estimator is ``stein``.
+        tail_k: Directions, or rows of the sketch, per device and round for the layers behind the cut.
+        repeats: Passes with fresh noise of ``node``.
+        feedback: How much of what a sketch could not carry counts in the next round, for ``node``.
         sigma: Length scale of a perturbation; rounded to float32.
         two_sided: Central instead of forward differences.
         batch: Samples behind one loss.
@@ -71,9 +78,13 @@ class TrainingSettings:
     """
 
     rounds: int = 500
+    estimator: EstimatorName = "stein"
     directions: Family = "hadamard"
     assignment: Assignment = "dealt"
     k: int = 64
+    tail_k: int = 256
+    repeats: int = 16
+    feedback: float = 0.95
     sigma: float = 1e-3
     two_sided: bool = False
     batch: int = 16
@@ -85,7 +96,11 @@ class TrainingSettings:
         _check(0 <= self.rounds <= 1 << 30, "rounds", self.rounds, "0 to 2^30")
         _check(self.directions in ("gaussian", "rademacher", "hadamard"), "directions", self.directions, "a family")
         _check(self.assignment in ("shared", "dealt"), "assignment", self.assignment, "shared or dealt")
+        _check(self.estimator in ("stein", "split", "node"), "estimator", self.estimator, "stein, split or node")
         _check(1 <= self.k <= MAX_DIRECTIONS, "k", self.k, f"1 to {MAX_DIRECTIONS}")
+        _check(1 <= self.tail_k <= MAX_DIRECTIONS, "tail k", self.tail_k, f"1 to {MAX_DIRECTIONS}")
+        _check(1 <= self.repeats <= MAX_REPEATS, "repeats", self.repeats, f"1 to {MAX_REPEATS}")
+        _check(0.0 <= self.feedback < 1.0, "feedback", self.feedback, "at least 0 and below 1")
         _check(math.isfinite(self.sigma) and 1e-8 < self.sigma < 10, "sigma", self.sigma, "above 1e-8 and below 10")
         object.__setattr__(self, "sigma", float(np.float32(self.sigma)))  # both sides multiply in float32
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
@@ -140,27 +155,3 @@ class RunSettings:
         _check(1 <= self.patience <= 1_000_000, "patience", self.patience, "1 or more")
         _check(0 <= self.evaluate_every <= 1 << 30, "evaluate every", self.evaluate_every, "0 or more")
         _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")
-
-
-def positions_of(
-    assignment: Assignment, round_: int, cursor: int, k: int, rank: int, n_devices: int
-) -> NDArray[np.int64]:
-    """Which directions a device probes in a round.
-
-    ``shared``: everybody ``cursor .. cursor + k``. ``dealt``: disjoint runs of ``k``, rotated every round so that a
-    device meets all parts of the basis.
-
-    Args:
-        assignment: How directions are handed out.
-        round_: Round number.
-        cursor: First position of the round.
-        k: Directions per device.
-        rank: The device's place among the participants, in the order of ordinals.
-        n_devices: Number of participants.
-
-    Returns:
-        ``int64[k]``, ascending.
-    """
-    slot = (rank + round_) % n_devices if assignment == "dealt" else 0
-    first = cursor + slot * k
-    return np.arange(first, first + k, dtype=np.int64)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .blocks import deal
 from .device_events import Outcome, Task
 from .documents import Announcement, RunDocument, unpack_participants
 from .errors import ProtocolError
 from .messages import KINDS, Decline, Report, ReportKind
-from .settings import positions_of
 from .update import Replica
 
 __all__ = ["make_report", "make_task"]
@@ -39,9 +40,10 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
     rank = int(np.searchsorted(members, ordinal))
     if rank == members.size or members[rank] != ordinal:
         return None
-    positions = np.zeros(0, dtype=np.int64)
+    positions: tuple[NDArray[np.int64], ...] = ()
     if kind is ReportKind.PROBE:
-        positions = positions_of(run.training.assignment, head.round, head.cursor, head.k, rank, members.size)
+        deals = deal(replica.blocks, run.training.assignment, head.log_length, members.size)
+        positions = tuple(one.positions(one.slot(rank)) for one in deals)
     return Task(number, kind, head.round, ordinal, positions, replica.weights.copy(), replica.digest)
 
 

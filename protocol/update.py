@@ -1,7 +1,7 @@
 """From scalars to weights: every side replays the same log of updates and reaches the same bits.
 
-An update names positions of the walk over the directions and one coefficient each; the gradient estimate is
-``(1/n) sum_k c_k direction_k`` over its ``n`` positions, and one optimiser step follows. Weights never travel.
+An update names positions of the walks over the directions of its blocks and one coefficient each; the gradient estimate
+of a block is ``sum_k c_k direction_k`` over its positions, and one optimiser step follows. Weights never travel.
 
 Source: Zelikman et al., "Just One Byte (per gradient)", 2023, and Malladi et al., NeurIPS 2023, for the replay of
 scalars with seeds.
@@ -13,11 +13,14 @@ import dataclasses
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .directions import Directions, Family, round_coefficients
+from .blocks import Block, directions_of
+from .directions import MAX_POSITION, Directions, round_coefficients
 from .errors import ProtocolError
 from .layout import Layout, initial_weights
 from .mask import Mask
@@ -42,7 +45,7 @@ def chain_digest(parent: bytes, record: bytes) -> bytes:
 
 
 def empty_log_digest(
-    layout: Layout, mask: Mask, manifest_seed: int, run_seed: int, family: Family, optimiser: OptimiserConfig
+    layout: Layout, mask: Mask, manifest_seed: int, run_seed: int, blocks: Sequence[Block], optimiser: OptimiserConfig
 ) -> bytes:
     """Head of a log without records. It covers every setting of the replay, so that two sides whose settings differ
     disagree from the first record on instead of drifting apart.
@@ -51,29 +54,46 @@ def empty_log_digest(
         16 bytes.
     """
     settings = {
-        "format": 1,
+        "format": 2,
         "layout": layout.digest.hex(),
         "mask": mask.digest.hex(),
         "manifest_seed": manifest_seed,
         "run_seed": run_seed,
-        "family": family,
+        "blocks": [[b.number, b.first, b.size, b.kind, b.family] for b in blocks],
         "optimiser": optimiser.to_json(),
     }
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
 
 
-def estimate_gradient(directions: Directions, record: UpdateRecord) -> NDArray[np.float32]:
-    """Mean of coefficient times direction over all positions of the record.
+def estimate_gradient(
+    blocks: Sequence[Block], directions: Sequence[Directions], record: UpdateRecord
+) -> NDArray[np.float32]:
+    """Sum of coefficient times direction over the positions of every block; zeros where a block has none.
+
+    Args:
+        blocks: Of the run, one behind the other.
+        directions: Theirs.
+        record: The update.
 
     Returns:
-        ``float32[directions.size]``, owned by the caller.
+        ``float32[n_survivors]``, owned by the caller.
 
     Raises:
-        ProtocolError: A position is out of range.
+        ProtocolError: A position belongs to no block.
     """
-    total = directions.combine(record.round, record.positions(), record.coefficients)
-    return np.multiply(total, np.float32(1.0) / np.float32(record.coefficients.size), out=total)
+    positions = record.positions()
+    if int(positions[-1]) >= len(blocks) * MAX_POSITION:
+        raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
+    parts = []
+    for block, basis in zip(blocks, directions, strict=True):
+        start, stop = np.searchsorted(positions, [block.offset, block.offset + MAX_POSITION])
+        if start == stop:
+            parts.append(np.zeros(block.size, np.float32))
+            continue
+        mine = positions[start:stop] - block.offset
+        parts.append(basis.combine(block.basis_round(record.round), mine, record.coefficients[start:stop]))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Replica:
@@ -88,12 +108,12 @@ class Replica:
         mask: Its survivors.
         manifest_seed: Seed of the initial weights.
         run_seed: Seed of the directions.
-        family: Direction family.
+        blocks: Which parts of the survivors have directions of their own, from the first to the last survivor.
         optimiser_config: The optimiser, over the surviving weights.
 
     Attributes:
         weights: ``float32[n_survivors]``, a read-only view that the replica updates in place.
-        directions: The directions of the run, for probing.
+        blocks: The blocks.
     """
 
     def __init__(
@@ -102,16 +122,21 @@ class Replica:
         mask: Mask,
         manifest_seed: int,
         run_seed: int,
-        family: Family,
+        blocks: Sequence[Block],
         optimiser_config: OptimiserConfig,
     ) -> None:
         if mask.layout != layout:
             raise ProtocolError("the mask belongs to another layout")
+        self.blocks = tuple(blocks)
+        if [b.first for b in blocks] != [0, *accumulate(b.size for b in blocks)][:-1] or (
+            sum(b.size for b in blocks) != mask.n_survivors
+        ):
+            raise ProtocolError(f"the blocks do not cover the {mask.n_survivors} survivors")
         self._layout, self._mask, self._manifest_seed = layout, mask, manifest_seed
-        self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, family, optimiser_config)
+        self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, blocks, optimiser_config)
         self._weights = np.empty(mask.n_survivors, dtype=np.float32)
         self._optimiser = Optimiser(optimiser_config, mask.n_survivors)
-        self.directions = Directions(family, run_seed, mask.n_survivors)
+        self._directions = directions_of(blocks, run_seed)
         self.weights = self._weights.view()
         self.weights.setflags(write=False)
         self.restore_from_start()
@@ -203,7 +228,7 @@ class Replica:
         """One optimiser step, undone when the weights are not finite or do not have the expected digest."""
         weights, state = self._weights.copy(), tuple(part.copy() for part in self._optimiser.state)
         with np.errstate(over="ignore", invalid="ignore"):
-            gradient = estimate_gradient(self.directions, record)
+            gradient = estimate_gradient(self.blocks, self._directions, record)
             self._optimiser.step(self._weights, gradient, np.float32(record.learning_rate))
         digest = weights_digest(self._weights)
         # A moment that overflows would freeze its weight for good, so it counts as well.

@@ -1,0 +1,152 @@
+"""Which parts of the weights have directions of their own, and which of them a device gets in a round.
+
+The survivors are cut into blocks of neighbours. A block is either probed (a scalar is a difference of losses along a
+direction) or sketched (a scalar is a coordinate of a gradient that the device holds). Every side derives the same
+blocks and positions from the run's settings, the artifact, the mask and the length of the log: nothing of it travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .directions import MAX_POSITION, Directions, Family, n_positions
+from .errors import ConfigError
+from .manifest import Manifest
+from .mask import Mask
+from .settings import Assignment, TrainingSettings
+from .sketch import BASIS_ROUND
+from .wire import MAX_SCALARS
+
+__all__ = ["Block", "BlockKind", "Deal", "blocks_of", "deal", "directions_of", "whole_block"]
+
+BlockKind = Literal["probe", "sketch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One part of the weights.
+
+    Attributes:
+        number: From 0; tells the streams of its directions.
+        first: Its first survivor.
+        size: Number of survivors.
+        kind: ``probe`` or ``sketch``.
+        family: Of its directions.
+        k: Positions a device gets in a round, if that many fit.
+    """
+
+    number: int
+    first: int
+    size: int
+    kind: BlockKind
+    family: Family
+    k: int
+
+    @property
+    def n_positions(self) -> int:
+        """After how many positions its directions repeat."""
+        return n_positions(self.family, self.size)
+
+    @property
+    def offset(self) -> int:
+        """Its position 0 on the axis that all blocks share, as update records count."""
+        return self.number * MAX_POSITION
+
+    def basis_round(self, round_: int) -> int:
+        """Round whose signs its directions take: a sketch keeps one basis, since residuals outlive a round."""
+        return BASIS_ROUND if self.kind == "sketch" else round_
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """The positions of one block that a round hands out.
+
+    Attributes:
+        block: The block.
+        k: Positions a device.
+        n_slots: Disjoint runs of ``k`` positions; 1 if all devices get the same.
+        step: Updates before the round.
+    """
+
+    block: Block
+    k: int
+    n_slots: int
+    step: int
+
+    @property
+    def first(self) -> int:
+        """First position of the round; rounds follow each other without a gap while the devices stay the same."""
+        return self.step * self.n_slots * self.k % self.block.n_positions
+
+    def slot(self, rank: int) -> int:
+        """Which run the device of that rank gets: another one each round, so that it meets all parts of the basis."""
+        return (rank + self.step) % self.n_slots
+
+    def positions(self, slot: int) -> NDArray[np.int64]:
+        """The positions of one slot: ``int64[k]``, ascending."""
+        first = self.first + slot * self.k
+        return np.arange(first, first + self.k, dtype=np.int64)
+
+
+def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tuple[Block, ...]:
+    """The blocks of a run, in the order of the weights.
+
+    Args:
+        training: Names the estimator.
+        manifest: Tells where the network is cut.
+        mask: Tells how many survivors lie in front of the cut.
+
+    Raises:
+        ConfigError: The estimator needs a cut that the model does not have.
+    """
+    n, family = mask.n_survivors, training.directions
+    if training.estimator == "stein":
+        return whole_block(family, n, training.k)
+    cut = manifest.cut if training.estimator == "split" else manifest.tail.cut if manifest.tail else None
+    if cut is None:
+        layers = (
+            "layers that can be separated" if training.estimator == "split" else "fully connected layers at its end"
+        )
+        raise ConfigError(
+            f"the estimator {training.estimator} needs {layers}, {manifest.model} has none",
+            hint="use --estimator stein",
+        )
+    first = int(mask.counts()[: cut.first_parameter].sum())
+    front = Block(0, 0, first, "probe", family, training.k)
+    if training.estimator == "split":
+        return front, Block(1, first, n - first, "probe", family, training.tail_k)
+    return front, Block(1, first, n - first, "sketch", "hadamard", training.tail_k)
+
+
+def whole_block(family: Family, n_survivors: int, k: int = 1) -> tuple[Block, ...]:
+    """All weights as one block that is probed."""
+    return (Block(0, 0, n_survivors, "probe", family, k),)
+
+
+def deal(blocks: Sequence[Block], assignment: Assignment, step: int, n_devices: int) -> tuple[Deal, ...]:
+    """What a round hands out, so that whoever reports, the update fits one message.
+
+    Args:
+        blocks: Of the run.
+        assignment: Of probed blocks; sketches are always shared, so that their scalars can be added.
+        step: Updates before the round.
+        n_devices: Participants, at least 1.
+    """
+    slots = {b.number: n_devices if assignment == "dealt" and b.kind == "probe" else 1 for b in blocks}
+    room = MAX_SCALARS // len(blocks)
+    deals = []
+    for block in blocks:
+        n_slots = slots[block.number]
+        k = max(1, min(block.k, block.n_positions // n_slots, room // n_slots))
+        deals.append(Deal(block, k, n_slots, step))
+    return tuple(deals)
+
+
+def directions_of(blocks: Sequence[Block], seed: int) -> tuple[Directions, ...]:
+    """The directions of every block, of a run with that seed."""
+    return tuple(Directions(block.family, seed, block.size, block.number) for block in blocks)
