@@ -31,7 +31,7 @@ from ..edge_runtime.transport import (
 from ..protocol import coordinator_events as machine
 from ..protocol.codec import decode
 from ..protocol.coordinator import Coordinator
-from ..protocol.documents import Hello, Presence, RunDocument, ServerPresence, parse
+from ..protocol.documents import Hello, Order, Presence, RunDocument, ServerPresence, parse
 from ..protocol.errors import BrokerError, FedzoError, ProtocolError
 from ..protocol.messages import UpdateRecord
 from ..protocol.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
@@ -115,6 +115,8 @@ class Server:
         self._stop = threading.Event()
         self._blobs = BlobServer(folder.artifact, folder.artifact_path)
         self._log_sequences: list[int] = []
+        self._evaluating: int | None = None
+        self._limits: dict[str, int] = {}
         birth = time.time_ns() // 1_000_000
         self.coordinator = Coordinator(run, folder.artifact.manifest, birth=birth, has_test_set=test_set is not None)
         self._restore()
@@ -164,6 +166,7 @@ class Server:
             while not self._stop.is_set() and not self.coordinator.finished:
                 self._carry_out(self._next_batch(), pool)
         finally:
+            self._stop.set()  # also for an evaluation that runs
             pool.shutdown(cancel_futures=True)
             self._transport.close(self._goodbye)
 
@@ -255,6 +258,8 @@ class Server:
 
     def _do(self, command: machine.CoordinatorCommand, pool: ThreadPoolExecutor) -> None:
         if isinstance(command, machine.Send):
+            if isinstance(command.message, Order):
+                self._note(command.device, command.message)
             self._send(command.channel, command.message.encode(), command.device)
         elif isinstance(command, machine.OfferBlob):
             self._blobs.offer(command.sha256, command.data)
@@ -264,8 +269,17 @@ class Server:
                 self._send(Channel.BLOCK, block.encode(), command.device)
         elif isinstance(command, machine.ServeLog):
             self._send_log(command)
-        elif isinstance(command, machine.Evaluate):
+        elif isinstance(command, machine.Evaluate) and self._evaluating != command.round:
+            self._evaluating = command.round  # It is asked for again after every break of the link.
             pool.submit(self._evaluate, command)
+
+    def _note(self, device: str, order: Order) -> None:
+        """Say once what a board's memory makes of its part in the run."""
+        limit = 0 if order.action == "excuse" else order.micro_batch
+        if (limit or order.action == "excuse") and self._limits.get(device) != limit:
+            self._limits[device] = limit
+            what = f"may use a micro-batch of {limit} at most" if limit else "is excused from the run"
+            _log.warning("%s %s: %s", device, what, order.detail or "over its memory budget with a larger one")
 
     def _send(self, channel: Channel, payload: bytes, device: str = "") -> None:
         self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
@@ -290,7 +304,9 @@ class Server:
         try:
             with Engine(self._folder.artifact, command.mask, threads=self._threads, micro_batch=64) as engine:
                 loss_sum, correct, count = 0.0, 0, 0
-                for batch in self._test_set.batches(512):
+                for batch in self._test_set.batches(engine.micro_batch):
+                    if self._stop.is_set():
+                        return
                     part = engine.evaluate(command.weights, batch.x, batch.y)
                     loss_sum, correct, count = loss_sum + part[0], correct + part[1], count + part[2]
             self._events.put(machine.ServerEvaluated(command.round, loss_sum / count, correct / count, count))

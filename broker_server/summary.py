@@ -36,8 +36,9 @@ class Summary:
         parameters: Weights of the dense model.
         mask_bytes: Size of the encoded mask.
         weights_digest: Digest of the server's weights, hex.
-        digests_agree: Every enrolled device ended with that digest, except those that refused to take part.
+        digests_agree: Every enrolled device ended with that digest, except those that refused or were excused.
         devices: Enrolled devices.
+        excused: Devices that needed more memory than they may use whatever the micro-batch, as ``NAME: why``.
         curve: ``(updates, accuracy)`` of every evaluation, oldest first.
     """
 
@@ -58,6 +59,7 @@ class Summary:
     weights_digest: str
     digests_agree: bool
     devices: int
+    excused: tuple[str, ...]
     curve: tuple[tuple[int, float], ...]
 
 
@@ -108,7 +110,7 @@ def summarise(
     )
     own = coordinator.evaluations[-1]["accuracy"] if coordinator.evaluations else None
     digest = coordinator.replica.digest.hex()
-    last = [member.weights_digest for member in members.values() if member.status != "refused"]
+    last = [member.weights_digest for member in members.values() if member.is_taking_part]
     return Summary(
         run=coordinator.run.run,
         phase=coordinator.head.phase,
@@ -127,5 +129,6 @@ def summarise(
         weights_digest=digest,
         digests_agree=bool(last) and all(other == digest for other in last),
         devices=len(members),
+        excused=tuple(f"{name}: {member.excuse}" for name, member in sorted(members.items()) if member.is_excused),
         curve=curve,
     )

@@ -277,6 +277,7 @@ def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) 
         ("survivors", f"{summary.survivors} of {summary.parameters}"),
         ("weights digest", summary.weights_digest),
         ("all devices agree", "yes" if summary.digests_agree else "no"),
+        *(("excused", text) for text in summary.excused),
         ("seconds", wall_s),
     ]
     output.table(("run", summary.run), rows)

@@ -258,7 +258,12 @@ class Agent:
         if isinstance(item, machine.Planned):
             self._summary.planned_peak_mib = item.peak_mib
             budget = self._limits.ram_budget_mib
-            self._say(f"run {item.run} fits: planned peak {item.peak_mib:.1f} MiB, budget {budget:g} MiB")
+            self._say(
+                f"run {item.run} fits: planned peak {item.peak_mib:.1f} MiB, budget {budget:g} MiB,"
+                f" micro-batch {item.micro_batch}"
+            )
+        if isinstance(item, machine.OverBudget):
+            _log.warning("this device cannot compute as planned: %s", item.detail)
         if isinstance(item, machine.Computed) and item.outcome is not None:
             self._summary.reports += 1
             self._summary.queries += item.outcome.queries

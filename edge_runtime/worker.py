@@ -6,6 +6,7 @@ Commands are carried out one after another, in the order in which they were give
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import queue
@@ -23,6 +24,7 @@ from ..protocol.device_events import (
     DeviceEvent,
     Failed,
     Outcome,
+    OverBudget,
     Plan,
     Planned,
     Prepare,
@@ -40,10 +42,12 @@ from .artifact import Artifact, BlobStore
 from .data import Dataset, batch_indices
 from .engine import Engine, NonFiniteLossError
 from .estimators import Cancelled, SteinEstimator
-from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan
+from .fence import Fence
+from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan, tls_bytes
+from .ort import release_arena, runtime
 from .providers import CPU
 from .saliency import UnitShiftScorer
-from .variants import matching_variant
+from .variants import wanted_variants
 
 __all__ = ["Limits", "Worker"]
 
@@ -62,6 +66,8 @@ class Limits:
         micro_batch: Samples of one run of a graph; None to choose.
         providers: Execution providers in order of preference.
         strict_providers: Refuse a run when the first one does not start.
+        fence: Bound the memory of the process by the plan, see :class:`~.fence.Fence`. Not for an accelerator, whose
+            drivers map more than there is.
     """
 
     ram_budget_mib: float
@@ -69,6 +75,7 @@ class Limits:
     micro_batch: int | None = None
     providers: tuple[str, ...] = (CPU,)
     strict_providers: bool = False
+    fence: bool = False
 
 
 class NoSamplesError(DataError):
@@ -125,8 +132,12 @@ class Worker:
         self._cancelled = 0  # tasks up to this number are not wanted; written by the caller, read by the thread
         self._closing = False
         # Of the thread alone:
+        self._fence = Fence()
         self._dataset: tuple[tuple[int, ...], int, Dataset] | None = None
         self._prepared: _Prepared | None = None
+        self._arena_bytes = 0
+        self._is_lowered = False
+        self._has_batches = False
         self._tested: set[bytes] = set()
 
     def start(self) -> None:
@@ -162,15 +173,24 @@ class Worker:
                 continue
             try:
                 answer: DeviceEvent = self._plan(command) if isinstance(command, Plan) else self._prepare(command)
-            except FedzoError as error:
-                answer = Failed(error, command.run.run)
-            except MemoryError as error:
-                answer = Failed(MemoryBudgetError(f"no memory left: {error}"), command.run.run)
             except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
-                _log.exception("%s failed", type(command).__name__.lower())
-                answer = Failed(FedzoError(f"unexpected {type(error).__name__}: {error}"), command.run.run)
+                answer = self._failure(command, error)
             self._answer(answer)
         self._release()
+        self._fence.lift()
+
+    def _failure(self, command: Plan | Prepare, error: Exception) -> DeviceEvent:
+        """The answer to what failed; an engine that needs too much memory may still fit with a smaller micro-batch."""
+        run, over = command.run.run, _as_over_budget(error)
+        if over is not None and isinstance(command, Prepare):
+            release_arena()
+            return OverBudget(run, over.message)
+        if over is not None:
+            return Failed(over, run)
+        if isinstance(error, FedzoError):
+            return Failed(error, run)
+        _log.error("%s failed", type(command).__name__.lower(), exc_info=error)
+        return Failed(FedzoError(f"unexpected {type(error).__name__}: {error}"), run)
 
     def _release(self) -> None:
         if self._prepared is not None:
@@ -185,9 +205,26 @@ class Worker:
 
     def _plan(self, command: Plan) -> Planned:
         self._release()
+        self._fence.lift()
         self.plans = ()
+        dataset = self._data(command.manifest.input_shape, command.manifest.n_classes)
+        plans, files = self._phases(command, dataset, self._limits.micro_batch)
+        peak_mib, micro_batch = max(p.planned_peak_mib for p in plans), min(p.micro_batch for p in plans)
+        self._arena_bytes = max(p.arena_bytes for p in plans)
+        self._is_lowered = command.micro_batch is not None and command.micro_batch < micro_batch
+        if self._is_lowered:
+            # The larger plan fits the budget and did not hold: a smaller micro-batch gets the same arena, and the
+            # portable graph, which needs less of it.
+            plans, files = self._phases(command, dataset, command.micro_batch)[0], ()
+        self.plans = plans
+        self._has_batches = any(v.queries > 1 and v.file in files for v in command.manifest.variants)
+        return Planned(command.run.run, peak_mib, min(p.micro_batch for p in plans), files)
+
+    def _phases(
+        self, command: Plan, dataset: Dataset, micro_batch: int | None
+    ) -> tuple[tuple[MemoryPlan, ...], tuple[GraphFile, ...]]:
+        """The plans of the run's phases, and the optional files that they count."""
         manifest, limits, settings = command.manifest, self._limits, command.run.settings
-        dataset = self._data(manifest.input_shape, manifest.n_classes)
         layout = manifest.layout
 
         def phase(graphs: tuple[str, ...], n_survivors: int, batch: int, resident_bytes: int) -> MemoryPlan:
@@ -197,52 +234,55 @@ class Worker:
                 limits.ram_budget_mib,
                 graphs=graphs,
                 batch=batch,
-                micro_batch=limits.micro_batch,
+                micro_batch=micro_batch,
                 threads=limits.threads,
                 dataset_bytes=resident_bytes,
             )
 
-        survivors, resident = layout.size - round(settings.sparsity * layout.maskable_size), dataset.resident_bytes
+        survivors = layout.size - round(settings.sparsity * layout.maskable_size)
+        resident = dataset.resident_bytes + tls_bytes()
         training, files = self._training_plan(
-            manifest, lambda graphs: phase(graphs, survivors, settings.training.batch, dataset.resident_bytes)
+            manifest, lambda graphs: phase(graphs, survivors, settings.training.batch, resident)
         )
         plans = [training]
         if settings.sparsity > 0:
-            # While weights are scored, the replica of the state machine is dense: weights and two moments.
-            samples, resident = settings.saliency.samples, resident + 12 * layout.size
-            plans.append(phase(SCORING_GRAPHS, layout.size, samples, resident))
-        self.plans = tuple(plans)
-        return Planned(command.run.run, max(p.planned_peak_mib for p in plans), files)
+            plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))
+        return tuple(plans), files
 
     def _training_plan(
         self, manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]
     ) -> tuple[MemoryPlan, tuple[GraphFile, ...]]:
-        """The plan with the variant of this machine, unless that needs more than the budget or smaller micro-batches.
+        """The plan with the variants of this machine, unless they need more than the budget or smaller micro-batches.
 
         Returns:
-            The plan, and the variant's file if the plan counts it. The engine takes it if it is there, fits under the
-            plan's limit and gives the known answer.
+            The plan, and the files of the variants that it counts: all, or only the one for single queries. The engine
+            takes one if it is there, fits under the plan's limit and gives the known answer.
         """
         portable = phase(TRAINING_GRAPHS)
-        variant = matching_variant(manifest, "probe.onnx")
-        if variant is None:
-            return portable, ()
-        with contextlib.suppress(MemoryBudgetError):
-            blocked = phase((*TRAINING_GRAPHS, variant.file.name))
-            if blocked.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
-                return blocked, (variant.file,)
+        wanted = wanted_variants(manifest)
+        for variants in (wanted, tuple(v for v in wanted if v.queries == 1)):
+            with contextlib.suppress(MemoryBudgetError):
+                planned = phase((*TRAINING_GRAPHS, *(v.file.name for v in variants)))
+                if variants and planned.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
+                    return planned, tuple(v.file for v in variants)
         return portable, ()
 
     def _prepare(self, command: Prepare) -> Prepared:
         self._release()
         run, manifest = command.run, command.manifest
+        if self._limits.fence and self._limits.providers[:1] == (CPU,):
+            runtime()  # under a limit its import could end the process
+            growth_mib = max(p.anonymous_mib - p.process_mib for p in self.plans)
+            self._fence.set(growth_mib, threads=self._limits.threads)
         artifact = Artifact.from_blobs(self._blobs.get(bytes.fromhex(run.manifest_sha256)), self._blobs)
         engine = Engine(
             artifact,
             command.mask,
             threads=self._limits.threads,
             micro_batch=min(p.micro_batch for p in self.plans),
-            arena_bytes=max(p.arena_bytes for p in self.plans),
+            arena_bytes=self._arena_bytes,
+            layout="portable" if self._is_lowered else "auto",
+            queries="auto" if self._has_batches else 1,
             providers=self._limits.providers,
             strict_providers=self._limits.strict_providers,
         )
@@ -266,15 +306,19 @@ class Worker:
             return None
         except NonFiniteLossError as error:
             decline, detail = Decline.NON_FINITE, error.message
-        except (MemoryBudgetError, MemoryError) as error:
-            decline, detail = Decline.OVER_BUDGET, str(error)
         except NoSamplesError as error:
             decline, detail = Decline.NO_DATA, error.message
-        except FedzoError as error:
-            detail = error.message
         except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
-            _log.exception("round %d failed", task.round)
-            detail = f"unexpected {type(error).__name__}: {error}"
+            over = _as_over_budget(error)
+            if over is not None:
+                decline, detail = Decline.OVER_BUDGET, over.message
+                if self._prepared is not None:
+                    self._prepared.engine.close()
+            elif isinstance(error, FedzoError):
+                detail = error.message
+            else:
+                _log.exception("round %d failed", task.round)
+                detail = f"unexpected {type(error).__name__}: {error}"
         elapsed_ms = min(round(1e3 * (time.monotonic() - started)), 0xFFFFFFFF)
         peak_rss_kib = round(1024 * peak_rss_mib())
         if measured is None:
@@ -332,3 +376,12 @@ class Worker:
         if not math.isfinite(float(block[0])):
             raise NonFiniteLossError(f"the loss of {count} samples is {loss_sum}: the weights have diverged")
         return _Measured((block,), count, loss_sum / count, queries)
+
+
+def _as_over_budget(error: Exception) -> MemoryBudgetError | None:
+    """The error, if it says that memory ran out: under the arena's limit, the address space's, or the machine's."""
+    if isinstance(error, MemoryBudgetError):
+        return error
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return MemoryBudgetError(f"no memory left: {error}".rstrip(": "))
+    return None

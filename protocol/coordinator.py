@@ -40,6 +40,7 @@ from .coordinator_events import (
 )
 from .documents import Announcement, Hello, Phase, Presence, RunDocument, ServerPresence, parse
 from .errors import FedzoError, ProtocolError, QuorumError
+from .gathering import Gathering
 from .manifest import Manifest
 from .mask import Mask
 from .messages import KINDS, Receipt, Report, UpdateRecord, Verdict
@@ -82,9 +83,7 @@ class Coordinator:
         self._has_test_set = has_test_set
         self._round: OpenRound | None = None
         self._failures = 0
-        self._gather_until: float | None = None
-        self._gather_target = self._settings.devices
-        self._shortfall = 0
+        self._gathering = Gathering(self.roster, self._settings)
         self._out: list[CoordinatorCommand] = []
         self._recorded_run = False
 
@@ -128,8 +127,8 @@ class Coordinator:
             elif kind == "announce":
                 self.head = parse(Announcement, payload)
                 self.roster.number()
-                self._round = OpenRound(self.head, self.roster, self._progress.deals(self.head)) if self.head.phase in KINDS else None
-                self._gather_target = self._settings.quorum
+                self._round = self._round_of(self.head) if self.head.phase in KINDS else None
+                self._gathering.expect_quorum()
             elif kind == "report":
                 message = decode(payload)
                 if isinstance(message, Report) and self._round and round_ == self.head.round:
@@ -158,7 +157,7 @@ class Coordinator:
     @property
     def wakeup(self) -> float | None:
         """When the next ``Tick`` is due, if nothing else happens before."""
-        return None if self.finished else self._round.deadline if self._round else self._gather_until
+        return None if self.finished else self._round.deadline if self._round else self._gathering.until
 
     def on(self, event: CoordinatorEvent, now: float) -> list[CoordinatorCommand]:
         """Take one event.
@@ -176,9 +175,9 @@ class Coordinator:
         if not self._recorded_run:
             self._record("run", self.run.encode(), round_=0)
             self._recorded_run = True
-        if self._round is None and self._gather_until is None:
+        if self._round is None and self._gathering.until is None:
             over = self.head.phase == "done"
-            self._gather_until = now + (self._settings.deadline_s if over else self._settings.enrol_deadline_s)
+            self._gathering.until = now + (self._settings.deadline_s if over else self._settings.enrol_deadline_s)
         if self._round is not None and self._round.deadline is None:
             self._round.deadline = now + self._settings.deadline_s
         if isinstance(event, Connected):
@@ -213,12 +212,17 @@ class Coordinator:
             self._out.append(ServeLog(event.device, LogRequest(message.first, count)))
 
     def _take_presence(self, member: Member, presence: Presence) -> None:
-        """Note it; a device that has ended is not waited for, nor asked again, after a restart."""
+        """Note it; a device that has ended is not waited for, nor asked again, after a restart.
+
+        One that does not keep to its limit may have lost the order.
+        """
         ended = member.has_ended
         member.take_presence(presence)
         if presence.session < member.session and presence.status in ("joining", "ready"):
             order = refusal(self.run.run, presence.session, REPLACED)
             self._out.append(Send(Channel.COMMAND, order, member.name))
+        elif presence.status in ("joining", "ready"):
+            self._lower(member)
         if self.head.phase == "done" and not ended and member.has_ended:
             self._record("phase", f"{_DONE} {member.weights_digest}".encode(), device=member.name)
 
@@ -228,8 +232,12 @@ class Coordinator:
             self._record("enrolment", hello.encode(), device=device)
         self._out.append(Send(Channel.COMMAND, order, device))
 
+    def _lower(self, member: Member) -> None:
+        if member.is_over_limit:
+            self._out.append(Send(Channel.COMMAND, member.welcome(self.run.run), member.name))
+
     def _take_report(self, member: Member, report: Report) -> None:
-        if self._round is None or report.round != self.head.round:
+        if self._round is None or report.run_tag != self.run.tag or report.round != self.head.round:
             verdict = Verdict.LATE
         elif member.name in self._round.reports:
             verdict = Verdict.DUPLICATE
@@ -244,7 +252,8 @@ class Coordinator:
                     self._record("refusal", error.message.encode(), device=member.name)
                 member.refused_round = report.round
                 verdict = Verdict.REFUSED
-        self._out.append(Send(Channel.ACK, Receipt(report.round, verdict), member.name))
+        self._out.append(Send(Channel.ACK, Receipt(report.run_tag, report.round, verdict), member.name))
+        self._lower(member)
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
@@ -257,30 +266,13 @@ class Coordinator:
             if phase == "done":
                 self._end(now)
                 return
-            if not self._gathered(now):
+            try:
+                if not self._gathering.is_complete(now):
+                    return
+            except QuorumError as error:
+                self._stop(error)
                 return
             self._close_if_due(self._open(phase, now), now)
-
-    def _gathered(self, now: float) -> bool:
-        """Whether enough devices are ready: all at the start, a quorum in between or when the time is over."""
-        assert self._gather_until is not None
-        over = now >= self._gather_until
-        wanted = self._settings.quorum if over else self._gather_target
-        self._shortfall -= 1  # One event makes at most one device ready: many can join without being counted each time.
-        if self._shortfall > 0 and not over:
-            return False
-        ready = self.roster.count_ready()
-        self._shortfall = wanted - ready
-        if ready >= wanted:
-            return True
-        if over:
-            self._stop(
-                QuorumError(
-                    f"{ready} devices are ready, the quorum is {self._settings.quorum}",
-                    hint="start more devices and resume the run",
-                )
-            )
-        return False
 
     def _announce(self, phase: Phase) -> None:
         newly_numbered = not self.roster.is_numbered
@@ -292,10 +284,15 @@ class Coordinator:
                 self._out.append(Send(Channel.COMMAND, member.welcome(self.run.run), member.name))
         self._out.append(Send(Channel.HEAD, self.head))
 
+    def _round_of(self, head: Announcement) -> OpenRound:
+        return OpenRound(head, self.roster, self._progress.deals(head))
+
     def _open(self, phase: Phase, now: float) -> OpenRound:
         self._announce(phase)
-        self._round = OpenRound(self.head, self.roster, self._progress.deals(self.head), deadline=now + self._settings.deadline_s)
-        self._gather_until, self._gather_target = None, self._settings.quorum
+        self._round = self._round_of(self.head)
+        self._round.deadline = now + self._settings.deadline_s
+        self._gathering.until = None
+        self._gathering.expect_quorum()
         self._ask_server_to_evaluate()
         return self._round
 
@@ -307,8 +304,11 @@ class Coordinator:
         assert current.deadline is not None
         over, is_waiting, quorum = now >= current.deadline, current.is_waiting(), self._settings.quorum
         if self.head.phase == "evaluate":
-            counted = current.server_result is not None or not self._has_test_set
-            if over or (counted and not is_waiting):
+            over = over or current.is_overdue
+            if self._has_test_set and current.server_result is None:
+                if now >= current.deadline:  # It bounds the devices' answers, not the server's own.
+                    current.is_overdue, current.deadline = True, now + self._settings.deadline_s
+            elif over or not is_waiting:
                 self._close(current, now)
         elif current.n_usable >= quorum and (over or not is_waiting):
             self._failures = 0
@@ -316,6 +316,8 @@ class Coordinator:
         elif current.all_answered():
             if any(member.name not in current.participants for member in self.roster.ready()):
                 self._open(self.head.phase, now)  # Others have come since, and may be able to compute.
+            elif current.is_short_of_memory():
+                self._gather(now)
             else:
                 self._stop(current.nobody_could(quorum))
         elif over:
@@ -344,8 +346,11 @@ class Coordinator:
             result = self._progress.count([report for _, report in current.usable()], current.server_result)
             self._record("evaluation", json.dumps(result, sort_keys=True).encode())
             self._progress.adopt_evaluation(result)
+        self._gather(now)
+
+    def _gather(self, now: float) -> None:
         self._round = None
-        self._gather_until = now + self._settings.deadline_s * self._settings.patience
+        self._gathering.until = now + self._settings.deadline_s * self._settings.patience
 
     def _adopt_mask(self, encoded: bytes) -> None:
         self._progress.adopt_mask(encoded)
@@ -354,7 +359,7 @@ class Coordinator:
     def _update(self, current: OpenRound) -> None:
         ranks = [(current.rank(name), report) for name, report in current.usable()]
         try:
-            record = self._progress.make_update(self.head, slots)
+            record = self._progress.make_update(self.head, ranks)
         except FedzoError as error:
             self._stop(error)
             return
@@ -365,9 +370,9 @@ class Coordinator:
         """Announce the end, then wait until every live device holds the final weights."""
         if self.head.phase != "done":
             self._announce("done")
-            self._gather_until = now + self._settings.deadline_s
-        assert self._gather_until is not None
-        if now >= self._gather_until or self.roster.is_done():
+            self._gathering.until = now + self._settings.deadline_s
+        assert self._gathering.until is not None
+        if now >= self._gathering.until or self.roster.is_done():
             self._record("phase", _DONE.encode())
             self._finish(None)
 
@@ -380,7 +385,8 @@ class Coordinator:
         elif word == _DONE:
             self.finished = True
         elif self._round and self._round.all_answered() and self._round.n_usable < self._settings.quorum:
-            self._round, self._gather_target = None, self._settings.devices
+            self._round = None
+            self._gathering.expect_all()
             self.roster.forget_presence()
 
     def _stop(self, error: FedzoError) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 
 from .blocks import blocks_of
+from .delivery import Delivery
 from .device_events import (
     BlobFound,
     Cancel,
@@ -35,13 +36,13 @@ from .device_events import (
     DeviceCommand,
     DeviceEvent,
     Disconnected,
-    DropReport,
     Failed,
     Finish,
+    Outcome,
+    OverBudget,
     Planned,
     Prepared,
     Received,
-    SaveReport,
     Send,
     Task,
 )
@@ -49,7 +50,7 @@ from .documents import Announcement, Hello, Order, Presence, RunDocument, Server
 from .errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError, SelfTestError
 from .log_follower import LogFollower
 from .mask import Mask
-from .messages import KINDS, Receipt, Report, UpdateRecord
+from .messages import KINDS, Decline, Receipt, Report, UpdateRecord
 from .preparation import Preparation
 from .repeater import Repeater
 from .run_files import RunFiles
@@ -79,13 +80,13 @@ class Device:
 
     def __init__(self, hello: Hello, *, outbox: tuple[str, Report] | None = None, retry_s: float = RETRY_S) -> None:
         self._hello = hello
-        self._outbox = outbox
+        self._delivery = Delivery(outbox, retry_s=retry_s)
         self._retry_s = retry_s
         self._online = False
         self._server_birth = -1
         self._presence = Presence(hello.session, "joining")
-        self._greeting, self._delivery = Repeater(retry_s), Repeater(retry_s)
-        self._heartbeat, self._reminder = Repeater(max(PRESENCE_S, retry_s)), Repeater(retry_s)
+        self._greeting, self._reminder = Repeater(retry_s), Repeater(retry_s)
+        self._heartbeat = Repeater(max(PRESENCE_S, retry_s))
         self._out: list[DeviceCommand] = []
         self._tasks = 0
         self._now = 0.0
@@ -104,7 +105,6 @@ class Device:
         self._followed_mask: str | None = None
         self._computing: Task | None = None
         self._is_cancelled = False
-        self._answered = -1
         self._follower: LogFollower | None = None
 
     @property
@@ -120,7 +120,8 @@ class Device:
         """
         if not self._online or self.finished:
             return None
-        parts = (self._greeting, self._delivery, self._heartbeat, self._files, self._follower)
+        reminder = self._reminder if self._preparation is not None and self._preparation.is_over_budget else None
+        parts = (self._greeting, self._delivery, self._heartbeat, reminder, self._files, self._follower)
         times = (part.wakeup for part in parts if part is not None)
         return min((time for time in times if time is not None and time > self._now), default=None)
 
@@ -167,6 +168,8 @@ class Device:
             self._preparation.planned(event)
         elif isinstance(event, Prepared) and self._preparation is not None:
             self._preparation.prepared(event)
+        elif isinstance(event, OverBudget) and self._preparation is not None:
+            self._preparation.over_budget(event.run, event.detail)
         elif isinstance(event, Failed) and (not event.run or (self._run is not None and event.run == self._run.run)):
             self._refuse(event.error)
         elif isinstance(event, Computed):
@@ -190,9 +193,7 @@ class Device:
         elif isinstance(message, LogSlice) and self._follower is not None:
             self._follower.read(message)
         elif isinstance(message, Receipt):
-            if self._outbox is not None and self._outbox[1].round == message.round:
-                self._answered = max(self._answered, message.round)  # also by an earlier session
-                self._drop_outbox()
+            self._out += self._delivery.take(message)
         elif isinstance(message, BlobBlock) and self._files is not None:
             self._out += self._files.add(message)
 
@@ -209,16 +210,22 @@ class Device:
         self._forget_requests()
         self._run, self._files, self._preparation = run, RunFiles(run, retry_s=self._retry_s), Preparation(run)
         self._head = next((head for head in heads if head is not None and head.run == run.run), None)
-        if self._outbox is not None and self._outbox[0] != run.run:
-            self._drop_outbox()
+        self._out += self._delivery.start_run(run)
         self._say("joining")
 
     def _obey(self, order: Order) -> None:
-        if self._run is None or order.run != self._run.run or order.session != self._hello.session:
+        if self._preparation is None or self._run is None or order.run != self._run.run:
+            return
+        if order.session != self._hello.session:
             return
         if order.action == "refuse":
             self._refuse(ProtocolError(f"the server refuses this device: {order.detail}"))
             return
+        if order.action == "excuse":
+            self._refuse(MemoryBudgetError(order.detail, hint="use a smaller model, or allow it more memory"))
+            return
+        if order.micro_batch and self._preparation.limit(order.micro_batch):
+            self._cancel()
         self._is_enrolled = True
         if order.action == "welcome":
             self._ordinal = order.ordinal
@@ -229,14 +236,16 @@ class Device:
         if task is None or task.number != event.number:
             return
         self._computing, self._is_cancelled = None, False
-        if outcome is None or self._run is None:
+        if outcome is None or self._run is None or self._preparation is None:
             return
-        report = make_report(task, outcome, self._hello.session)
-        if self._head is None or task.round < self._head.round:
-            return  # The round closed without us.
-        self._outbox = (self._run.run, report)
-        self._delivery.forget()
-        self._out.append(SaveReport(self._run.run, report))
+        if outcome.decline is Decline.OVER_BUDGET:
+            self._preparation.over_budget(self._run.run, outcome.detail)
+        if self._head is not None and task.round >= self._head.round:  # Else the round closed without us.
+            self._report(self._run, self._preparation, task, outcome)
+
+    def _report(self, run: RunDocument, preparation: Preparation, task: Task, outcome: Outcome) -> None:
+        report = make_report(run, task, outcome, self._hello.session, preparation.micro_batch)
+        self._out += self._delivery.put(run, report)
         if outcome.detail:
             self._say(self._presence.status, detail=outcome.detail)
 
@@ -255,7 +264,7 @@ class Device:
             if self._greeting.is_due(now):
                 self._out.append(Send(Channel.HELLO, self._hello))
             return
-        self._deliver(now)
+        self._out += self._delivery.steps(self._head, now)
         if self._heartbeat.is_due(now):  # A broker may lose even what it retained.
             self._say(self._presence.status, detail=self._presence.detail)
         if self._computing is not None and self._head is not None and self._computing.round != self._head.round:
@@ -267,16 +276,7 @@ class Device:
         if head is None or self._mask_missing(run, files, preparation, head, now):
             return
         if self._follower is not None and not self._is_behind(self._follower, head, now):
-            self._work(run, head, self._follower.replica)
-
-    def _deliver(self, now: float) -> None:
-        if self._outbox is None:
-            return
-        report = self._outbox[1]
-        if self._head is not None and self._head.round > report.round:
-            self._drop_outbox()
-        elif self._delivery.is_due(now):
-            self._out.append(Send(Channel.REPORT, report))
+            self._work(run, preparation, head, self._follower.replica)
 
     def _artifact_missing(self, preparation: Preparation, files: RunFiles, now: float) -> bool:
         """Fetch the manifest, plan, fetch the graphs, in this order: a plan that does not fit loads nothing."""
@@ -291,7 +291,7 @@ class Device:
         if (steps := files.pull_graphs(preparation.files, now)) is not None:
             self._out += steps
             return True
-        if self._presence.status == "joining":
+        if self._presence.status == "joining" or self._presence.micro_batch != preparation.micro_batch:
             self._say("ready")
         return False
 
@@ -309,9 +309,7 @@ class Device:
                 return True
             self._mask, training = found, run.training
             blocks = blocks_of(training, manifest, found)
-            replica = Replica(
-                manifest.layout, found, manifest.seed, run.settings.seed, blocks, training.optimiser
-            )
+            replica = Replica(manifest.layout, found, manifest.seed, run.settings.seed, blocks, training.optimiser)
             self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
         steps = preparation.open(manifest, self._mask, wanted) if head.phase in KINDS else None
         if steps is not None:
@@ -328,21 +326,29 @@ class Device:
             self._out.append(Send(Channel.GET, request))
         return True
 
-    def _work(self, run: RunDocument, head: Announcement, replica: Replica) -> None:
+    def _work(self, run: RunDocument, preparation: Preparation, head: Announcement, replica: Replica) -> None:
         if self._computing is not None:
             self.stage = "computing"
         elif head.phase == "done":
             self.stage = "done"
             self._say("done")
             self._finish(None)
-        elif self._outbox is not None:
+        elif self._delivery.is_waiting:
             self.stage = "reporting"
         else:
             self.stage = "idle"
-            if head.round <= self._answered or self._ordinal is None:
+            if preparation.is_over_budget and self._reminder.is_due(self._now):
+                self._say(self._presence.status, detail=preparation.detail)  # until a smaller micro-batch is ordered
+            if head.round <= self._delivery.answered or self._ordinal is None:
                 return
             task = make_task(run, head, self._ordinal, self._tasks + 1, replica)
-            if task is not None:
+            if task is not None and preparation.is_over_budget:
+                self._tasks = task.number
+                outcome = Outcome((), 0, decline=Decline.OVER_BUDGET, detail=preparation.detail)
+                self._report(run, preparation, task, outcome)
+                self._out += self._delivery.steps(head, self._now)
+                self.stage = "reporting"
+            elif task is not None:
                 self.stage = "computing"
                 self._tasks, self._computing = task.number, task
                 self._out.append(Compute(task))
@@ -360,15 +366,9 @@ class Device:
     def _forget_requests(self) -> None:
         """Whatever was asked for may never come; what this machine itself works on will."""
         self._greeting.forget()
-        self._delivery.forget()
-        for part in (self._files, self._follower):
+        for part in (self._delivery, self._files, self._follower):
             if part is not None:
                 part.forget_requests()
-
-    def _drop_outbox(self) -> None:
-        self._outbox = None
-        self._delivery.forget()
-        self._out.append(DropReport())
 
     def _say(self, status: Status, *, detail: str = "") -> None:
         replica = self.replica
@@ -380,6 +380,7 @@ class Device:
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
             planned_peak_mib=self._preparation.peak_mib if self._preparation else 0.0,
+            micro_batch=self._preparation.micro_batch if self._preparation else 0,
         )
         if self._online:
             self._heartbeat.postpone(self._now)

@@ -30,6 +30,7 @@ __all__ = [
     "FindBlob",
     "Finish",
     "Outcome",
+    "OverBudget",
     "Plan",
     "Planned",
     "Prepare",
@@ -96,11 +97,13 @@ class Planned:
     Attributes:
         run: Id of the run.
         peak_mib: Planned peak of the process.
+        micro_batch: Samples of one run of a graph.
         files: Graphs beyond the artifact's own that this machine would use, and can do without.
     """
 
     run: str
     peak_mib: float
+    micro_batch: int
     files: tuple[GraphFile, ...] = ()
 
 
@@ -115,6 +118,19 @@ class Prepared:
 
     run: str
     mask_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class OverBudget:
+    """Answer to :class:`Prepare`: the engine needs more memory than it may use.
+
+    Attributes:
+        run: Id of the run.
+        detail: One line for people.
+    """
+
+    run: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +184,9 @@ class Computed:
     outcome: Outcome | None
 
 
-DeviceEvent = Connected | Disconnected | Tick | Received | BlobFound | Planned | Prepared | Failed | Computed
+DeviceEvent = (
+    Connected | Disconnected | Tick | Received | BlobFound | Planned | Prepared | OverBudget | Failed | Computed
+)
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -214,15 +232,22 @@ class StoreBlob:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan the run's memory before anything is loaded; answer :class:`Planned` or :class:`Failed`."""
+    """Plan the run's memory before anything is loaded; answer :class:`Planned` or :class:`Failed`.
+
+    Attributes:
+        run: The run.
+        manifest: Its artifact.
+        micro_batch: The largest that the server allows; None to choose.
+    """
 
     run: RunDocument
     manifest: Manifest
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Open the engine for a mask; answer :class:`Prepared` or :class:`Failed`.
+    """Open the engine for a mask; answer :class:`Prepared`, :class:`OverBudget` or :class:`Failed`.
 
     Attributes:
         run: The run.

@@ -25,7 +25,7 @@ from .errors import ConfigError, ProtocolError
 from .manifest import MAX_MANIFEST_BYTES
 from .settings import RunSettings, SaliencySettings, TrainingSettings
 from .topics import check_name
-from .wire import DIGEST_BYTES, check_unsigned
+from .wire import DIGEST_BYTES, check_unsigned, run_tag
 
 __all__ = [
     "Announcement",
@@ -110,6 +110,11 @@ class RunDocument(Document):
         _check_hex("the manifest's hash", self.manifest_sha256, 32, optional=False)
         if not 1 <= self.manifest_size <= MAX_MANIFEST_BYTES:
             raise ProtocolError(f"a manifest has 1 to {MAX_MANIFEST_BYTES} bytes, not {self.manifest_size}")
+
+    @property
+    def tag(self) -> bytes:
+        """What names the run in binary messages."""
+        return run_tag(self.run)
 
     @property
     def saliency(self) -> SaliencySettings:
@@ -205,6 +210,7 @@ class Presence(Document):
         log_length: Update records applied.
         weights_digest: Digest of its weights, 32 hex digits; empty before training.
         planned_peak_mib: What its memory plan says; 0 before there is one.
+        micro_batch: Samples of one run of a graph in that plan; 0 before there is one.
     """
 
     KIND: ClassVar[str] = "state"
@@ -215,8 +221,10 @@ class Presence(Document):
     log_length: int = 0
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
+        check_unsigned("micro-batch", self.micro_batch, 16)
         check_unsigned("session", self.session, 32)
         check_unsigned("log length", self.log_length, 32)
         if self.run:
@@ -231,20 +239,25 @@ class Order(Document):
 
     Attributes:
         run: Run id.
-        action: ``enrol``: known, wait for a number; ``welcome``: the ordinal holds from now on; ``refuse`` for good.
+        action: ``enrol``: known, wait for a number; ``welcome``: the ordinal holds from now on; ``excuse``: it needs
+            more memory than it may use, the run goes on without it; ``refuse`` for good.
         session: The session that it answers.
         ordinal: The device's number in the run, from 0; its place in every round follows from it.
         detail: One line for people.
+        micro_batch: The largest that the device may plan with from now on; 0 for no limit. The smallest one that a
+            session was ever told holds.
     """
 
     KIND: ClassVar[str] = "order"
     run: str
-    action: Literal["enrol", "welcome", "refuse"]
+    action: Literal["enrol", "welcome", "excuse", "refuse"]
     session: int
     ordinal: int = 0
     detail: str = ""
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
+        check_unsigned("micro-batch", self.micro_batch, 16)
         check_name("run", self.run)
         check_unsigned("session", self.session, 32)
         check_unsigned("ordinal", self.ordinal, 32)

@@ -20,6 +20,7 @@ from .wire import (
     COUNT,
     MAX_PAYLOAD_BYTES,
     MAX_SCALARS,
+    RUN_TAG_BYTES,
     VERSION,
     MessageType,
     check_digest,
@@ -82,15 +83,16 @@ class Verdict(enum.IntEnum):
     REFUSED = 4
 
 
-_REPORT = struct.Struct("<BBBBIII16sdIII")
+_REPORT = struct.Struct("<BBBB4sIII16sdIIIH")
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a device measured in one round. Idempotent by (run, round, device).
+    """What a device measured in one round. Idempotent by (run, round, device); the run is named by a tag.
 
     Attributes:
         kind: Meaning of the blocks.
+        run_tag: Of the run, see :func:`~.wire.run_tag`.
         round: Of the announcement it answers.
         session: Boot counter of the device.
         samples: Samples behind the scalars; the aggregation weight.
@@ -101,9 +103,11 @@ class Report:
         peak_rss_kib: Peak of the device's process.
         blocks: Read-only arrays ``float32[n]``, one per basis.
         decline: Why there are no blocks, if there are none.
+        micro_batch: Samples of one run of a graph in the device's plan, at most 65535; 0 if it has none.
     """
 
     kind: ReportKind
+    run_tag: bytes
     round: int
     session: int
     samples: int
@@ -114,10 +118,13 @@ class Report:
     peak_rss_kib: int
     blocks: tuple[NDArray[np.float32], ...]
     decline: Decline = Decline.NONE
+    micro_batch: int = 0
 
     def __post_init__(self) -> None:
         for name in ("round", "session", "samples", "queries", "elapsed_ms", "peak_rss_kib"):
             check_unsigned(name, getattr(self, name), 32)
+        check_unsigned("micro-batch", self.micro_batch, 16)
+        check_digest("run tag", self.run_tag, RUN_TAG_BYTES)
         check_digest("weights digest", self.weights_digest)
         if not np.isfinite(self.mean_loss):
             raise ProtocolError("the mean loss is not finite")
@@ -133,6 +140,7 @@ class Report:
             MessageType.REPORT,
             self.kind | self.decline << 4,
             len(self.blocks),
+            self.run_tag,
             self.round,
             self.session,
             self.samples,
@@ -141,6 +149,7 @@ class Report:
             self.queries,
             self.elapsed_ms,
             self.peak_rss_kib,
+            self.micro_batch,
         )
         counts = b"".join(COUNT.pack(b.size) for b in self.blocks)
         return head + counts + b"".join(pack_scalars(b) for b in self.blocks)
@@ -148,7 +157,9 @@ class Report:
     @classmethod
     def decode(cls, data: bytes) -> Report:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, kind, n_blocks, round_, session, samples, digest, loss, queries, elapsed, peak = _REPORT.unpack_from(data)
+        _, _, kind, n_blocks, tag, round_, session, samples, digest, loss, queries, elapsed, peak, micro_batch = (
+            _REPORT.unpack_from(data)
+        )
         start = _REPORT.size + n_blocks * COUNT.size
         if n_blocks > MAX_BLOCKS or len(data) < start:
             raise ProtocolError(f"a report of {len(data)} bytes cannot hold {n_blocks} blocks")
@@ -160,8 +171,8 @@ class Report:
             blocks.append(unpack_scalars(memoryview(data)[start : start + 4 * count], count))
             start += 4 * count
         return cls(
-            ReportKind(kind & 15), round_, session, samples, digest, loss, queries, elapsed, peak,
-            tuple(blocks), Decline(kind >> 4),
+            ReportKind(kind & 15), tag, round_, session, samples, digest, loss, queries, elapsed, peak,
+            tuple(blocks), Decline(kind >> 4), micro_batch,
         )  # fmt: skip
 
 
@@ -250,7 +261,7 @@ def update_bytes(n_segments: int, n_scalars: int) -> int:
     return _UPDATE.size + n_segments * _SEGMENT.size + 4 * n_scalars
 
 
-_RECEIPT = struct.Struct("<BBBBI")
+_RECEIPT = struct.Struct("<BBBB4sI")
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,23 +269,26 @@ class Receipt:
     """The coordinator's answer to a report, sent only after the journal is durable.
 
     Attributes:
+        run_tag: Of the report.
         round: Of the report.
         verdict: What became of it.
     """
 
+    run_tag: bytes
     round: int
     verdict: Verdict
 
     def __post_init__(self) -> None:
+        check_digest("run tag", self.run_tag, RUN_TAG_BYTES)
         check_unsigned("round", self.round, 32)
 
     def encode(self) -> bytes:
         """The payload."""
-        return _RECEIPT.pack(VERSION, MessageType.RECEIPT, self.verdict, 0, self.round)
+        return _RECEIPT.pack(VERSION, MessageType.RECEIPT, self.verdict, 0, self.run_tag, self.round)
 
     @classmethod
     def decode(cls, data: bytes) -> Receipt:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, verdict, reserved, round_ = unpack_exactly(_RECEIPT, data)
+        _, _, verdict, reserved, tag, round_ = unpack_exactly(_RECEIPT, data)
         check_reserved(reserved)
-        return cls(round_, Verdict(verdict))
+        return cls(tag, round_, Verdict(verdict))

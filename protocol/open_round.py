@@ -24,28 +24,28 @@ class OpenRound:
         head: Its announcement.
         roster: All devices.
         deals: The positions that it hands out; none unless weights are trained.
-        deadline: When it is over; None until the first event after a restart.
 
     Attributes:
+        deadline: When it is over; None until it is set, or until the first event after a restart.
         participants: Device ids in the order of ordinals.
         reports: Accepted reports by device id, those that declined included.
         n_usable: How many of them have scalars.
         server_result: The server's own evaluation.
+        is_overdue: The deadline is over and only the server's own evaluation is waited for.
     """
 
-    def __init__(
-        self, head: Announcement, roster: Roster, deals: Sequence[Deal] = (), *, deadline: float | None = None
-    ) -> None:
+    def __init__(self, head: Announcement, roster: Roster, deals: Sequence[Deal] = ()) -> None:
         self._head = head
         self._deals = tuple(deals)
         self._roster = roster
-        self.deadline = deadline
+        self.deadline: float | None = None
         self.participants = tuple(roster.names_of(head.participants))
         self._ranks = {name: rank for rank, name in enumerate(self.participants)}
         self._unanswered = dict.fromkeys(self.participants)
         self.n_usable = 0
         self.reports: dict[str, Report] = {}
         self.server_result: ServerEvaluated | None = None
+        self.is_overdue = False
 
     def check(
         self, device: str, report: Report, manifest: Manifest, settings: RunSettings, weights_digest: bytes
@@ -68,7 +68,7 @@ class OpenRound:
         self.reports[device] = report
         self._unanswered.pop(device, None)
         self.n_usable += bool(report.blocks)
-        self._roster.members[device].take_report(report.session)
+        self._roster.members[device].take_report(report)
 
     def usable(self) -> list[tuple[str, Report]]:
         """Device ids and reports with scalars, in the order of ordinals."""
@@ -89,6 +89,12 @@ class OpenRound:
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""
         return bool(self.participants) and not self._unanswered
+
+    def is_short_of_memory(self) -> bool:
+        """Whether somebody's plan did not hold: it plans with a smaller micro-batch, or the others go on without it."""
+        if any(report.decline is Decline.OVER_BUDGET for report in self.reports.values()):
+            return True
+        return any(member.is_over_limit and member.is_alive for member in self._roster.members.values())
 
     def too_few(self, quorum: int, deadlines: int) -> QuorumError:
         """The error for a round that never got its quorum."""

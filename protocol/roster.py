@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .documents import Hello, Order, Presence, Status, unpack_participants
+from .messages import Decline, Report
 
 __all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
 
@@ -28,6 +29,9 @@ class Member:
         refused_round: Last round in which its report was refused; -1 for none.
         weights_digest: What it last said of its weights, hex.
         planned_peak_mib: What its memory plan says.
+        micro_batch: Of its memory plan; 0 if it has not said.
+        micro_batch_limit: What it was lowered to, as its plans did not hold; 0 once nothing is left to lower, None as
+            long as they hold. A session begins without a limit: the board may have been given more memory.
     """
 
     name: str
@@ -40,26 +44,31 @@ class Member:
     refused_round: int = -1
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
+    micro_batch: int = 0
+    micro_batch_limit: int | None = None
 
     def welcome(self, run: str) -> Order:
-        """What the device is told that it is."""
+        """What the device is told that it is, and may."""
+        if self.is_excused:
+            return Order(run, "excuse", self.session, detail=self.excuse)
+        limit = self.micro_batch_limit or 0
         if self.ordinal < 0:
-            return Order(run, "enrol", self.session)
-        return Order(run, "welcome", self.session, self.ordinal)
+            return Order(run, "enrol", self.session, micro_batch=limit)
+        return Order(run, "welcome", self.session, self.ordinal, micro_batch=limit)
 
     def take_hello(self, hello: Hello) -> None:
         """A device says hello when it starts, and when it starts over."""
         self.silent = False
         if hello.session > self.session:  # A repeated hello of the same session says nothing new.
             self.hello = hello
-            self.session = hello.session
+            self._start_session(hello.session)
             self.status = "joining"
 
     def take_presence(self, presence: Presence) -> None:
         """Old wills and old retained states have an older session and mean nothing."""
         if presence.session < self.session:
             return
-        self.session = presence.session
+        self._start_session(presence.session)
         self.status = presence.status
         self.detail = presence.detail
         self.silent = False
@@ -67,22 +76,58 @@ class Member:
             self.weights_digest = presence.weights_digest
         if presence.planned_peak_mib:
             self.planned_peak_mib = presence.planned_peak_mib
+        self.micro_batch = presence.micro_batch or self.micro_batch
 
-    def take_report(self, session: int) -> None:
-        """Who reports is ready, even if its presence has not come since the server's start."""
+    def take_report(self, report: Report) -> None:
+        """Who reports is ready, even if its presence has not come since the server's start.
+
+        One that says that its plan did not hold halves the device's micro-batch. That follows from the report alone,
+        so repeated and restored ones change nothing.
+        """
         self.silent = False
-        if self.status == "joining" and session >= self.session:
-            self.session, self.status = session, "ready"
+        if report.session > self.session or (report.session == self.session and self.status == "joining"):
+            self._start_session(report.session)
+            self.status = "ready"
+        if report.session != self.session:
+            return  # Of a process that has ended; this one may have another budget.
+        self.micro_batch = report.micro_batch or self.micro_batch
+        if report.decline is Decline.OVER_BUDGET:
+            half = report.micro_batch // 2
+            self.micro_batch_limit = half if self.micro_batch_limit is None else min(half, self.micro_batch_limit)
+
+    def _start_session(self, session: int) -> None:
+        if session > self.session:
+            self.session, self.micro_batch, self.micro_batch_limit = session, 0, None
 
     @property
     def is_ready(self) -> bool:
         """Whether a new round should count on it."""
-        return self.status == "ready" and not self.silent
+        return self.status == "ready" and not self.silent and not self.is_over_limit
 
     @property
     def is_alive(self) -> bool:
         """Whether it may still be heard of soon."""
-        return self.status in ("joining", "ready", "done") and not self.silent
+        return self.status in ("joining", "ready", "done") and not self.silent and not self.is_excused
+
+    @property
+    def is_over_limit(self) -> bool:
+        """Whether it has to plan with a smaller micro-batch before it can compute."""
+        return self.micro_batch_limit is not None and (self.is_excused or self.micro_batch > self.micro_batch_limit)
+
+    @property
+    def is_excused(self) -> bool:
+        """Whether the run goes on without it, as not even a micro-batch of 1 fits."""
+        return self.micro_batch_limit == 0
+
+    @property
+    def is_taking_part(self) -> bool:
+        """Whether it has neither refused the run nor been excused from it."""
+        return self.status != "refused" and not self.is_excused
+
+    @property
+    def excuse(self) -> str:
+        """Why, in one line."""
+        return f"over the memory budget with a micro-batch of {max(1, self.micro_batch)}"
 
     @property
     def has_ended(self) -> bool:

@@ -47,19 +47,29 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
     return Task(number, kind, head.round, ordinal, positions, replica.weights.copy(), replica.digest)
 
 
-def make_report(task: Task, outcome: Outcome, session: int) -> Report:
-    """The report of a task; scalars that could not be sent become a report that declines."""
+def make_report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:
+    """The report of a task; scalars that could not be sent become a report that declines.
+
+    Args:
+        run: The run.
+        task: What was asked.
+        outcome: What came of it.
+        session: Boot counter of the device.
+        micro_batch: Of the device's plan.
+    """
     if not np.isfinite(outcome.mean_loss) or not all(bool(np.isfinite(block).all()) for block in outcome.blocks):
         outcome = dataclasses.replace(outcome, blocks=(), mean_loss=0.0, decline=outcome.decline or Decline.NON_FINITE)
     try:
-        return _report(task, outcome, session)
+        return _report(run, task, outcome, session, micro_batch)
     except ProtocolError:
-        return _report(task, Outcome((), 0, decline=outcome.decline or Decline.FAILED), session)
+        declined = Outcome((), 0, decline=outcome.decline or Decline.FAILED)
+        return _report(run, task, declined, session, micro_batch)
 
 
-def _report(task: Task, outcome: Outcome, session: int) -> Report:
+def _report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:
     return Report(
         kind=task.kind,
+        run_tag=run.tag,
         round=task.round,
         session=session,
         samples=outcome.samples,
@@ -70,4 +80,5 @@ def _report(task: Task, outcome: Outcome, session: int) -> Report:
         peak_rss_kib=outcome.peak_rss_kib,
         blocks=outcome.blocks,
         decline=outcome.decline,
+        micro_batch=micro_batch,
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import struct
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,14 @@ __all__ = [
     "DIGEST_BYTES",
     "MAX_PAYLOAD_BYTES",
     "MAX_SCALARS",
+    "RUN_TAG_BYTES",
     "VERSION",
     "MessageType",
     "check_digest",
     "check_reserved",
     "check_unsigned",
     "pack_scalars",
+    "run_tag",
     "unpack_exactly",
     "unpack_scalars",
 ]
@@ -30,6 +33,7 @@ VERSION: Final = 1
 DIGEST_BYTES: Final = 16
 MAX_PAYLOAD_BYTES: Final = 256 << 10
 MAX_SCALARS: Final = 60_000
+RUN_TAG_BYTES: Final = 4
 COUNT: Final = struct.Struct("<I")
 
 
@@ -83,7 +87,12 @@ def pack_scalars(values: NDArray[np.float32]) -> bytes:
     return values.astype("<f4", copy=False).tobytes()
 
 
-def unpack_exactly(layout: struct.Struct, data: bytes) -> tuple[int, ...]:
+def run_tag(run: str) -> bytes:
+    """What binary messages of a run carry in place of its id: the first 4 bytes of the id's SHA-256."""
+    return hashlib.sha256(run.encode()).digest()[:RUN_TAG_BYTES]
+
+
+def unpack_exactly(layout: struct.Struct, data: bytes) -> tuple[Any, ...]:
     """Unpack a message of fixed length.
 
     Raises:

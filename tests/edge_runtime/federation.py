@@ -205,7 +205,7 @@ class FakeServer:
             if records:
                 self.send(Channel.BLOCK, LogSlice(message.first, records), device)
         elif isinstance(message, Report) and self.acknowledge:
-            self.send(Channel.ACK, Receipt(message.round, Verdict.ACCEPTED), device)
+            self.send(Channel.ACK, Receipt(message.run_tag, message.round, Verdict.ACCEPTED), device)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from fedzo.edge_runtime.agent import Agent
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.transport import Connected, MqttTransport
-from fedzo.edge_runtime.variants import matching_variant
+from fedzo.edge_runtime.variants import matching_variant, wanted_variants
 from fedzo.protocol.blobs import MAX_SETBACKS
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
@@ -193,7 +193,7 @@ def test_a_second_start_fetches_nothing_again(
     start()
     server.expect(Presence, status="ready")
     asked = [message for _, message, _ in server.heard if isinstance(message, BlobRequest)]
-    optional = matching_variant(manifest, "probe.onnx") is not None
+    optional = len(wanted_variants(manifest))
     wanted = 1 + len(manifest.graphs) + optional
     assert len(asked) == len({request.sha256 for request in asked}) == wanted  # once
 
@@ -241,9 +241,9 @@ def test_a_report_is_sent_until_its_receipt_comes(
     kept = agent.state.outbox.load()
     assert kept is not None
     assert (kept[0], kept[1].encode()) == ("run-1", payload)
-    server.send(Channel.ACK, Receipt(first.round + 7, Verdict.ACCEPTED), "dev-a")  # for another round
+    server.send(Channel.ACK, Receipt(first.run_tag, first.round + 7, Verdict.ACCEPTED), "dev-a")  # for another round
     assert server.expect_bytes(Report)[1] == payload
-    server.send(Channel.ACK, Receipt(first.round, Verdict.DUPLICATE), "dev-a")
+    server.send(Channel.ACK, Receipt(first.run_tag, first.round, Verdict.DUPLICATE), "dev-a")
     deadline = time.monotonic() + 10
     while agent.state.outbox.load() is not None:
         assert time.monotonic() < deadline
@@ -264,7 +264,7 @@ def test_a_later_start_delivers_the_report_of_an_earlier_one(
     server.expect(Presence, status="left")
     second = start()
     assert server.expect_bytes(Report)[1] == payload
-    server.send(Channel.ACK, Receipt(1, Verdict.ACCEPTED), "dev-a")
+    server.send(Channel.ACK, Receipt(run.tag, 1, Verdict.ACCEPTED), "dev-a")
     server.nothing(Report, 1.0)
     assert second.agent.summary.queries == 0  # the round was not measured twice
     assert second.state.outbox.load() is None
@@ -372,7 +372,7 @@ def test_garbage_on_every_topic_is_dropped_and_counted(
         Channel.HEAD: documents[2].encode(),
         Channel.COMMAND: documents[3].encode(),
         Channel.LOG: b"\x01\x02" + bytes(60),
-        Channel.ACK: Receipt(1, Verdict.ACCEPTED).encode(),
+        Channel.ACK: Receipt(run.tag, 1, Verdict.ACCEPTED).encode(),
         Channel.BLOCK: BlobBlock(bytes(32), 0, 4, b"abcd").encode(),
     }
     sent = 0

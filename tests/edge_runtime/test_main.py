@@ -311,7 +311,7 @@ def test_a_killed_device_is_lost_and_its_report_is_not(
     second = spawn(*arguments)
     assert server.expect(Hello).session > session
     assert server.expect_bytes(Report)[1] == payload
-    server.send(Channel.ACK, Receipt(1, Verdict.ACCEPTED), server.expect_device())
+    server.send(Channel.ACK, Receipt(server.run.tag, 1, Verdict.ACCEPTED), server.expect_device())
     deadline = time.monotonic() + 10
     while (tmp_path / "state" / "outbox").exists():
         assert time.monotonic() < deadline

@@ -20,7 +20,7 @@ from fedzo.protocol.messages import Decline, Report, ReportKind
 def report(round_: int = 7, scalars: int = 5) -> Report:
     blocks = (np.arange(scalars, dtype=np.float32),) if scalars else ()
     decline = Decline.NONE if scalars else Decline.NO_DATA
-    return Report(ReportKind.PROBE, round_, 3, 16, bytes(range(16)), 2.25, 6, 40, 70_000, blocks, decline)
+    return Report(ReportKind.PROBE, b"run1", round_, 3, 16, bytes(range(16)), 2.25, 6, 40, 70_000, blocks, decline)
 
 
 @pytest.fixture

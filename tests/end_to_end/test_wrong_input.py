@@ -17,6 +17,7 @@ import pytest
 from fedzo.edge_runtime.outbox import Outbox
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.wire import run_tag
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import CLASSES, CLI, DEVICE, RIGGED, SIDE, Process, agree, images
 
@@ -135,7 +136,8 @@ def place(undisturbed: Finished, tmp_path_factory: pytest.TempPathFactory) -> It
     np.savez(data / "shape.npz", x=x[:, :, 2:14, 2:14], y=y)
 
     (base / "state").mkdir()
-    undelivered = Report(ReportKind.EVALUATE, 7, 1, 3, bytes(16), 0.5, 1, 1, 1, (np.ones(3, np.float32),))
+    measured = (np.ones(3, np.float32),)
+    undelivered = Report(ReportKind.EVALUATE, run_tag("small"), 7, 1, 3, bytes(16), 0.5, 1, 1, 1, measured)
     Outbox(base / "state" / "outbox").save("small", undelivered)
 
     (base / "broken.toml").write_text("[training]\nrounds = = 3\n")

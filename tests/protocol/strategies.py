@@ -27,6 +27,7 @@ from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSetti
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
 
 u32 = st.integers(0, 2**32 - 1)
+tags = st.binary(min_size=4, max_size=4)
 digests = st.binary(min_size=16, max_size=16)
 hashes = st.binary(min_size=32, max_size=32)
 names = st.from_regex(r"[a-z0-9-]{1,48}", fullmatch=True)
@@ -46,8 +47,8 @@ def reports(draw: st.DrawFn) -> Report:
     decline = draw(st.sampled_from(Decline))
     blocks = draw(st.lists(scalars(st.integers(0, 20)), min_size=1, max_size=16)) if decline is Decline.NONE else []
     return Report(
-        draw(st.sampled_from(ReportKind)), draw(u32), draw(u32), draw(u32), draw(digests), draw(doubles), draw(u32),
-        draw(u32), draw(u32), tuple(blocks), decline,
+        draw(st.sampled_from(ReportKind)), draw(tags), draw(u32), draw(u32), draw(u32), draw(digests), draw(doubles),
+        draw(u32), draw(u32), draw(u32), tuple(blocks), decline, draw(st.integers(0, 2**16 - 1)),
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def log_slices(draw: st.DrawFn) -> LogSlice:
     return LogSlice(first, tuple(draw(updates(first + i)) for i in range(count)))
 
 
-receipts = st.builds(Receipt, u32, st.sampled_from(Verdict))
+receipts = st.builds(Receipt, tags, u32, st.sampled_from(Verdict))
 log_requests = st.builds(LogRequest, u32, st.integers(1, 4096))
 binary_messages: st.SearchStrategy[BinaryMessage] = st.one_of(
     reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices()

@@ -42,7 +42,9 @@ def row(*values: float) -> NDArray[np.float32]:
 
 def report(kind: ReportKind, *blocks: NDArray[np.float32], **changes: Any) -> Report:
     fields: dict[str, Any] = {"samples": 16, "weights_digest": DIGEST, "decline": Decline.NONE} | changes
-    return Report(kind, 1, 1, fields["samples"], fields["weights_digest"], 0.0, 5, 6, 7, blocks, fields["decline"])
+    return Report(
+        kind, bytes(4), 1, 1, fields["samples"], fields["weights_digest"], 0.0, 5, 6, 7, blocks, fields["decline"]
+    )
 
 
 def check(found: Report, settings: RunSettings = SETTINGS, kind: ReportKind | None = None) -> None:

@@ -17,7 +17,7 @@ from fedzo.protocol.messages import Decline, Receipt, UpdateRecord, Verdict
 from fedzo.protocol.settings import SaliencySettings
 from fedzo.protocol.transfers import BlobRequest, LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
-from tests.protocol.simulation.fakes import tiny_manifest
+from tests.protocol.simulation.fakes import TAG, tiny_manifest
 
 SPARSE = change(SETTINGS, sparsity=0.5)
 
@@ -139,7 +139,7 @@ def test_strangers_are_not_heard() -> None:
 
 def test_what_devices_do_not_say_is_ignored() -> None:
     desk = Desk().connect().join()
-    for message in (desk.head, ServerPresence(False, 9), Order("run-1", "refuse", 1), Receipt(1, Verdict.LATE)):
+    for message in (desk.head, ServerPresence(False, 9), Order("run-1", "refuse", 1), Receipt(TAG, 1, Verdict.LATE)):
         desk.say("a", message)
         assert desk.out == []
 
@@ -268,13 +268,37 @@ def test_an_evaluation_needs_no_device() -> None:
     assert desk.machine.evaluations[0]["accuracy"] is None
 
 
-def test_an_evaluation_ends_at_the_deadline_with_what_there_is() -> None:
+def test_an_evaluation_ends_at_the_deadline_with_the_devices_that_there_are() -> None:
     desk = at_evaluation(True)
+    desk.report("a")
+    desk.evaluate()
+    desk.wait(9.9)
+    assert desk.head.phase == "evaluate"
+    desk.wait(0.1)
+    assert desk.head.phase == "done"
+    result = desk.machine.evaluations[0]
+    assert (result["devices"], result["server_samples"]) == (1, 8)
+
+
+def test_an_evaluation_waits_for_a_slow_server_and_for_nobody_else() -> None:
+    desk = at_evaluation(True)
+    desk.report("a")
+    desk.wait(25.0)
+    assert desk.head.phase == "evaluate"
+    assert desk.report("b") == [Verdict.ACCEPTED]  # too late to be waited for, and welcome
+    desk.presence("c")
+    desk.evaluate()
+    assert desk.head.phase == "done"
+    result = desk.machine.evaluations[0]
+    assert (result["devices"], result["server_samples"]) == (2, 8)
+
+
+def test_a_server_without_a_test_set_is_not_waited_for() -> None:
+    desk = at_evaluation(False)
     desk.report("a")
     desk.wait(10.0)
     assert desk.head.phase == "done"
-    result = desk.machine.evaluations[0]
-    assert (result["devices"], result["server_loss"]) == (1, None)
+    assert desk.machine.evaluations[0]["server_loss"] is None
 
 
 def test_the_end_waits_for_every_live_device() -> None:

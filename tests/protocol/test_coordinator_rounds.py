@@ -13,6 +13,7 @@ from fedzo.protocol.messages import Decline, Receipt, ReportKind, Verdict
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobRequest, LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
+from tests.protocol.simulation.fakes import TAG
 
 SPARSE = change(SETTINGS, sparsity=0.5)
 
@@ -62,7 +63,7 @@ def test_a_silent_device_counts_again_once_it_is_heard(sign: str) -> None:
         desk.hello("d")
     elif sign == "late report":
         desk.say("d", late, Channel.REPORT)
-        assert desk.sent(Receipt) == [Receipt(1, Verdict.LATE)]
+        assert desk.sent(Receipt) == [Receipt(TAG, 1, Verdict.LATE)]
     elif sign == "log request":
         desk.say("d", LogRequest(0, 5))
     else:
@@ -131,10 +132,10 @@ def test_between_two_rounds_a_quorum_is_waited_for() -> None:
 def test_a_round_in_which_nobody_could_compute_stops_the_run() -> None:
     desk = Desk().connect().join()
     desk.decline("a", "b", "c")
-    desk.decline("d", why=Decline.OVER_BUDGET)
+    desk.decline("d", why=Decline.FAILED)
     error = desk.finish().error
     assert isinstance(error, QuorumError)
-    assert error.message == "round 1: 0 of 4 devices could answer (non_finite, over_budget), the quorum is 2"
+    assert error.message == "round 1: 0 of 4 devices could answer (failed, non_finite), the quorum is 2"
     assert "learning-rate" in error.hint
     assert desk.kinds().count("report") == 4
 
@@ -194,10 +195,10 @@ def test_a_report_is_recorded_before_its_receipt_and_counts_once() -> None:
     desk.say("a", report, Channel.REPORT)
     record, send = desk.out
     assert record == Record("report", 1, "a", report.encode())
-    assert send == Send(Channel.ACK, Receipt(1, Verdict.ACCEPTED), "a")
+    assert send == Send(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED), "a")
     for _ in range(5):
         desk.say("a", report, Channel.REPORT)
-        assert desk.out == [Send(Channel.ACK, Receipt(1, Verdict.DUPLICATE), "a")]
+        assert desk.out == [Send(Channel.ACK, Receipt(TAG, 1, Verdict.DUPLICATE), "a")]
     desk.say("a", desk.measure("a", samples=1), Channel.REPORT)
     assert desk.sent(Receipt)[0].verdict is Verdict.DUPLICATE
 
@@ -209,6 +210,14 @@ def test_reports_of_other_rounds_are_late(round_: int) -> None:
     assert desk.head.round == 2
     assert desk.report("a", round=round_) == [Verdict.LATE]
     assert not any(isinstance(c, Record) for c in desk.out)
+
+
+def test_a_report_of_another_run_is_late_and_leaves_no_trace() -> None:
+    """The same artifact, settings and round: only the tag tells that it was not measured in this run."""
+    desk = Desk().connect().join()
+    desk.say("a", desk.measure("a", run_tag=b"old!"), Channel.REPORT)
+    assert desk.out == [Send(Channel.ACK, Receipt(b"old!", 1, Verdict.LATE), "a")]
+    assert desk.report("a") == [Verdict.ACCEPTED]
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

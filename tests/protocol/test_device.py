@@ -35,7 +35,7 @@ from fedzo.protocol.messages import Receipt, Report, Verdict
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest
 from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, hello
-from tests.protocol.simulation.fakes import optional_graph, tiny_manifest
+from tests.protocol.simulation.fakes import TAG, optional_graph, tiny_manifest
 
 
 def half_mask() -> Mask:
@@ -79,7 +79,7 @@ STAGES: dict[str, Callable[[Bench], object]] = {
     "following": following,
     "computing": lambda bench: bench.compute(),
     "reporting": lambda bench: bench.report(),
-    "idle": lambda bench: (bench.report(), bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))),
+    "idle": lambda bench: (bench.report(), bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))),
     "done": done,
 }
 
@@ -183,7 +183,7 @@ def test_a_device_without_a_number_gets_ready_and_asks_once_the_run_starts() -> 
     bench.hear(Channel.RUN, bench.run)
     bench.hear(Channel.HEAD, bench.head("enrol", 0))
     bench.welcome(action="enrol")
-    bench.give(Planned(bench.run.run, 1.0))
+    bench.give(Planned(bench.run.run, 1.0, 8))
     assert bench.presence().status == "ready"
     assert bench.sent(Hello) == []
     bench.hear(Channel.HEAD, bench.head())
@@ -213,7 +213,7 @@ def test_documents_may_come_in_any_order() -> None:
     bench.hear(Channel.SERVER, ServerPresence(True, 5))
     bench.hear(Channel.RUN, bench.run)
     bench.welcome()
-    bench.give(Planned(bench.run.run, 1.0))
+    bench.give(Planned(bench.run.run, 1.0, 8))
     bench.prepare()
     assert bench.device.stage == "computing"
 
@@ -237,7 +237,7 @@ def fetch_everything(bench: Bench) -> list[str]:
     while bench.device.stage in ("fetching", "planning"):
         if bench.device.stage == "planning":
             order.append("plan")
-            bench.give(Planned(bench.run.run, 1.0))
+            bench.give(Planned(bench.run.run, 1.0, 8))
             continue
         blocks = bench.blocks()
         assert blocks
@@ -269,7 +269,7 @@ def test_files_that_are_there_are_not_fetched() -> None:
 def wants(bench: Bench) -> BlobRequest:
     """Plan with an optional graph, up to the request for it."""
     bench.join()
-    bench.give(Planned(bench.run.run, 12.5, (optional_graph()[0],)))
+    bench.give(Planned(bench.run.run, 12.5, 8, (optional_graph()[0],)))
     assert bench.device.stage == "fetching"
     first, *_ = bench.sent(BlobRequest)
     assert first.sha256 == optional_graph()[0].sha256

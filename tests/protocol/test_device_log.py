@@ -13,6 +13,7 @@ from fedzo.protocol.messages import Receipt, Verdict
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import LogRequest, LogSlice
 from tests.protocol.simulation.bench import RETRY_S, Bench
+from tests.protocol.simulation.fakes import TAG
 
 
 def test_missing_records_are_asked_for_and_replayed() -> None:
@@ -36,7 +37,7 @@ def test_missing_records_are_asked_for_and_replayed() -> None:
 def test_updates_are_replayed_as_they_come() -> None:
     bench = Bench()
     bench.report()
-    bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     bench.hear(Channel.LOG, bench.update(1))
     assert bench.device.stage == "idle"
     assert bench.device.replica is not None
@@ -48,7 +49,7 @@ def test_updates_are_replayed_as_they_come() -> None:
 def test_an_update_before_its_announcement_is_no_divergence_however_long_that_takes() -> None:
     bench = Bench()
     bench.report()
-    bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     bench.hear(Channel.LOG, bench.update(1))
     bench.wait(1_000.0)
     assert bench.device.replica is not None
@@ -144,7 +145,7 @@ def test_a_server_that_lost_updates_is_followed_from_the_start() -> None:
 def test_another_head_at_the_same_length_starts_over() -> None:
     bench = Bench()
     bench.report()
-    bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     bench.hear(Channel.LOG, bench.update(1))
     bench.follow(bench.mask)
     bench.update(7)

@@ -35,6 +35,7 @@ from fedzo.protocol.settings import positions_of
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, LogSlice
 from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, other_run
+from tests.protocol.simulation.fakes import TAG
 
 # --- rounds ---------------------------------------------------------------------------------------------------------
 
@@ -99,11 +100,11 @@ def test_a_report_is_saved_before_it_is_sent() -> None:
 def test_any_receipt_empties_the_outbox_and_nothing_is_computed_again(verdict: Verdict) -> None:
     bench = Bench()
     bench.report()
-    bench.hear(Channel.ACK, Receipt(2, verdict), Receipt(0, verdict))
+    bench.hear(Channel.ACK, Receipt(TAG, 2, verdict), Receipt(TAG, 0, verdict), Receipt(b"else", 1, verdict))
     assert bench.out == []
-    bench.hear(Channel.ACK, Receipt(1, verdict))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, verdict))
     assert bench.out == [DropReport()]
-    bench.hear(Channel.ACK, Receipt(1, verdict))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, verdict))
     bench.hear(Channel.HEAD, bench.head())
     assert bench.out == []
     assert bench.device.stage == "idle"
@@ -162,7 +163,7 @@ def test_a_report_names_the_weights_that_were_measured() -> None:
 def test_a_voided_round_is_computed_again_under_its_new_number() -> None:
     bench = Bench()
     bench.report()
-    bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     bench.announce(round_=2, participants=pack_participants(np.array([1])))
     task = bench.only(Compute).task
     assert np.array_equal(task.positions, np.array([6, 7, 8]))
@@ -194,7 +195,7 @@ def test_what_cannot_be_sent_is_declined(name: str) -> None:
     assert bench.sent(Report) == [report]
     if "detail" in changes:
         assert bench.presence().detail == "no memory"
-    bench.hear(Channel.ACK, Receipt(1, Verdict.ACCEPTED))
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     assert bench.device.stage == "idle"
 
 
@@ -232,10 +233,10 @@ def test_an_outbox_of_an_earlier_session_is_delivered_and_not_computed_again() -
     assert bench.sent(Report) == [report]  # before anything is fetched or planned
     bench.wait(RETRY_S)
     assert bench.sent(Report) == [report]
-    bench.give(Planned(bench.run.run, 1.0))
+    bench.give(Planned(bench.run.run, 1.0, 8))
     bench.announce(round_=4)
     assert bench.device.stage == "reporting"
-    bench.hear(Channel.ACK, Receipt(4, Verdict.DUPLICATE))
+    bench.hear(Channel.ACK, Receipt(TAG, 4, Verdict.DUPLICATE))
     assert bench.out == [DropReport()]
     assert bench.device.stage == "idle"
     bench.announce(round_=5)
@@ -266,8 +267,8 @@ def test_another_run_takes_over() -> None:
     bench.run = new
     bench.welcome()
     bench.only(Plan)
-    assert bench.give(Planned("run-1", 1.0)) == []
-    bench.give(Planned("run-2", 1.0))
+    assert bench.give(Planned("run-1", 1.0, 8)) == []
+    bench.give(Planned("run-2", 1.0, 8))
     bench.announce()
     assert bench.device.stage == "computing"
 
@@ -288,7 +289,7 @@ def test_an_announcement_of_another_run_waits_for_that_run() -> None:
     bench.hear(Channel.RUN, new)
     bench.run = new
     bench.welcome()
-    bench.give(Planned("run-2", 1.0))
+    bench.give(Planned("run-2", 1.0, 8))
     bench.prepare()
     assert bench.only(Compute).task.round == 1
 
@@ -329,7 +330,7 @@ def anything(bench: Bench, source: random.Random) -> DeviceEvent:
         (Channel.HEAD, bench.head("train", round_, participants="AAAA")),
         (Channel.COMMAND, Order(run, source.choice(["enrol", "welcome"]), SESSION, source.randrange(3))),
         (Channel.SERVER, ServerPresence(source.random() < 0.5, source.randrange(4))),
-        (Channel.ACK, Receipt(round_, source.choice(list(Verdict)))),
+        (Channel.ACK, Receipt(TAG, round_, source.choice(list(Verdict)))),
         (Channel.LOG, source.choice(bench.log)),
         (Channel.BLOCK, LogSlice(0, tuple(bench.log[: source.randrange(1, 5)]))),
         (Channel.BLOCK, BlobBlock(source.choice(list(FILES)), 0, 1, b"x")),
@@ -339,7 +340,7 @@ def anything(bench: Bench, source: random.Random) -> DeviceEvent:
         Connected(),
         Disconnected(),
         Tick(),
-        Planned(run, 1.0),
+        Planned(run, 1.0, 8),
         Prepared(run, ""),
         Prepared("run-2", ""),
         BlobFound(source.choice(list(FILES)), False),

@@ -153,8 +153,9 @@ def test_what_is_no_message_is_refused(payload: bytes, match: str) -> None:
 
 def report(**changes: Any) -> Report:
     fields: dict[str, Any] = {
-        "kind": ReportKind.PROBE, "round": 1, "session": 1, "samples": 1, "weights_digest": bytes(16), "mean_loss": 0.0,
-        "queries": 1, "elapsed_ms": 1, "peak_rss_kib": 1, "blocks": (floats(1),), "decline": Decline.NONE,
+        "kind": ReportKind.PROBE, "run_tag": bytes(4), "round": 1, "session": 1, "samples": 1,
+        "weights_digest": bytes(16), "mean_loss": 0.0, "queries": 1, "elapsed_ms": 1, "peak_rss_kib": 1,
+        "blocks": (floats(1),), "decline": Decline.NONE, "micro_batch": 8,
     }  # fmt: skip
     return Report(**(fields | changes))
 
@@ -170,6 +171,8 @@ def update(**changes: Any) -> UpdateRecord:
 REFUSED: dict[str, Callable[[], object]] = {
     "report: round": lambda: report(round=2**32),
     "report: negative": lambda: report(samples=-1),
+    "report: run tag": lambda: report(run_tag=bytes(3)),
+    "report: micro-batch": lambda: report(micro_batch=2**16),
     "report: digest": lambda: report(weights_digest=bytes(15)),
     "report: NaN loss": lambda: report(mean_loss=float("nan")),
     "report: infinite loss": lambda: report(mean_loss=float("inf")),
@@ -208,7 +211,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "log request: too much": lambda: LogRequest(0, MAX_LOG_RECORDS + 1),
     "log slice: empty": lambda: LogSlice(0, ()),
     "log slice: gap": lambda: LogSlice(0, (update(index=0), update(index=2))),
-    "receipt: round": lambda: Receipt(2**32, Verdict.LATE),
+    "receipt: round": lambda: Receipt(bytes(4), 2**32, Verdict.LATE),
+    "receipt: run tag": lambda: Receipt(bytes(5), 1, Verdict.LATE),
 }
 
 
@@ -235,7 +239,7 @@ def test_the_last_allowed_position_replays() -> None:
 def test_counts_that_lie_allocate_nothing() -> None:
     """Headers that promise 2**32 scalars or segments are refused by their length."""
     head = bytearray(report(blocks=(floats(3),)).encode())
-    head[52:56] = b"\xff\xff\xff\xff"
+    head[58:62] = b"\xff\xff\xff\xff"
     with pytest.raises(ProtocolError, match="does not hold"):
         decode(bytes(head))
     record = bytearray(update().encode())

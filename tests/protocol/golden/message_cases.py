@@ -17,11 +17,13 @@ from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Update
 from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+from fedzo.protocol.wire import run_tag
 
 PAYLOADS = Path(__file__).with_name("messages.json")
 
 _HASH = bytes(range(32))
 _DIGEST = bytes(range(16))
+_TAG = run_tag("lenet-1")
 
 
 def _scalars(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -32,14 +34,18 @@ _RECORD = UpdateRecord(3, 9, 0.0078125, ((4, 2), (70_000_000_000, 1)), _scalars(
 
 MESSAGES: dict[str, BinaryMessage] = {
     "report of a probe": Report(
-        ReportKind.PROBE, 7, 2, 16, _DIGEST, 0.6931471805599453, 65, 1234, 91_000, (_scalars(0.5, -2.0, 1e-3),)
+        ReportKind.PROBE, _TAG, 7, 2, 16, _DIGEST, 0.6931471805599453, 65, 1234, 91_000, (_scalars(0.5, -2.0, 1e-3),),
+        micro_batch=8,
     ),
     "report of a saliency": Report(
-        ReportKind.SALIENCY, 1, 1, 64, bytes(16), 0.0, 300, 50_000, 80_000, (_scalars(1, 2), _scalars(0.5), _scalars(3))
+        ReportKind.SALIENCY, _TAG, 1, 1, 64, bytes(16), 0.0, 300, 50_000, 80_000,
+        (_scalars(1, 2), _scalars(0.5), _scalars(3)), micro_batch=32,
     ),
-    "report that declines": Report(ReportKind.EVALUATE, 8, 1, 0, _DIGEST, 0.0, 0, 3, 70_000, (), Decline.NO_DATA),
+    "report that declines": Report(
+        ReportKind.EVALUATE, _TAG, 8, 1, 0, _DIGEST, 0.0, 0, 3, 70_000, (), Decline.OVER_BUDGET, 4
+    ),
     "update record": _RECORD,
-    "receipt": Receipt(7, Verdict.ACCEPTED),
+    "receipt": Receipt(_TAG, 7, Verdict.ACCEPTED),
     "blob request": BlobRequest(_HASH, 65_536, 4_096),
     "blob block": BlobBlock(_HASH, 65_536, 65_540, b"data"),
     "blob block of an absent blob": BlobBlock(_HASH, 0, 0, b""),
@@ -74,8 +80,8 @@ DOCUMENTS: dict[str, Document] = {
         deadline_s=30.0,
     ),
     "hello": Hello(4, "rpi-zero-2w", 128.0, 600, 60, "onnxruntime 1.32.0,numpy 2.3.1", "aarch64"),
-    "state": Presence(4, "refused", "lenet-1", "needs 300 MiB – too much", 11, _DIGEST.hex(), 96.5),
-    "order": Order("lenet-1", "welcome", 4, 17, ""),
+    "state": Presence(4, "refused", "lenet-1", "needs 300 MiB – too much", 11, _DIGEST.hex(), 96.5, 8),
+    "order": Order("lenet-1", "welcome", 4, 17, "", 4),
 }  # fmt: skip
 
 

@@ -162,7 +162,7 @@ class Bench:
         """The run fits, and every file is there."""
         self.join()
         self.only(Plan)
-        self.give(Planned(self.run.run, 12.5))
+        self.give(Planned(self.run.run, 12.5, 8))
         return self
 
     def head(self, phase: Phase = "train", round_: int = 1, **changes: Any) -> Announcement:

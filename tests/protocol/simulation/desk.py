@@ -79,6 +79,7 @@ class Desk:
         self.trace: list[CoordinatorCommand] = list(self.machine.restore(self.journal))
         self.out: list[CoordinatorCommand] = []
         self.sessions = dict.fromkeys(NAMES, 1)
+        self.micro_batches: dict[str, int] = {}
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,11 @@ class Desk:
     def presence(self, *names: str, status: Status = "ready", **changes: Any) -> Desk:
         """Devices say how they are."""
         for name in names:
-            fields: dict[str, Any] = {"session": self.sessions.setdefault(name, 1), "run": "run-1"} | changes
+            fields: dict[str, Any] = {
+                "session": self.sessions.setdefault(name, 1),
+                "run": "run-1",
+                "micro_batch": self.micro_batches.get(name, 8),
+            } | changes
             self.say(name, Presence(status=status, **fields), Channel.STATE)
         return self
 
@@ -153,7 +158,7 @@ class Desk:
         weights = machine.replica.weights.copy()
         task = Task(1, kind, head.round, 0, positions, weights, machine.replica.digest)
         outcome: Outcome = FakeEngine(name).answer(run, machine.mask, task)
-        report = make_report(task, outcome, self.sessions.get(name, 1))
+        report = make_report(run, task, outcome, self.sessions.get(name, 1), self.micro_batches.get(name, 8))
         return dataclasses.replace(report, **changes)
 
     def play(self, *names: str) -> Desk:

@@ -17,7 +17,10 @@ from fedzo.protocol.manifest import GRAPHS, Golden, GraphFile, GraphMemory, Mani
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import ReportKind
 from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire import run_tag
 from tests.protocol.builders import seeded_normals
+
+TAG = run_tag("run-1")
 
 
 @functools.cache

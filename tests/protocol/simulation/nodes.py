@@ -18,7 +18,7 @@ from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, ServerPresence
 from fedzo.protocol.graph_files import GraphFile
 from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Report, UpdateRecord
+from fedzo.protocol.messages import Decline, Report, UpdateRecord
 from fedzo.protocol.topics import Channel, topic
 from fedzo.protocol.transfers import BlobBlock, LogRequest, LogSlice
 from tests.protocol.simulation.fakes import FakeEngine, fake_graphs, tiny_manifest
@@ -38,6 +38,8 @@ class DeviceNode(Node):
         stages: Every stage it was seen in.
         alter: Changes what the engine measured, for devices that misbehave.
         wanted: Files that it can do without.
+        fits: The largest micro-batch that does not need more memory than it has, whatever its plans say.
+        opens: Whether too large a micro-batch shows only when it computes.
     """
 
     def __init__(self, world: Simulation, name: str, *, compute_s: float = 0.2) -> None:
@@ -53,6 +55,8 @@ class DeviceNode(Node):
         self.stages: set[str] = set()
         self.alter: Callable[[Task, Outcome], Outcome] = lambda _, outcome: outcome
         self.wanted: tuple[GraphFile, ...] = ()
+        self.fits, self.opens = 8, True
+        self.micro_batch = 0
         self._prepared: tuple[RunDocument, Mask] | None = None
         self._task: Task | None = None
 
@@ -115,8 +119,7 @@ class DeviceNode(Node):
             stored = device_events.BlobFound(command.sha256, True, command.data if command.read else b"")
             self.later(0.0, lambda: self.handle(stored))
         elif isinstance(command, device_events.Plan):
-            planned = device_events.Planned(command.run.run, 12.5, self.wanted)
-            self.later(0.05, lambda: self.handle(planned))
+            self.later(0.05, functools.partial(self._plan, command))
         elif isinstance(command, device_events.Prepare):
             assert all(graph.sha256 in self.blobs for graph in command.manifest.graphs)
             self.later(0.1, functools.partial(self._prepare, command))
@@ -141,7 +144,14 @@ class DeviceNode(Node):
             self.error = command.error
             self.later(1.0, lambda: self.world.broker.disconnect(self, will=False))
 
+    def _plan(self, command: device_events.Plan) -> None:
+        self._prepared, self.micro_batch = None, min(8, command.micro_batch or 8)
+        self.handle(device_events.Planned(command.run.run, 12.5, self.micro_batch, self.wanted))
+
     def _prepare(self, command: device_events.Prepare) -> None:
+        if self.micro_batch > self.fits and not self.opens:
+            self.handle(device_events.OverBudget(command.run.run, "no memory"))
+            return
         self._prepared = (command.run, command.mask)
         self.handle(device_events.Prepared(command.run.run, command.mask_sha256))
 
@@ -151,6 +161,8 @@ class DeviceNode(Node):
             self._task = None
             self.computed.append((self.session, task.round))
             outcome = self.alter(task, self.engine.answer(run, mask, task))
+            if self.micro_batch > self.fits:
+                outcome = Outcome((), 0, decline=Decline.OVER_BUDGET, detail="no memory")
             self.handle(device_events.Computed(task.number, outcome))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from fedzo.protocol.codec import decode
 from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.documents import Announcement, parse
+from fedzo.protocol.errors import MemoryBudgetError
 from fedzo.protocol.messages import Report, UpdateRecord
 from fedzo.protocol.settings import RunSettings
 from tests.protocol.simulation.fakes import run_document, tiny_manifest
@@ -111,7 +112,9 @@ def check_end(world: World) -> None:
     assert again.replica.head == final.head
     assert again.mask == server.coordinator.mask
     for node in world.devices.values():
-        if node.alive:
+        if node.alive and node.fits == 0 and node.error is not None:
+            assert isinstance(node.error, MemoryBudgetError)
+        elif node.alive:
             assert node.error is None, f"{node.name} left with {node.error}"
             assert node.machine is not None
             assert node.machine.replica is not None
