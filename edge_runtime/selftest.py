@@ -88,7 +88,7 @@ def replay() -> str:
     """Weights digest after :data:`REPLAY_UPDATES` updates of Adam, two segments of Hadamard directions each."""
     layout = Layout((Parameter("w", (2 * _SURVIVORS,), True, Initialiser("normal", 0.125)),))
     mask = threshold(layout, np.abs(initial_weights(layout, 1)), 0.5)
-    replica = Replica(layout, mask, 1, 2, "hadamard", OptimiserConfig("adam", weight_decay=0.01))
+    replica = Replica(layout, mask, 1, 2, whole_block("hadamard", mask.n_survivors), OptimiserConfig("adam", weight_decay=0.01))
     split = _POSITIONS // 3
     for index in range(REPLAY_UPDATES):
         first = index * (_POSITIONS + 1) % (replica.directions.n_positions - _POSITIONS - 1)

@@ -44,7 +44,7 @@ __all__ = [
     "update_bytes",
 ]
 
-MAX_BLOCKS = 16
+MAX_REPORT_BLOCKS = 16
 MAX_SEGMENTS = 16_384
 MAX_UPDATE_BYTES = MAX_PAYLOAD_BYTES - 64  # a slice of the log puts a few bytes around a record
 
@@ -128,8 +128,8 @@ class Report:
         check_digest("weights digest", self.weights_digest)
         if not np.isfinite(self.mean_loss):
             raise ProtocolError("the mean loss is not finite")
-        if len(self.blocks) > MAX_BLOCKS or sum(b.size for b in self.blocks) > MAX_SCALARS:
-            raise ProtocolError(f"a report holds at most {MAX_BLOCKS} blocks and {MAX_SCALARS} scalars")
+        if len(self.blocks) > MAX_REPORT_BLOCKS or sum(b.size for b in self.blocks) > MAX_SCALARS:
+            raise ProtocolError(f"a report holds at most {MAX_REPORT_BLOCKS} blocks and {MAX_SCALARS} scalars")
         if (self.decline is Decline.NONE) != bool(self.blocks):
             raise ProtocolError("a report has either scalars or a reason why not")
 
@@ -161,7 +161,7 @@ class Report:
             _REPORT.unpack_from(data)
         )
         start = _REPORT.size + n_blocks * COUNT.size
-        if n_blocks > MAX_BLOCKS or len(data) < start:
+        if n_blocks > MAX_REPORT_BLOCKS or len(data) < start:
             raise ProtocolError(f"a report of {len(data)} bytes cannot hold {n_blocks} blocks")
         counts = [COUNT.unpack_from(data, _REPORT.size + i * COUNT.size)[0] for i in range(n_blocks)]
         if sum(counts) > MAX_SCALARS or len(data) != start + 4 * sum(counts):
