@@ -198,7 +198,7 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. Without variants, cut, tail or work there is no such key, so that older artifacts keep their bytes."""
+        """Plain data. What is absent (variants, cut, tail, work) has no key, so older artifacts keep their bytes."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
