@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,10 +23,12 @@ from onnx import ModelProto, helper
 from ..protocol.errors import ArtifactError, ConfigError
 from ..protocol.golden_answer import GoldenPredictions
 from ..protocol.graph_files import GraphFile, GraphVariant
+from ..protocol.graph_work import GraphWork
 from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
 from .blocked_layout import BLOCK_SIZES, BlockedProbe, block_probe
+from .graph_work import graph_work
 from .graphs import ArtifactGraphs, build_graphs
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
@@ -116,6 +119,7 @@ def export_artifact(
         variants=variants,
         cut=built.cut,
         tail=built.tail,
+        work=_work(built, input_shape),
     )
     _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
     return manifest

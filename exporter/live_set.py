@@ -33,7 +33,7 @@ Linear = tuple[int, int]
 ALIGNMENT = 256
 """The arena of onnxruntime hands out multiples of this."""
 
-_ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _IN_PLACE = frozenset(
     {"Relu", "LeakyRelu", "Elu", "Celu", "Selu", "ThresholdedRelu", "Clip", "Sigmoid", "HardSigmoid", "Tanh"}
     | {"Softplus", "Softsign"}
@@ -165,7 +165,7 @@ def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[
         if not name:
             continue
         size = sizes[name]
-        if node.op_type in _ALIASES and name == node.output[0] and name not in buffers.outputs:
+        if node.op_type in ALIASES and name == node.output[0] and name not in buffers.outputs:
             buffers.share(name, node.input[0])
             continue
         if node.op_type in _IN_PLACE:

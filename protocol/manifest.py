@@ -18,6 +18,7 @@ from .dense_tail import DenseTail
 from .errors import ArtifactError
 from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphVariant
+from .graph_work import GraphWork
 from .layout import Layout
 
 __all__ = [
@@ -106,6 +107,7 @@ class Manifest:
         variants: Graphs for particular machines, in any number; each has an entry in ``memory``.
         cut: Where ``prefix.onnx`` ends and ``suffix.onnx`` begins; None if the model has no such place.
         tail: The fully connected layers of ``tail.onnx``; None if the model does not end with any.
+        work: What ``probe.onnx`` computes and moves; None in artifacts of older versions.
     """
 
     model: str
@@ -122,6 +124,7 @@ class Manifest:
     variants: tuple[GraphVariant, ...] = ()
     cut: Cut | None = None
     tail: DenseTail | None = None
+    work: GraphWork | None = None
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -195,7 +198,7 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. Without variants, cut or tail there is no such key, so that older artifacts keep their bytes."""
+        """Plain data. What is absent (variants, cut, tail, work) has no key, so older artifacts keep their bytes."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -239,6 +242,8 @@ class Manifest:
             data["cut"] = self.cut.to_json()
         if self.tail is not None:
             data["tail"] = self.tail.to_json()
+        if self.work is not None:
+            data["work"] = self.work.to_json()
         return data
 
     def encode(self) -> bytes:
@@ -360,4 +365,5 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         variants=tuple(variants),
         cut=Cut.from_json(raw["cut"]) if "cut" in raw else None,
         tail=DenseTail.from_json(raw["tail"]) if "tail" in raw else None,
+        work=GraphWork.from_json(raw["work"]) if "work" in raw else None,
     )

@@ -22,6 +22,7 @@ from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.data import Batch
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.estimators import SteinEstimator
+from fedzo.edge_runtime.golden_check import check_predictions
 from fedzo.edge_runtime.versions import installed_versions
 from fedzo.protocol.directions import Directions
 from fedzo.protocol.errors import FedzoError
@@ -77,6 +78,8 @@ def close(folder: Path) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     with Engine(artifact, mask, micro_batch=8) as engine:
         out["golden difference"] = [engine.check_golden()]
+        with Engine(artifact, Mask.dense(manifest.layout), micro_batch=8) as dense:
+            out["golden predictions difference"] = [check_predictions(dense) or 0.0]
         estimator = SteinEstimator(Directions("hadamard", 3, mask.n_survivors), SIGMA, two_sided=True)
         scalars = estimator.probe(engine, weights, Batch(x, y), 2, np.array([0, 7, 500, 1_000]))
         out["scalars"], out["loss"] = _plain(scalars.values), [scalars.mean_loss]

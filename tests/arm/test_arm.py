@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from fedzo.broker_server.brokers.mosquitto import find_mosquitto
+from tests.arm import federation
 from tests.arm.battery import LENET, MISMATCH, REFERENCE
+from tests.arm.federation import EMULATE
 from tests.board_fixture import ROOT, pip
-from tests.end_to_end.fleet import Fleet, agree, environment, write_images
+from tests.end_to_end.fleet import environment
 
-EMULATE = ROOT / "scripts" / "emulate-arm"
 CANNOT_BUILD = 3
 
 
@@ -103,37 +103,30 @@ def test_a_32_bit_processor_computes_the_same(armhf: str, reference: Path) -> No
 @pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(1200)
-@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 @pytest.mark.parametrize(
-    ("architecture", "cpu", "machine"), [("aarch64", "cortex-a53", "aarch64"), ("armhf", "cortex-a7", "armv7l")]
+    ("architecture", "cpus"), [("aarch64", ["cortex-a53", "cortex-a72", "cortex-a76"]), ("armhf", ["cortex-a7"])]
 )
-def test_an_emulated_device_ends_with_the_servers_weights(
-    architecture: str, cpu: str, machine: str, request: pytest.FixtureRequest, reference: Path, tmp_path: Path
+def test_emulated_devices_end_with_the_servers_weights(
+    architecture: str, cpus: list[str], request: pytest.FixtureRequest, reference: Path, tmp_path: Path
 ) -> None:
+    """A server and a device of this machine, and a device on each emulated processor."""
     request.getfixturevalue(architecture)
-    *data, test = [write_images(tmp_path / f"images-{seed}.npz", seed) for seed in range(3)]
-    fleet = Fleet(tmp_path, reference / LENET, data, test)
-    try:
-        server = fleet.serve("--deadline", 120, "--enrol-deadline", 120)
-        native = fleet.device(0)
-        board = fleet.device(1, program=(EMULATE, architecture, "--cpu", cpu, "-m", "fedzo.edge_runtime"))
-        answer = server.answer(280)
-        devices = [native.answer(), board.answer()]
-        assert agree(answer, devices)
-        assert (answer["rounds"], answer["devices"], answer["refused"]) == (6, 2, 0)
-        # One mask, six updates and two evaluations, none of them lost or declined.
-        assert [(device["reports"], device["declined"]) for device in devices] == [(9, 0), (9, 0)]
-    finally:
-        fleet.close()
+    outcome = federation.run(tmp_path, reference, architecture, cpus)
+    answer, devices = outcome["server"], outcome["devices"]
+    assert (answer["rounds"], answer["devices"], answer["refused"]) == (6, 1 + len(cpus), 0)
+    # One mask, six updates and two evaluations, none of them lost or declined.
+    assert [(device["reports"], device["declined"]) for device in devices] == [(9, 0)] * len(devices)
+    assert {device["provider"] for device in devices} == {"CPUExecutionProvider"}
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def doctor(cpu: str, reference: Path, first: str = "") -> tuple[int, dict[str, str], dict[str, str]]:
+def doctor(architecture: str, cpu: str, reference: Path, first: str = "") -> tuple[int, dict[str, str], dict[str, str]]:
     """Exit code of `fedzo-device doctor`, and of every check its status and its text."""
     command = ["-m", "fedzo.edge_runtime", "doctor", "--artifact", reference / LENET, "--json"]
-    done = emulate("aarch64", "--cpu", cpu, *command, GUEST_PYTHONPATH=first)
+    done = emulate(architecture, "--cpu", cpu, *command, GUEST_PYTHONPATH=first)
+    assert done.stdout, done.stderr
     checks = json.loads(done.stdout)["checks"]
     status, detail = ({check["name"]: check[key] for check in checks} for key in ("status", "detail"))
     return done.returncode, status, detail
@@ -143,9 +136,11 @@ def doctor(cpu: str, reference: Path, first: str = "") -> tuple[int, dict[str, s
 @pytest.mark.network
 @pytest.mark.timeout(1200)
 def test_doctor_finds_a_board_in_order(aarch64: str, reference: Path) -> None:
-    code, status, detail = doctor("cortex-a72", reference)
-    assert [status[name] for name in ("onnxruntime", "golden loss", "denormals")] == ["ok"] * 3
-    assert detail["processor"] == "aarch64 Cortex-A72"
+    """The other processors have it in the tests of the bundle."""
+    code, status, detail = doctor(aarch64, "cortex-a76", reference)
+    right = ("onnxruntime", "execution providers", "golden loss", "golden predictions", "denormals")
+    assert [status[name] for name in right] == ["ok"] * len(right), (status, detail)
+    assert detail["processor"] == "aarch64 Cortex-A76"
     assert (code, "fail" in status.values()) == (0, False), (status, detail)
 
 
@@ -154,20 +149,62 @@ def test_doctor_finds_a_board_in_order(aarch64: str, reference: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_doctor_survives_a_wheel_that_dies_on_this_processor(aarch64: str, reference: Path, tmp_path: Path) -> None:
     """onnxruntime 1.21.0 holds instructions that a Cortex-A53 does not have (microsoft/onnxruntime#23957)."""
-    options: list[str | Path] = [
-        "--no-deps",
-        "--target",
-        tmp_path,
-        "--platform",
-        "manylinux_2_27_aarch64",
-        "--platform",
-    ]
-    options += ["manylinux_2_28_aarch64", "--only-binary=:all:", "--python-version", "3.11", "--abi", "cp311"]
-    pip("install", "--quiet", *options, "onnxruntime==1.21.0")
-    code, status, detail = doctor("cortex-a53", reference, first=str(tmp_path))
+    options: list[str | Path] = ["--no-deps", "--target", tmp_path, "--platform", "manylinux_2_27_aarch64"]
+    options += ["--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--python-version", "3.11"]
+    pip("install", "--quiet", *options, "--abi", "cp311", "onnxruntime==1.21.0")
+    code, status, detail = doctor(aarch64, "cortex-a53", reference, first=str(tmp_path))
     assert (code, status["onnxruntime"], status.get("golden loss")) == (7, "fail", None)
     assert "SIGILL" in detail["onnxruntime"]
+    assert status["onnxruntime release"] == "fail"
     assert status["replay of 1,000 updates"] == "ok"
+
+
+# --- an offline bundle ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("architecture", "cpu", "python", "system_packages"),
+    [("aarch64", "cortex-a72", "3.11", False), ("armhf", "cortex-a7", "3.13", True)],
+)
+def test_a_bundle_installs_on_a_board_without_a_network(
+    architecture: str,
+    cpu: str,
+    python: str,
+    system_packages: bool,
+    request: pytest.FixtureRequest,
+    reference: Path,
+    tmp_path: Path,
+) -> None:
+    """`fedzo bundle` here, ``sh install.sh`` with the board's Python; its last step is doctor with the artifact."""
+    request.getfixturevalue(architecture)
+    command = [sys.executable, "-m", "fedzo.cli", "bundle", "--platform", architecture, "--python", python]
+    command += ["--artifact", str(reference / LENET), "--out", str(tmp_path / "bundle")]
+    command += ["--system-packages"] if system_packages else []
+    made = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    guest = emulate(architecture, "--cpu", cpu, "-c", "import sys; print(sys.executable)")
+    variables = {"PYTHON": guest.stdout.strip(), "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/"}
+    if architecture == "armhf":  # where a board finds them by links that a package's script makes
+        libraries = Path(variables["PYTHON"]).parent.parent / "lib" / "arm-linux-gnueabihf"
+        variables["LD_LIBRARY_PATH"] = f"{libraries / 'blas'}:{libraries / 'lapack'}"
+    script = ["sh", str(tmp_path / "bundle" / "install.sh"), str(tmp_path / "fedzo")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=500, env=environment(**variables), cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = dict(reversed(line.partition(": ")[0].split(maxsplit=1)) for line in done.stdout.splitlines()[1:-1])
+    right = ("onnxruntime", "execution providers", "golden loss", "golden predictions", "replay of 1,000 updates")
+    assert [checks[name] for name in right] == ["ok"] * len(right), done.stdout
+    assert checks["denormals"] == ("warn" if architecture == "armhf" else "ok")
+    shown = [
+        str(tmp_path / "fedzo" / "bin" / "python"),
+        "-I",
+        "-c",
+        "import fedzo.edge_runtime as f; print(f.__file__)",
+    ]
+    where = subprocess.run(shown, capture_output=True, text=True, timeout=120, env=environment())
+    assert where.stdout.startswith(str(tmp_path / "fedzo" / "lib" / f"python{python}")), where.stderr
 
 
 # --- the battery and the script themselves ----------------------------------------------------------------------------
