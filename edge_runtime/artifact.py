@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,14 +137,19 @@ class Artifact:
         return True
 
     @classmethod
-    def from_blobs(cls, manifest_bytes: bytes, store: BlobStore) -> Artifact:
+    def from_blobs(cls, manifest_bytes: bytes, store: BlobStore, names: Collection[str] | None = None) -> Artifact:
         """An artifact whose graphs were fetched into ``store``.
+
+        Args:
+            manifest_bytes: ``manifest.json``.
+            store: Where the graphs are.
+            names: Graphs that have to be there; all of them if None.
 
         Raises:
             ArtifactError: The manifest is malformed, or a graph is absent or damaged.
         """
         manifest = Manifest.decode(manifest_bytes)
-        return _checked(cls(manifest, manifest_bytes, str(store.folder), lambda graph: store.get(graph.sha256)))
+        return _checked(cls(manifest, manifest_bytes, str(store.folder), lambda graph: store.get(graph.sha256)), names)
 
 
 def load_artifact(folder: str | os.PathLike[str]) -> Artifact:
@@ -168,9 +173,10 @@ def load_artifact(folder: str | os.PathLike[str]) -> Artifact:
     return _checked(Artifact(manifest, data, str(root), lambda graph: _read(root / graph.name, graph.size)))
 
 
-def _checked(artifact: Artifact) -> Artifact:
+def _checked(artifact: Artifact, names: Collection[str] | None = None) -> Artifact:
     for graph in artifact.manifest.graphs:
-        artifact.read_graph(graph.name)
+        if names is None or graph.name in names:
+            artifact.read_graph(graph.name)
     return artifact
 
 

@@ -10,11 +10,28 @@ from .documents import Announcement, RunDocument
 from .errors import ProtocolError
 from .graph_files import GraphFile
 from .layout import Layout
-from .manifest import Manifest
+from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
+from .settings import RunSettings
 from .transfers import BlobBlock
 
-__all__ = ["RunFiles"]
+__all__ = ["RunFiles", "needed_graphs"]
+
+
+def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile, ...]:
+    """The graphs of an artifact that a device loads in a run with these settings.
+
+    Raises:
+        ArtifactError: The artifact lacks one.
+    """
+    names = ["probe.onnx", "predict.onnx"]
+    if settings.sparsity > 0:
+        names += [graph.name for graph in manifest.graphs if graph.name in ("saliency.onnx", "moments.onnx")]
+    if settings.training.estimator == "split":
+        names += CUT_GRAPHS
+    elif settings.training.estimator == "node":
+        names += manifest.tail_graphs
+    return tuple(manifest.graph(name) for name in names)
 
 
 class RunFiles:
@@ -69,12 +86,12 @@ class RunFiles:
         """The next step towards the graphs; None when all of them are there, or given up.
 
         Args:
-            optional: Graphs that the device would use besides the artifact's own. One that the server does not have,
+            optional: Graphs that the device would use besides those that every device needs. One that the server does not have,
                 does not send or that cannot be kept is given up.
             now: The time.
         """
         blobs = self._blobs
-        for graph in self.manifest.graphs if self.manifest else ():
+        for graph in needed_graphs(self.manifest, self._run.settings) if self.manifest else ():
             if not blobs.has(graph.sha256):
                 return blobs.fetch(graph.sha256, graph.size, now, read=False)
         for graph in optional:

@@ -1,0 +1,245 @@
+"""Device halves of the estimators, one block of scalars for each block of the weights.
+
+========  ==========================================  ==================================================
+name      in front of the cut                         behind it
+========  ==========================================  ==================================================
+``stein``  differences of losses along directions of all weights
+``split``  differences of losses, whole passes        differences of losses, passes from stored features
+``node``   differences of losses, whole passes        a sketch of the gradient that node perturbation gives
+========  ==========================================  ==================================================
+
+Only ``node`` has a state between rounds: what its sketches have not carried yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..protocol.blocks import Block, directions_of
+from ..protocol.directions import Directions
+from ..protocol.errors import ProtocolError
+from ..protocol.settings import TrainingSettings
+from ..protocol.sketch import GradientSketch
+from .data import Batch
+from .engine import Engine
+from .estimators import Cancelled, SteinEstimator, never
+from .loss_source import SuffixLosses, WholeLosses
+from .suffix import Suffix
+from .tail import tail_gradient
+
+__all__ = ["BlockEstimator", "BlockScalars", "NodeBlocks", "SplitBlocks", "SteinBlocks", "make_estimator"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScalars:
+    """What one device measured in one round.
+
+    Attributes:
+        blocks: ``float32[k]`` for every block, finite; owned by the caller.
+        mean_loss: Mean loss of the batch at the weights themselves, or nearly there.
+        queries: Passes through the network or a part of it.
+    """
+
+    blocks: tuple[NDArray[np.float32], ...]
+    mean_loss: float
+    queries: int
+
+
+class BlockEstimator(Protocol):
+    """What the worker asks of an estimator."""
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        index: int,
+        positions: Sequence[NDArray[np.int64]],
+        cancelled: Callable[[], bool] = never,
+    ) -> BlockScalars:
+        """Measure one scalar a position.
+
+        Deterministic: the same arguments and state give the same bits on the same machine and ONNX Runtime.
+
+        Args:
+            engine: Evaluates the losses; its ``weights_feed`` is overwritten.
+            weights: ``float32[n_survivors]``, read only.
+            batch: The samples.
+            round_: Round of directions and noise.
+            index: The device's number, for noise of its own.
+            positions: ``int64[k]`` for every block.
+            cancelled: Asked before every pass, or before a run of several.
+
+        Raises:
+            Cancelled: ``cancelled`` returned true; the state is that of before.
+            NonFiniteLossError: A loss, or a scalar as float32, is not finite; the state is that of before.
+            MemoryBudgetError: The tensors do not fit under the engine's limit; the state is that of before.
+        """
+        ...
+
+    def state(self) -> bytes:
+        """What has to be kept for the next round; empty for nothing."""
+        ...
+
+    def restore(self, state: bytes) -> None:
+        """Go on from a :meth:`state`.
+
+        Raises:
+            ProtocolError: It belongs to another estimator or other weights.
+        """
+        ...
+
+
+class _Stateless:
+    """An estimator that begins every round anew."""
+
+    def state(self) -> bytes:
+        """See :meth:`BlockEstimator.state`."""
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        """See :meth:`BlockEstimator.restore`."""
+        if state:
+            raise ProtocolError(f"a state of {len(state)} bytes belongs to another estimator")
+
+
+class SteinBlocks(_Stateless):
+    """Differences of losses along directions of all weights.
+
+    Args:
+        training: Sigma and sides.
+        directions: Of the only block.
+    """
+
+    def __init__(self, training: TrainingSettings, directions: Directions) -> None:
+        self._estimator = SteinEstimator(directions, training.sigma, training.two_sided)
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        index: int,
+        positions: Sequence[NDArray[np.int64]],
+        cancelled: Callable[[], bool] = never,
+    ) -> BlockScalars:
+        """See :meth:`BlockEstimator.probe`."""
+        found = self._estimator.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        return BlockScalars((found.values,), found.mean_loss, found.queries)
+
+
+class SplitBlocks(_Stateless):
+    """Few directions over the front layers, many over those behind the cut for a fraction of the price each.
+
+    The form of DeepZero's feature reuse (Chen et al., arXiv 2310.02025, section 4) with random directions.
+
+    Args:
+        training: Sigma and sides.
+        blocks: In front of the cut and behind it.
+        directions: Theirs.
+    """
+
+    def __init__(self, training: TrainingSettings, blocks: Sequence[Block], directions: Sequence[Directions]) -> None:
+        self._first = blocks[1].first
+        self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
+        self._behind = SteinEstimator(directions[1], training.sigma, training.two_sided)
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        index: int,
+        positions: Sequence[NDArray[np.int64]],
+        cancelled: Callable[[], bool] = never,
+    ) -> BlockScalars:
+        """See :meth:`BlockEstimator.probe`."""
+        front = self._front.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        with Suffix(engine, weights, batch.x, batch.y) as suffix:
+            source = SuffixLosses(suffix)
+            behind = self._behind.measure(source, weights[self._first :], round_, positions[1], cancelled)
+        return BlockScalars((front.values, behind.values), behind.mean_loss, front.queries + behind.queries + 1)
+
+
+class NodeBlocks:
+    """Directions over the front layers; for the fully connected ones the gradient of node perturbation, as a sketch.
+
+    Args:
+        training: Sigma, sides, repeats and feedback.
+        blocks: In front of the tail and the tail.
+        directions: Theirs.
+    """
+
+    def __init__(self, training: TrainingSettings, blocks: Sequence[Block], directions: Sequence[Directions]) -> None:
+        self._repeats, self._sigma = training.repeats, np.float32(training.sigma)
+        self._seed = directions[0].seed
+        self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
+        self._sketch = GradientSketch(directions[1], training.feedback)
+
+    def probe(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        index: int,
+        positions: Sequence[NDArray[np.int64]],
+        cancelled: Callable[[], bool] = never,
+    ) -> BlockScalars:
+        """See :meth:`BlockEstimator.probe`."""
+
+        def before_pass() -> None:
+            if cancelled():
+                raise Cancelled(f"the probe of round {round_} was cancelled")
+
+        front = self._front.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        tail = tail_gradient(
+            engine,
+            weights,
+            batch.x,
+            batch.y,
+            repeats=self._repeats,
+            sigma=self._sigma,
+            seed=self._seed,
+            round_=round_,
+            index=index,
+            before_pass=before_pass,
+        )
+        scalars = self._sketch.encode(tail.values, positions[1])
+        mean_loss = float(tail.losses.mean())
+        return BlockScalars((front.values, scalars), mean_loss, front.queries + tail.passes + 1)
+
+    def state(self) -> bytes:
+        """The residual of the sketches."""
+        return self._sketch.state()
+
+    def restore(self, state: bytes) -> None:
+        """See :meth:`BlockEstimator.restore`."""
+        self._sketch.restore(state)
+
+
+def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: int) -> BlockEstimator:
+    """The device half that a run asks for.
+
+    Args:
+        training: Names it.
+        blocks: Of the run and its mask.
+        seed: Run seed of the directions.
+
+    Raises:
+        ConfigError: The settings do not fit together.
+    """
+    directions = directions_of(blocks, seed)
+    if training.estimator == "stein":
+        return SteinBlocks(training, directions[0])
+    if training.estimator == "split":
+        return SplitBlocks(training, blocks, directions)
+    return NodeBlocks(training, blocks, directions)
