@@ -51,8 +51,27 @@ def register(app: typer.Typer) -> None:
             int | None, typer.Option(help="Updates between evaluations; 0: at the end.", rich_help_panel=_ROUNDS)
         ] = None,
         rounds: Annotated[int | None, typer.Option(help="Updates to make.", rich_help_panel=_TRAINING)] = None,
+        estimator: Annotated[
+            str | None,
+            typer.Option(
+                help="stein: directions over all weights; split: many over the layers behind the cut; node: node "
+                "perturbation of the fully connected layers.",
+                rich_help_panel=_TRAINING,
+            ),
+        ] = None,
         k: Annotated[
             int | None, typer.Option(help="Directions per device and round.", rich_help_panel=_TRAINING)
+        ] = None,
+        tail_k: Annotated[
+            int | None,
+            typer.Option(help="split, node: scalars for the layers behind the cut.", rich_help_panel=_TRAINING),
+        ] = None,
+        repeats: Annotated[
+            int | None, typer.Option(help="node: passes with fresh noise.", rich_help_panel=_TRAINING)
+        ] = None,
+        feedback: Annotated[
+            float | None,
+            typer.Option(help="node: part of what was not sent that counts next time.", rich_help_panel=_TRAINING),
         ] = None,
         directions: Annotated[
             str | None, typer.Option(help="hadamard, rademacher or gaussian.", rich_help_panel=_TRAINING)
@@ -123,7 +142,11 @@ def register(app: typer.Typer) -> None:
             "patience": patience,
             "evaluate_every": evaluate_every,
             "training.rounds": rounds,
+            "training.estimator": estimator,
             "training.k": k,
+            "training.tail_k": tail_k,
+            "training.repeats": repeats,
+            "training.feedback": feedback,
             "training.directions": directions,
             "training.assignment": assign,
             "training.sigma": sigma,

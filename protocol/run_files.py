@@ -86,7 +86,7 @@ class RunFiles:
         """The next step towards the graphs; None when all of them are there, or given up.
 
         Args:
-            optional: Graphs that the device would use besides those that every device needs. One that the server does not have,
+            optional: Graphs that the device would use besides those that it needs. One that the server does not have,
                 does not send or that cannot be kept is given up.
             now: The time.
         """
