@@ -199,7 +199,8 @@ def _verified(graph: GraphFile, data: bytes, source: str) -> bytes:
 def _read(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # read(n) allocates n bytes, however short the file is
+            return file.read(min(limit, size) + 1)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing", hint="copy the artifact again or export it again") from None
     except OSError as error:

@@ -32,6 +32,7 @@ class BoundGraph:
         feeds: Buffers by input name, bound once; they must outlive the graph and not move.
         n_outputs: Length of the output of ``moments.onnx``.
         blocked: The weight tensors of a variant; they are bound as well.
+        queries: Sets of weights in one run of ``probe.onnx``, and length of its output if above 1.
 
     Raises:
         ArtifactError: The session has inputs or outputs that no such graph has.
@@ -44,8 +45,10 @@ class BoundGraph:
         feeds: Mapping[str, NDArray[Any]],
         n_outputs: int,
         blocked: BlockedWeights | None = None,
+        queries: int = 1,
     ) -> None:
         self.name = name
+        self.queries = queries
         self.blocked = blocked
         self._session = session
         self._binding = session.io_binding()
@@ -62,9 +65,15 @@ class BoundGraph:
         for key in wanted & set(bound):
             self._bind(key, bound[key])
         dtype = np.float64 if name == "probe.onnx" else np.float32
-        self.output: NDArray[Any] = np.zeros(() if name == "probe.onnx" else n_outputs, dtype=dtype)
+        shape = () if queries == 1 else (queries,)
+        self.output: NDArray[Any] = np.zeros(shape if name == "probe.onnx" else n_outputs, dtype=dtype)
         if _OUTPUTS[name] != "logits":
             self._bind_output(self.output)
+
+    def write(self, weights: NDArray[np.float32]) -> None:
+        """Put the weights of a variant into its tensors, see :meth:`~.variants.BlockedWeights.write`."""
+        if self.blocked is not None:
+            self.blocked.write(weights)
 
     def holds(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> bool:
         """Whether these very arrays, as a whole, were checked and are bound: then :meth:`run_again` reads them."""

@@ -69,7 +69,7 @@ class Estimator(Protocol):
             batch: The samples behind every loss.
             round_: Round of the directions.
             positions: ``int64[n]``, positions of the round's directions.
-            cancelled: Asked before each query.
+            cancelled: Asked before each query, or before each run of several.
 
         Raises:
             Cancelled: ``cancelled`` returned true.
@@ -119,34 +119,46 @@ class SteinEstimator:
         cancelled: Callable[[], bool] = never,
     ) -> Scalars:
         """See :meth:`Estimator.probe`."""
-
-        def loss(add: np.ufunc | None) -> float:
-            if cancelled():
-                raise Cancelled(f"the probe of round {round_} was cancelled")
-            feed = engine.weights_feed
-            if add is None:
-                np.copyto(feed, weights)
-            else:
-                add(weights, self._step, out=feed)
-            return engine.loss(feed, batch.x, batch.y)
-
-        sigma = float(self._sigma)
-        values = np.empty(len(positions), dtype=np.float64)
-        clean = 0.0 if self._two_sided else loss(None)
-        total = 0.0
-        for k, position in enumerate(positions.tolist()):
-            self._directions.scaled(round_, position, self._sigma, self._step)
-            plus = loss(np.add)
-            if self._two_sided:
-                minus = loss(np.subtract)
-                values[k] = (plus - minus) / (2.0 * sigma)
-                total += 0.5 * (plus + minus)
-            else:
-                values[k] = (plus - clean) / sigma
+        sigma, two_sided = float(self._sigma), self._two_sided
+        losses = self._losses(engine, weights, batch, round_, positions.tolist(), cancelled)
+        if two_sided:
+            plus, minus = losses[0::2], losses[1::2]
+            values = (plus - minus) / (2.0 * sigma)
+        else:
+            values = (losses[1:] - losses[0]) / sigma
         if not np.all(np.abs(values) <= float(np.finfo(np.float32).max)):
             raise NonFiniteLossError(
                 f"a directional derivative of round {round_} is larger than float32 holds",
                 hint="use a larger sigma or a smaller learning_rate",
             )
-        mean_loss = total / max(1, len(positions)) if self._two_sided else clean
-        return Scalars(values.astype(np.float32), mean_loss, self.queries(len(positions)))
+        mean_loss = float(losses.sum()) / max(1, len(losses)) if two_sided else float(losses[0])
+        return Scalars(values.astype(np.float32), mean_loss, len(losses))
+
+    def _losses(
+        self,
+        engine: Engine,
+        weights: NDArray[np.float32],
+        batch: Batch,
+        round_: int,
+        positions: list[int],
+        cancelled: Callable[[], bool],
+    ) -> NDArray[np.float64]:
+        """All losses in order: the clean one and one a position, or two a position. ``float64[queries]``."""
+        feeds = engine.query_batches.feeds(batch.x, batch.y)
+        losses = np.empty(self.queries(len(positions)), np.float64)
+        for start in range(0, len(losses), len(feeds)):
+            if cancelled():
+                raise Cancelled(f"the probe of round {round_} was cancelled")
+            rows = feeds[: len(losses) - start]
+            for query, feed in enumerate(rows, start):
+                if self._two_sided:
+                    if query % 2 == 0:
+                        self._directions.scaled(round_, positions[query // 2], self._sigma, self._step)
+                    (np.subtract if query % 2 else np.add)(weights, self._step, out=feed)
+                elif query == 0:
+                    np.copyto(feed, weights)
+                else:
+                    self._directions.scaled(round_, positions[query - 1], self._sigma, feed)
+                    np.add(weights, feed, out=feed)
+            losses[start : start + len(rows)] = engine.losses(rows, batch.x, batch.y)
+        return losses

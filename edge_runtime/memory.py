@@ -216,8 +216,8 @@ def _planned(
     graph_bytes = max(file.size for file in files if file.name in graphs)
     feeds = _batch_bytes(manifest, batch)
     if variants:
-        # The weight tensors of a variant, and the place of each survivor there.
-        feeds += max(variant.weight_bytes for variant in variants) + 8 * n_survivors
+        # The weight tensors of a variant, the place of each survivor there, and the weights of several queries.
+        feeds += max(v.weight_bytes + (8 if v.queries == 1 else 12) * v.queries * n_survivors for v in variants)
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
     # The known answer is computed before all that, on the dense initial weights.

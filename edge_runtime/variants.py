@@ -1,4 +1,4 @@
-"""Which variant of a graph this machine can run, and the weight tensors that it reads."""
+"""Which variants of a graph this machine can run, and the weight tensors that they read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.buffers import CACHE_LINE, aligned_zeros
 from ..protocol.errors import ArtifactError
 from ..protocol.graph_files import GraphVariant
 from ..protocol.layout import Layout
 from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask
 from ..protocol.placement import PLACEMENTS_KEY, decode_placements
-from .artifact import Artifact
+from ..protocol.query_layout import query_layout, query_name
 from .ort import runtime_version
 
-__all__ = ["BlockedWeights", "block_size", "machine_family", "matching_variant", "usable_variant"]
+__all__ = [
+    "BlockedWeights",
+    "block_size",
+    "machine_family",
+    "matching_variant",
+    "wanted_variants",
+]
 
 _FAMILIES: Final = {"x86_64": "x86_64", "amd64": "x86_64"}
-_CACHE_LINE: Final = 16  # entries
 
 
 def machine_family() -> str:
@@ -45,19 +51,25 @@ def block_size(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
     return 16 if "avx512f" in flags else 8 if "avx" in flags else 0
 
 
-def matching_variant(manifest: Manifest, graph: str) -> GraphVariant | None:
-    """The variant of ``graph`` that was made for machines like this one and its release of ONNX Runtime."""
-    candidates = [variant for variant in manifest.variants if variant.graph == graph]
-    if not candidates:
-        return None  # most boards: no need to look at the processor
+def wanted_variants(manifest: Manifest) -> tuple[GraphVariant, ...]:
+    """What a device like this one may run in place of ``probe.onnx``, the best first.
+
+    Returns:
+        The variant for this machine, if there is one, and the one for several queries in a run: for this machine, or
+        else for any.
+    """
+    if not manifest.variants:
+        return ()  # most boards: no need to look at the processor
     mine = (machine_family(), block_size(), runtime_version())
-    return next((v for v in candidates if (v.machine, v.block, v.onnxruntime) == mine), None)
+    own = [v for v in manifest.variants if (v.machine, v.block, v.onnxruntime) == mine]
+    single = [v for v in own if v.queries == 1]
+    batched = [v for v in own if v.queries > 1] or [v for v in manifest.variants if v.machine == "any"]
+    return (*single[:1], *batched[:1])
 
 
-def usable_variant(artifact: Artifact, graph: str) -> GraphVariant | None:
-    """:func:`matching_variant`, if its file is here and whole."""
-    variant = matching_variant(artifact.manifest, graph)
-    return variant if variant is not None and artifact.holds(variant.file) else None
+def matching_variant(manifest: Manifest, graph: str) -> GraphVariant | None:
+    """The variant of ``graph`` that was made for machines like this one, for one query a run."""
+    return next((v for v in wanted_variants(manifest) if (v.graph, v.queries) == (graph, 1)), None)
 
 
 class BlockedWeights:
@@ -70,6 +82,7 @@ class BlockedWeights:
         placements: Metadata of the graph, see :func:`~fedzo.protocol.placement.encode_placements`.
         layout: Of the artifact.
         mask: Which entries survive.
+        queries: Sets of weights, see :mod:`fedzo.protocol.query_layout`.
 
     Raises:
         ArtifactError: An input has not the size that its parameter needs, or a parameter has no input.
@@ -78,38 +91,51 @@ class BlockedWeights:
         feeds: ``float32`` tensors by input name; views of the buffer, aligned to cache lines.
     """
 
-    def __init__(self, inputs: Mapping[str, Sequence[int | str]], placements: str, layout: Layout, mask: Mask) -> None:
-        rules = decode_placements(placements, layout)
-        shapes, starts, total = [], [], 0
-        for parameter in layout.parameters:
-            shape = tuple(n for n in inputs.get(parameter.name, (0,)) if isinstance(n, int))
-            rule = rules.get(parameter.name)
-            if math.prod(shape) != (rule.size if rule else parameter.size):
+    def __init__(
+        self,
+        inputs: Mapping[str, Sequence[int | str]],
+        placements: str,
+        layout: Layout,
+        mask: Mask,
+        queries: int = 1,
+    ) -> None:
+        joint = {p.name for p in layout.parameters if queries > 1 and p.name in inputs}
+        tensors = query_layout(layout, queries, joint)
+        rules = decode_placements(placements, tensors)
+        shapes, starts, total = {}, {}, 0
+        for tensor in tensors.parameters:
+            shape = tuple(n for n in inputs.get(tensor.name, (0,)) if isinstance(n, int))
+            rule = rules.get(tensor.name)
+            if math.prod(shape) != (rule.size if rule else tensor.size):
                 raise ArtifactError(
-                    f"a variant of the graph has no input {parameter.name!r} of the size that it needs",
+                    f"a variant of the graph has no input {tensor.name!r} of the size that it needs",
                     hint="the artifact was damaged or written by another program: export again",
                 )
-            shapes.append(shape)
-            starts.append(total)
-            total += -(-math.prod(shape) // _CACHE_LINE) * _CACHE_LINE
-        buffer = np.zeros(total + _CACHE_LINE, np.float32)
-        first = -(buffer.ctypes.data // 4) % _CACHE_LINE
-        self._buffer = buffer[first:]
-        self._places = np.empty(mask.n_survivors, np.intp)
+            shapes[tensor.name], starts[tensor.name] = shape, total
+            total += -(-math.prod(shape) * 4 // CACHE_LINE) * CACHE_LINE // 4
+        self._buffer = aligned_zeros(total)
+        self._places = np.empty(queries * mask.n_survivors, np.intp)
         index, done = mask.index(), 0
-        for parameter, start, count in zip(layout.parameters, starts, mask.counts().tolist(), strict=True):
-            part = index[done : done + count]
-            if parameter.name in rules:
-                part = rules[parameter.name].positions(parameter.shape, part)
-            np.add(part, start, out=self._places[done : done + count], casting="unsafe")
+        sizes = {tensor.name: tensor.shape for tensor in tensors.parameters}
+        for parameter, count in zip(layout.parameters, mask.counts().tolist(), strict=True):
+            for query in range(queries):
+                name, part = parameter.name, index[done : done + count]
+                if name in joint:
+                    part = part + np.int32(query * parameter.size)
+                elif queries > 1:
+                    name = query_name(name, query)
+                if name in rules:
+                    part = rules[name].positions(sizes[name], part)
+                first = query * mask.n_survivors + done
+                np.add(part, starts[name], out=self._places[first : first + count], casting="unsafe")
             done += count
         self.feeds: dict[str, NDArray[np.float32]] = {
-            parameter.name: self._buffer[start : start + math.prod(shape)].reshape(shape)
-            for parameter, start, shape in zip(layout.parameters, starts, shapes, strict=True)
+            name: self._buffer[start : start + math.prod(shapes[name])].reshape(shapes[name])
+            for name, start in starts.items()
         }
 
     @classmethod
-    def of_session(cls, session: Any, layout: Layout, mask: Mask) -> BlockedWeights:
+    def of_session(cls, session: Any, layout: Layout, mask: Mask, queries: int = 1) -> BlockedWeights:
         """For a loaded variant.
 
         Raises:
@@ -117,8 +143,12 @@ class BlockedWeights:
         """
         properties = session.get_modelmeta().custom_metadata_map
         shapes = {value.name: value.shape for value in session.get_inputs()}
-        return cls(shapes, properties.get(PLACEMENTS_KEY, ""), layout, mask)
+        return cls(shapes, properties.get(PLACEMENTS_KEY, ""), layout, mask, queries)
 
     def write(self, weights: NDArray[np.float32]) -> None:
-        """Put ``weights float32[n_survivors]`` into the tensors."""
-        self._buffer[self._places] = weights
+        """Put ``weights``, contiguous, into the tensors.
+
+        Args:
+            weights: ``float32[n_survivors]``, or ``float32[n, n_survivors]`` for the first ``n`` queries.
+        """
+        self._buffer[self._places[: weights.size]] = weights.reshape(-1)

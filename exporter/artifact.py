@@ -27,17 +27,17 @@ from ..protocol.graph_work import GraphWork
 from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
-from .blocked_layout import BLOCK_SIZES, BlockedProbe, block_probe
+from .blocked_layout import BlockedProbe
 from .graph_work import graph_work
 from .graphs import ArtifactGraphs, build_graphs
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
+from .probe_variants import VARIANTS, probe_variants
 from .sessions import dense_feeds, run_graph
 
 __all__ = ["export_artifact", "verify_artifact"]
 
 MANIFEST = "manifest.json"
-VARIANTS = tuple(f"probe.nchwc{block}.onnx" for block in BLOCK_SIZES)
 GOLDEN_BATCH = 8
 GOLDEN_TOLERANCE = 1e-5  # losses of different CPUs differ by about 1e-7; a wrong kernel by far more
 LOGIT_TOLERANCE = 1e-4  # single logits were seen to differ by 9e-6
@@ -91,18 +91,15 @@ def export_artifact(
         for (name, graph), plan in zip(built.graphs.items(), memory, strict=True)
     }
     graphs = tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items())
-    blocked = block_probe(built.graphs["probe.onnx"], built.layout)
     variants: tuple[GraphVariant, ...] = ()
-    if blocked is not None:
-        name = f"probe.nchwc{blocked.block}.onnx"
-        plan = GraphMemory(name, _blocked_envelope(blocked, built, input_shape))
+    for name, probe, queries in probe_variants(forward, built):
+        plan = GraphMemory(name, _variant_envelope(probe, built, input_shape))
         properties = _properties(name, model, built.layout, seed, sparsity, units, golden, plan)
-        properties[PLACEMENTS_KEY] = encode_placements(blocked.placements)
-        files[name] = _encode(blocked.model, properties)
+        properties[PLACEMENTS_KEY] = encode_placements(probe.placements)
+        files[name] = _encode(probe.model, properties)
         file = GraphFile(name, hashlib.sha256(files[name]).digest(), len(files[name]))
-        variants = (
-            GraphVariant(file, "probe.onnx", blocked.machine, blocked.onnxruntime, blocked.block, blocked.weight_bytes),
-        )
+        kind = (probe.machine, probe.onnxruntime, probe.block, probe.weight_bytes, queries)
+        variants = (*variants, GraphVariant(file, "probe.onnx", *kind))
         memory = (*memory, plan)
     manifest = Manifest(
         model=model,
@@ -154,13 +151,20 @@ def _envelope(name: str, built: ArtifactGraphs, input_shape: tuple[int, ...]) ->
     return live_envelope(graph, measured_sizes(graph, lambda batch: built.zero_feeds(name, input_shape, batch)))
 
 
-def _blocked_envelope(
-    blocked: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]
+def _work(built: ArtifactGraphs, input_shape: tuple[int, ...]) -> GraphWork:
+    name = "probe.onnx"
+    graph = built.graphs[name]
+    sizes = measured_sizes(graph, lambda batch: built.zero_feeds(name, input_shape, batch))
+    return graph_work(graph, built.layout, built.units, sizes, 4 * math.prod(input_shape))
+
+
+def _variant_envelope(
+    probe: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     def feeds(batch: int) -> dict[str, NDArray[np.generic]]:
-        return {**blocked.zero_weights(), **built.zero_feeds("probe.onnx", input_shape, batch)}
+        return {**probe.zero_weights(), **built.zero_feeds("probe.onnx", input_shape, batch)}
 
-    return live_envelope(blocked.model, measured_sizes(blocked.model, feeds))
+    return live_envelope(probe.model, measured_sizes(probe.model, feeds))
 
 
 def _golden(built: ArtifactGraphs, input_shape: tuple[int, ...], n_classes: int, seed: int) -> Golden:

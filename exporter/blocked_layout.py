@@ -54,11 +54,11 @@ class BlockedProbe:
     """A probe graph for one kind of machine.
 
     Attributes:
-        model: Takes one ``float32`` tensor a parameter, of its name and its new shape, and ``x`` and ``y``.
+        model: Takes one ``float32`` tensor a parameter of the layout, of its name and its new shape, ``x`` and ``y``.
         placements: Of the parameters whose entries moved, by name; the others are in C order.
-        machine: Processor family, ``x86_64``.
-        onnxruntime: The release that made it.
-        block: Channels in a block, 8 or 16.
+        machine: Processor family, ``x86_64``, or ``any``.
+        onnxruntime: The release that made it, or ``any``.
+        block: Channels in a block, 8 or 16; 0 without blocks.
     """
 
     model: ModelProto
@@ -86,7 +86,7 @@ def block_probe(probe: ModelProto, layout: Layout) -> BlockedProbe | None:
     """Make the graph for machines like this one.
 
     Args:
-        probe: The portable ``probe.onnx``.
+        probe: The portable ``probe.onnx``, or a graph with one input a parameter.
         layout: Its parameters.
 
     Returns:

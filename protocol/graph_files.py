@@ -1,4 +1,4 @@
-"""Files of an artifact: the portable graphs, and variants of them for particular machines."""
+"""Files of an artifact: the portable graphs, and variants of them for particular machines or several queries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from .errors import ArtifactError
+from .query_layout import MAX_QUERIES
 
 __all__ = ["GraphFile", "GraphVariant"]
 
@@ -29,19 +30,20 @@ class GraphFile:
 
 @dataclass(frozen=True, slots=True)
 class GraphVariant:
-    """A graph that one kind of machine runs in place of a portable one, which it must equal but for rounding.
+    """A graph that may run in place of a portable one, which it must equal but for rounding.
 
-    Its weights are inputs of their own, in the shapes that the kernels of that machine read; where each entry lies,
-    the file says (:mod:`fedzo.protocol.placement`). Nobody needs a variant: a device without it runs the portable
-    graph.
+    It is made for one kind of machine, or for several queries in one run, or for both. Its weights are inputs of their
+    own, in the shapes that the kernels read; where each entry lies, the file says (:mod:`fedzo.protocol.placement`).
+    Nobody needs a variant: a device without it runs the portable graph.
 
     Attributes:
         file: The file; its name has a middle part, such as ``probe.nchwc16.onnx``.
         graph: The portable graph, ``probe.onnx``.
-        machine: Processor family, ``x86_64``.
-        onnxruntime: The one release of ONNX Runtime that can run it.
-        block: Channels in a block of that machine's kernels, 8 or 16.
+        machine: Processor family, ``x86_64``, or ``any``.
+        onnxruntime: The one release of ONNX Runtime that can run it; ``any`` for any machine.
+        block: Channels in a block of that machine's kernels, 8 or 16; 0 for any machine.
         weight_bytes: Size of all weight inputs, with padding; held as long as the graph is loaded.
+        queries: Sets of weights that one run evaluates (:mod:`fedzo.protocol.query_layout`).
     """
 
     file: GraphFile
@@ -50,14 +52,16 @@ class GraphVariant:
     onnxruntime: str
     block: int
     weight_bytes: int
+    queries: int = 1
 
     def __post_init__(self) -> None:
         if (
             not re.fullmatch(r"[a-z]+\.[a-z0-9]+\.onnx", self.file.name)
             or self.graph != "probe.onnx"
-            or self.machine != "x86_64"
+            or not 1 <= self.queries <= MAX_QUERIES
+            or (self.machine == "any" and (self.onnxruntime != "any" or self.block != 0 or self.queries == 1))
+            or (self.machine != "any" and (self.machine != "x86_64" or self.block not in (8, 16)))
             or not re.fullmatch(r"[0-9A-Za-z.+]{1,32}", self.onnxruntime)
-            or self.block not in (8, 16)
             or not 0 < self.weight_bytes <= _MAX_WEIGHT_BYTES
         ):
             raise ArtifactError(f"the manifest has an impossible variant {self.file.name!r} of {self.graph!r}")

@@ -233,6 +233,7 @@ class Manifest:
                     "onnxruntime": v.onnxruntime,
                     "block": v.block,
                     "weight_bytes": v.weight_bytes,
+                    **({} if v.queries == 1 else {"queries": v.queries}),
                     "sha256": v.file.sha256.hex(),
                     "size": v.file.size,
                 }
@@ -347,6 +348,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
                 _text(entry["onnxruntime"]),
                 _count(entry["block"]),
                 _count(entry["weight_bytes"]),
+                _count(entry.get("queries", 1)),
             )
         )
     n_classes = _count(raw["n_classes"])

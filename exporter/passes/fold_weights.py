@@ -14,7 +14,7 @@ __all__ = ["FoldWeights"]
 
 
 class FoldWeights(GraphPass):
-    """Drops ``w``, ``index`` and ``counts`` and gives every parameter its dense value.
+    """Drops ``w``, ``index`` and ``counts``, or inputs that are parameters, and gives every parameter its dense value.
 
     Args:
         layout: The parameters.
@@ -26,8 +26,10 @@ class FoldWeights(GraphPass):
         self._dense = dense
 
     def requires(self, model: ModelProto) -> None:
-        """The graph takes ``w``, and the weights fit the layout."""
-        self.check("w" in input_names(model.graph), "the graph has no input w")
+        """The graph takes ``w`` or every parameter, and the weights fit the layout."""
+        inputs = set(input_names(model.graph))
+        named = {p.name for p in self._layout.parameters} <= inputs
+        self.check("w" in inputs or named, "the graph has no input w")
         self.check(
             self._dense.shape == (self._layout.size,),
             f"the weights have shape {self._dense.shape}, the layout has {self._layout.size} entries",
@@ -46,6 +48,6 @@ class FoldWeights(GraphPass):
         for position, parameter in enumerate(self._layout.parameters):
             value = self._dense[self._layout.slice_of(position)].reshape(parameter.shape)
             graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), parameter.name))
-        drop_inputs(graph, ("w", "index", "counts"))
+        drop_inputs(graph, {"w", "index", "counts", *names})
         keep_live_nodes(graph)
         return True

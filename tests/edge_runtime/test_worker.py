@@ -22,7 +22,7 @@ from fedzo.edge_runtime.estimators import SteinEstimator
 from fedzo.edge_runtime.memory import MemoryPlan, peak_rss_mib
 from fedzo.edge_runtime.ort import arena_limit_holds
 from fedzo.edge_runtime.saliency import UnitShiftScorer
-from fedzo.edge_runtime.variants import matching_variant
+from fedzo.edge_runtime.variants import matching_variant, wanted_variants
 from fedzo.edge_runtime.worker import Limits, Worker
 from fedzo.protocol.device_events import (
     Compute,
@@ -39,9 +39,9 @@ from fedzo.protocol.device_events import (
 from fedzo.protocol.directions import Directions
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.errors import ArtifactError, DataError, FedzoError, MemoryBudgetError, SelfTestError
-from fedzo.protocol.graph_files import GraphVariant
+from fedzo.protocol.graph_files import GraphFile, GraphVariant
 from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest
+from fedzo.protocol.manifest import GraphMemory, Manifest
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Decline, Report, ReportKind
 from fedzo.protocol.saliency import gaussian_inputs
@@ -134,7 +134,7 @@ def weights_of(manifest: Manifest, mask: Mask) -> NDArray[np.float32]:
 def as_report(outcome: Outcome, kind: ReportKind) -> Report:
     """Any outcome must make a report that the codec takes."""
     made = Report(
-        kind, 3, 1, outcome.samples, bytes(16), outcome.mean_loss, outcome.queries, outcome.elapsed_ms,
+        kind, b"run1", 3, 1, outcome.samples, bytes(16), outcome.mean_loss, outcome.queries, outcome.elapsed_ms,
         outcome.peak_rss_kib, outcome.blocks, outcome.decline,
     )  # fmt: skip
     assert Report.decode(made.encode()).encode() == made.encode()
@@ -276,7 +276,7 @@ def test_a_variant_is_asked_for_and_used_when_its_file_was_fetched(
 ) -> None:
     desk.store.path(variant.file.sha256).unlink()
     planned = desk.ask(Plan(run, manifest), Planned)
-    assert planned.files == (variant.file,)
+    assert planned.files == tuple(wanted.file for wanted in wanted_variants(manifest))
     assert planned.peak_mib == max(plan.planned_peak_mib for plan in desk.worker.plans)
     if layout == "blocked":  # It is fetched after the plan, as the plan asks for it.
         desk.store.put((artifact / variant.file.name).read_bytes(), expected=variant.file.sha256)
@@ -293,33 +293,46 @@ def test_a_variant_is_asked_for_and_used_when_its_file_was_fetched(
     ("portable", "blocked", "chosen"),
     [(32, 32, 32), (32, 8, 8), (32, 4, 32), (4, 4, 4), (4, 2, 4), (32, None, 32), (1, 1, 1)],
 )
+@pytest.mark.parametrize("batched", [32, None])
 def test_a_variant_must_not_make_micro_batches_small(
-    desk: Desk, manifest: Manifest, variant: GraphVariant, portable: int, blocked: int | None, chosen: int
+    desk: Desk,
+    manifest: Manifest,
+    variant: GraphVariant,
+    portable: int,
+    blocked: int | None,
+    chosen: int,
+    batched: int | None,
 ) -> None:
+    other = GraphFile("probe.plainq4.onnx", bytes(32), 1)
+    both = dataclasses.replace(variant, file=other, machine="any", onnxruntime="any", block=0, queries=4)
+    manifest = dataclasses.replace(
+        manifest, variants=(variant, both), memory=(*manifest.memory, GraphMemory(other.name, ((1, 1),)))
+    )
+
     def phase(graphs: tuple[str, ...]) -> MemoryPlan:
         size = blocked if variant.file.name in graphs else portable
-        if size is None:
+        if size is None or (batched is None and other.name in graphs):
             raise MemoryBudgetError("too large")
         return MemoryPlan(1.0, 1.0, 1.0, 1.0, 1.0, size, 9.0)
 
     plan, files = desk.worker._training_plan(manifest, phase)
     assert plan.micro_batch == chosen
-    assert files == ((variant.file,) if chosen == blocked else ())
+    expected = (variant.file, other) if batched else (variant.file,)
+    assert files == (expected if chosen == blocked else ())
 
 
-def test_a_plan_that_only_the_portable_graph_fits_asks_for_nothing(
+def test_a_smaller_budget_asks_for_fewer_variants(
     tmp_path: Path, artifact: Path, run: RunDocument, manifest: Manifest, variant: GraphVariant
 ) -> None:
     dense_run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, sparsity=0.0))
-    desk = Desk(tmp_path, artifact)
-    desk.ask(Plan(dense_run, manifest), Planned)
-    (blocked,) = desk.worker.plans
-    desk.worker.close()
-    desk = Desk(tmp_path, artifact, ram_budget_mib=blocked.planned_peak_mib - 0.01, micro_batch=blocked.micro_batch)
-    planned = desk.ask(Plan(dense_run, manifest), Planned)
-    assert planned.files == ()
-    assert planned.peak_mib < blocked.planned_peak_mib
-    desk.worker.close()
+    files = tuple(wanted.file for wanted in wanted_variants(manifest))
+    limits: dict[str, Any] = {}
+    for expected in dict.fromkeys((files, (variant.file,), ())):
+        desk = Desk(tmp_path, artifact, **limits)
+        assert desk.ask(Plan(dense_run, manifest), Planned).files == expected
+        (chosen,) = desk.worker.plans
+        desk.worker.close()
+        limits = {"ram_budget_mib": chosen.planned_peak_mib - 0.01, "micro_batch": chosen.micro_batch}
 
 
 def test_data_of_another_shape_fail_the_plan(
@@ -476,21 +489,21 @@ def test_a_task_without_an_engine_is_declined(desk: Desk, manifest: Manifest, ma
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], threading.Event]:
-    """``gate(n)``: the n-th loss waits until the event is set; ``gate.losses`` counts."""
+    """``gate(n)``: the n-th run of queries waits until the event is set; ``gate.losses`` counts."""
 
     def install(stop_at: int) -> threading.Event:
-        reached, original, count = threading.Event(), Engine.loss, [0]
+        reached, original, count = threading.Event(), Engine.losses, [0]
         goes_on = threading.Event()
         install.goes_on, install.count = goes_on, count  # type: ignore[attr-defined]
 
-        def loss(engine: Engine, *args: Any) -> float:
+        def losses(engine: Engine, *args: Any) -> Any:
             count[0] += 1
             if count[0] == stop_at:
                 reached.set()
                 assert goes_on.wait(20)
             return original(engine, *args)
 
-        monkeypatch.setattr(Engine, "loss", loss)
+        monkeypatch.setattr(Engine, "losses", losses)
         return reached
 
     return install
@@ -517,7 +530,7 @@ def test_a_task_cancelled_while_it_waits_never_starts(
 ) -> None:
     desk.ready(run, manifest, mask)
     reached = gate(1)
-    first = desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=1)
+    first = desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=8)
     second = desk.task(kind, weights_of(manifest, mask))
     desk.worker.submit(Compute(first))
     assert reached.wait(20)

@@ -11,6 +11,7 @@ rig                    what happens
 ``computing:N``        the device dies at the beginning of its Nth probe
 ``saved:N``            with its Nth report in the outbox and not sent
 ``received:N``         with the Nth receipt, the report still in the outbox
+``arena:BYTES``        the device gets a smaller arena for its tensors than it has planned
 ``portable``           the device finds no graph that was made for its processor
 ``hasty``              either tries a lost link again after a second at most
 =====================  =======================================================================
@@ -25,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 FLUSH_S = 0.1  # enough for the network thread to write to a socket on this machine
@@ -65,6 +67,11 @@ def be_hasty() -> None:
     from fedzo.edge_runtime import retry
 
     retry._CAP_S = 1.0
+
+
+def capped_engine(kind: Any, cap: int, *arguments: Any, arena_bytes: int, **settings: Any) -> Any:
+    """An engine with less memory than was planned."""
+    return kind(*arguments, arena_bytes=min(cap, arena_bytes), **settings)
 
 
 def rig_server(rig: str) -> None:
@@ -108,9 +115,12 @@ def rig_device(rig: str) -> None:
         be_hasty()
         return
     if rig == "portable":
-        worker.matching_variant = lambda *_: None
+        worker.wanted_variants = lambda *_: ()
         return
     when, number = rig.split(":")
+    if when == "arena":
+        worker.Engine = partial(capped_engine, worker.Engine, int(number))
+        return
     reached = Countdown(int(number))
 
     def count(*_: object, **__: object) -> None:

@@ -75,24 +75,27 @@ def test_losses_are_those_of_constant_weights(
 
 
 @needs_blocks
-@pytest.mark.parametrize("model", ["lenet5", "resnet8"])
-def test_the_variant_is_of_this_machine(model: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("model", "forms"), [("lenet5", [1, 4]), ("resnet8", [1])])
+def test_the_variants_are_of_this_machine(model: str, forms: list[int], request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(model)
     manifest = load_artifact(folder).manifest
-    (variant,) = manifest.variants
-    assert (variant.graph, variant.machine, variant.onnxruntime, variant.block) == (
-        "probe.onnx",
-        machine_family(),
-        onnxruntime.__version__,
-        block_size(),
-    )
-    graph = onnx.load(str(folder / variant.file.name)).graph
-    assert BLOCKED_DOMAIN in {node.domain for node in graph.node}
-    inputs = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.input}
-    assert set(inputs) == {p.name for p in manifest.layout.parameters} | {"x", "y"}
-    weights = [value for name, value in inputs.items() if name not in ("x", "y")]
-    assert variant.weight_bytes == 4 * sum(int(np.prod(dims)) for dims in weights)
-    assert all(tensor.name not in inputs for tensor in graph.initializer)
+    variants = [variant for variant in manifest.variants if variant.machine != "any"]
+    assert [variant.queries for variant in variants] == forms
+    for variant in variants:
+        assert (variant.graph, variant.machine, variant.onnxruntime, variant.block) == (
+            "probe.onnx",
+            machine_family(),
+            onnxruntime.__version__,
+            block_size(),
+        )
+        graph = onnx.load(str(folder / variant.file.name)).graph
+        assert BLOCKED_DOMAIN in {node.domain for node in graph.node}
+        inputs = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.input}
+        names = {name.partition(".query")[0] for name in inputs}
+        assert names == {p.name for p in manifest.layout.parameters} | {"x", "y"}
+        weights = [value for name, value in inputs.items() if name not in ("x", "y")]
+        assert variant.weight_bytes == 4 * sum(int(np.prod(dims)) for dims in weights)
+        assert all(tensor.name not in inputs for tensor in graph.initializer)
 
 
 def test_a_model_without_blocked_kernels_has_no_variant(tmp_path: Path) -> None:
