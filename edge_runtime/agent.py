@@ -141,7 +141,7 @@ class Agent:
         self._timeout_s = connection.timeout_s
         self._events: queue.SimpleQueue[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = queue.SimpleQueue()
         self._device = Device(hello, outbox=state.outbox.load(), retry_s=retry_s)
-        self._worker = Worker(load_data, state.blobs, self._events.put, limits)
+        self._worker = Worker(load_data, state.blobs, self._events.put, limits, state.residuals)
         self._limits, self._service = limits, service or ServiceManager({})
         self._summary = Summary(state.device, state.session)
         self._pending: dict[tuple[Channel, bytes], int] = {}

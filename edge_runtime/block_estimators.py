@@ -13,6 +13,7 @@ Only ``node`` has a state between rounds: what its sketches have not carried yet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,18 +22,46 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.blocks import Block, directions_of
-from ..protocol.directions import Directions
+from ..protocol.directions import Directions, n_positions
 from ..protocol.errors import ProtocolError
+from ..protocol.manifest import Manifest
 from ..protocol.settings import TrainingSettings
 from ..protocol.sketch import GradientSketch
 from .data import Batch
 from .engine import Engine
-from .estimators import Cancelled, SteinEstimator, never
+from .estimators import Cancelled, Scalars, SteinEstimator, never
 from .loss_source import SuffixLosses, WholeLosses
 from .suffix import Suffix
 from .tail import tail_gradient
 
-__all__ = ["BlockEstimator", "BlockScalars", "NodeBlocks", "SplitBlocks", "SteinBlocks", "make_estimator"]
+__all__ = [
+    "BlockEstimator",
+    "BlockScalars",
+    "NodeBlocks",
+    "SplitBlocks",
+    "SteinBlocks",
+    "estimator_bytes",
+    "make_estimator",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeRequest:
+    """What one round asks of one device.
+
+    Attributes:
+        weights: ``float32[n_survivors]``, read only.
+        batch: The samples.
+        round: Round of directions and noise.
+        index: The device's number, for noise of its own.
+        positions: ``int64[k]`` for every block.
+    """
+
+    weights: NDArray[np.float32]
+    batch: Batch
+    round: int
+    index: int
+    positions: tuple[NDArray[np.int64], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,27 +82,14 @@ class BlockScalars:
 class BlockEstimator(Protocol):
     """What the worker asks of an estimator."""
 
-    def probe(
-        self,
-        engine: Engine,
-        weights: NDArray[np.float32],
-        batch: Batch,
-        round_: int,
-        index: int,
-        positions: Sequence[NDArray[np.int64]],
-        cancelled: Callable[[], bool] = never,
-    ) -> BlockScalars:
+    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """Measure one scalar a position.
 
         Deterministic: the same arguments and state give the same bits on the same machine and ONNX Runtime.
 
         Args:
             engine: Evaluates the losses; its ``weights_feed`` is overwritten.
-            weights: ``float32[n_survivors]``, read only.
-            batch: The samples.
-            round_: Round of directions and noise.
-            index: The device's number, for noise of its own.
-            positions: ``int64[k]`` for every block.
+            request: What to measure.
             cancelled: Asked before every pass, or before a run of several.
 
         Raises:
@@ -120,18 +136,9 @@ class SteinBlocks(_Stateless):
     def __init__(self, training: TrainingSettings, directions: Directions) -> None:
         self._estimator = SteinEstimator(directions, training.sigma, training.two_sided)
 
-    def probe(
-        self,
-        engine: Engine,
-        weights: NDArray[np.float32],
-        batch: Batch,
-        round_: int,
-        index: int,
-        positions: Sequence[NDArray[np.int64]],
-        cancelled: Callable[[], bool] = never,
-    ) -> BlockScalars:
+    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
-        found = self._estimator.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        found = _whole(self._estimator, engine, request, cancelled)
         return BlockScalars((found.values,), found.mean_loss, found.queries)
 
 
@@ -142,30 +149,20 @@ class SplitBlocks(_Stateless):
 
     Args:
         training: Sigma and sides.
-        blocks: In front of the cut and behind it.
-        directions: Theirs.
+        directions: Of the blocks in front of the cut and behind it.
     """
 
-    def __init__(self, training: TrainingSettings, blocks: Sequence[Block], directions: Sequence[Directions]) -> None:
-        self._first = blocks[1].first
+    def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
         self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
         self._behind = SteinEstimator(directions[1], training.sigma, training.two_sided)
 
-    def probe(
-        self,
-        engine: Engine,
-        weights: NDArray[np.float32],
-        batch: Batch,
-        round_: int,
-        index: int,
-        positions: Sequence[NDArray[np.int64]],
-        cancelled: Callable[[], bool] = never,
-    ) -> BlockScalars:
+    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
-        front = self._front.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        front = _whole(self._front, engine, request, cancelled)
+        weights, batch = request.weights, request.batch
         with Suffix(engine, weights, batch.x, batch.y) as suffix:
-            source = SuffixLosses(suffix)
-            behind = self._behind.measure(source, weights[self._first :], round_, positions[1], cancelled)
+            source, moved = SuffixLosses(suffix), weights[suffix.first :]
+            behind = self._behind.measure(source, moved, request.round, request.positions[1], cancelled)
         return BlockScalars((front.values, behind.values), behind.mean_loss, front.queries + behind.queries + 1)
 
 
@@ -174,46 +171,36 @@ class NodeBlocks:
 
     Args:
         training: Sigma, sides, repeats and feedback.
-        blocks: In front of the tail and the tail.
-        directions: Theirs.
+        directions: Of the block in front of the tail and of the tail.
     """
 
-    def __init__(self, training: TrainingSettings, blocks: Sequence[Block], directions: Sequence[Directions]) -> None:
+    def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
         self._repeats, self._sigma = training.repeats, np.float32(training.sigma)
         self._seed = directions[0].seed
         self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
         self._sketch = GradientSketch(directions[1], training.feedback)
 
-    def probe(
-        self,
-        engine: Engine,
-        weights: NDArray[np.float32],
-        batch: Batch,
-        round_: int,
-        index: int,
-        positions: Sequence[NDArray[np.int64]],
-        cancelled: Callable[[], bool] = never,
-    ) -> BlockScalars:
+    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
 
         def before_pass() -> None:
             if cancelled():
-                raise Cancelled(f"the probe of round {round_} was cancelled")
+                raise Cancelled(f"the probe of round {request.round} was cancelled")
 
-        front = self._front.measure(WholeLosses(engine, batch), weights, round_, positions[0], cancelled)
+        front = _whole(self._front, engine, request, cancelled)
         tail = tail_gradient(
             engine,
-            weights,
-            batch.x,
-            batch.y,
+            request.weights,
+            request.batch.x,
+            request.batch.y,
             repeats=self._repeats,
             sigma=self._sigma,
             seed=self._seed,
-            round_=round_,
-            index=index,
+            round_=request.round,
+            index=request.index,
             before_pass=before_pass,
         )
-        scalars = self._sketch.encode(tail.values, positions[1])
+        scalars = self._sketch.encode(tail.values, request.positions[1])
         mean_loss = float(tail.losses.mean())
         return BlockScalars((front.values, scalars), mean_loss, front.queries + tail.passes + 1)
 
@@ -224,6 +211,12 @@ class NodeBlocks:
     def restore(self, state: bytes) -> None:
         """See :meth:`BlockEstimator.restore`."""
         self._sketch.restore(state)
+
+
+def _whole(estimator: SteinEstimator, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool]) -> Scalars:
+    """Differences along the positions of the first block, by whole passes."""
+    source = WholeLosses(engine, request.batch)
+    return estimator.measure(source, request.weights, request.round, request.positions[0], cancelled)
 
 
 def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: int) -> BlockEstimator:
@@ -241,5 +234,27 @@ def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: in
     if training.estimator == "stein":
         return SteinBlocks(training, directions[0])
     if training.estimator == "split":
-        return SplitBlocks(training, blocks, directions)
-    return NodeBlocks(training, blocks, directions)
+        return SplitBlocks(training, directions)
+    return NodeBlocks(training, directions)
+
+
+def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors: int) -> int:
+    """Memory that an estimator takes besides what every training takes, in bytes, rounded up.
+
+    Args:
+        training: Names it.
+        manifest: Of the artifact.
+        n_survivors: Length of the weights.
+    """
+    batch = training.batch
+    if training.estimator == "split" and manifest.cut is not None:
+        return 4 * batch * math.prod(manifest.cut.feature_shape)
+    if training.estimator != "node" or manifest.tail is None:
+        return 0
+    shapes = manifest.tail.shapes(manifest.layout)
+    units, inputs = sum(n for n, _ in shapes), sum(n for _, n in shapes)
+    padded = n_positions("hadamard", n_survivors)
+    # Features and inputs of the layers, and once more joined; noise, its signs, the gradient at the units, and joined.
+    rows = batch * (8 * inputs + 16 * units)
+    # The largest layer's dense gradient; gradient, residual, and a transform there and back.
+    return rows + 4 * max(a * b for a, b in shapes) + 12 * n_survivors + 12 * padded

@@ -1,4 +1,4 @@
-"""Device halves of the zeroth-order estimators: weights, a batch and seeded positions in, scalars out.
+"""Differences of losses along seeded directions: weights, a batch and positions in, scalars out.
 
 The server half is :func:`fedzo.protocol.update.estimate_gradient`: it never sees losses or data, only the scalars,
 and every side rebuilds the directions from the seed.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,9 @@ from ..protocol.directions import Directions
 from ..protocol.errors import ConfigError, FedzoError
 from .data import Batch
 from .engine import Engine, NonFiniteLossError
+from .loss_source import LossSource, WholeLosses
 
-__all__ = ["Cancelled", "Estimator", "Scalars", "SteinEstimator", "never"]
+__all__ = ["Cancelled", "Scalars", "SteinEstimator", "never"]
 
 
 class Cancelled(FedzoError):  # noqa: N818 - it reports no error but that nobody wants the result any more
@@ -47,38 +47,6 @@ class Scalars:
     queries: int
 
 
-class Estimator(Protocol):
-    """What the agent asks of an estimator."""
-
-    def probe(
-        self,
-        engine: Engine,
-        weights: NDArray[np.float32],
-        batch: Batch,
-        round_: int,
-        positions: NDArray[np.int64],
-        cancelled: Callable[[], bool] = never,
-    ) -> Scalars:
-        """Measure one scalar a position.
-
-        Deterministic: the same arguments give the same bits on the same machine and ONNX Runtime.
-
-        Args:
-            engine: Evaluates the losses; its ``weights_feed`` is overwritten.
-            weights: ``float32[n_survivors]``, read only.
-            batch: The samples behind every loss.
-            round_: Round of the directions.
-            positions: ``int64[n]``, positions of the round's directions.
-            cancelled: Asked before each query, or before each run of several.
-
-        Raises:
-            Cancelled: ``cancelled`` returned true.
-            NonFiniteLossError: A loss, or a scalar as float32, is not finite.
-            MemoryBudgetError: The tensors do not fit under the engine's limit.
-        """
-        ...
-
-
 class SteinEstimator:
     """Directional derivatives by differences of losses (Stein's identity for Gaussian smoothing).
 
@@ -89,7 +57,7 @@ class SteinEstimator:
     one-sided scalar. Sources: Feng et al. (BAFFLE), arXiv 2301.12195, Eq. 4; Spall, IEEE TAC 37 (1992), for two sides.
 
     Args:
-        directions: The directions of the run, over the survivors.
+        directions: They move as many weights, from the first one on; the others stay as they are.
         sigma: Length scale, a positive float32 value.
         two_sided: Central instead of forward differences.
 
@@ -118,9 +86,35 @@ class SteinEstimator:
         positions: NDArray[np.int64],
         cancelled: Callable[[], bool] = never,
     ) -> Scalars:
-        """See :meth:`Estimator.probe`."""
+        """:meth:`measure` with whole passes; the engine's ``weights_feed`` is overwritten."""
+        return self.measure(WholeLosses(engine, batch), weights, round_, positions, cancelled)
+
+    def measure(
+        self,
+        source: LossSource,
+        weights: NDArray[np.float32],
+        round_: int,
+        positions: NDArray[np.int64],
+        cancelled: Callable[[], bool] = never,
+    ) -> Scalars:
+        """Measure one scalar a position.
+
+        Deterministic: the same arguments give the same bits on the same machine and ONNX Runtime.
+
+        Args:
+            source: Evaluates the losses.
+            weights: ``float32[n]``, all that the source takes, read only.
+            round_: Round of the directions.
+            positions: ``int64[k]``, positions of the round's directions.
+            cancelled: Asked before each query, or before each run of several.
+
+        Raises:
+            Cancelled: ``cancelled`` returned true.
+            NonFiniteLossError: A loss, or a scalar as float32, is not finite.
+            MemoryBudgetError: The tensors do not fit under the engine's limit.
+        """
         sigma, two_sided = float(self._sigma), self._two_sided
-        losses = self._losses(engine, weights, batch, round_, positions.tolist(), cancelled)
+        losses = self._losses(source, weights, round_, positions.tolist(), cancelled)
         if two_sided:
             plus, minus = losses[0::2], losses[1::2]
             values = (plus - minus) / (2.0 * sigma)
@@ -136,29 +130,30 @@ class SteinEstimator:
 
     def _losses(
         self,
-        engine: Engine,
+        source: LossSource,
         weights: NDArray[np.float32],
-        batch: Batch,
         round_: int,
         positions: list[int],
         cancelled: Callable[[], bool],
     ) -> NDArray[np.float64]:
         """All losses in order: the clean one and one a position, or two a position. ``float64[queries]``."""
-        feeds = engine.query_batches.feeds(batch.x, batch.y)
+        feeds, size = source.feeds(), self._directions.size
+        feeds[:, size:] = weights[size:]
+        moved = weights[:size]
         losses = np.empty(self.queries(len(positions)), np.float64)
         for start in range(0, len(losses), len(feeds)):
             if cancelled():
                 raise Cancelled(f"the probe of round {round_} was cancelled")
             rows = feeds[: len(losses) - start]
-            for query, feed in enumerate(rows, start):
+            for query, feed in enumerate(rows[:, :size], start):
                 if self._two_sided:
                     if query % 2 == 0:
                         self._directions.scaled(round_, positions[query // 2], self._sigma, self._step)
-                    (np.subtract if query % 2 else np.add)(weights, self._step, out=feed)
+                    (np.subtract if query % 2 else np.add)(moved, self._step, out=feed)
                 elif query == 0:
-                    np.copyto(feed, weights)
+                    np.copyto(feed, moved)
                 else:
                     self._directions.scaled(round_, positions[query - 1], self._sigma, feed)
-                    np.add(weights, feed, out=feed)
-            losses[start : start + len(rows)] = engine.losses(rows, batch.x, batch.y)
+                    np.add(moved, feed, out=feed)
+            losses[start : start + len(rows)] = source.losses(rows)
         return losses

@@ -1,8 +1,8 @@
 """What an estimator keeps between rounds, in one file: a device that is killed goes on where its last report left it.
 
-The file is ``FZR1``, 32 bytes of SHA-256 over the rest, 32 bytes that name run and mask, the state. It is written before
-the report goes to the outbox: if a device dies in between, what that report carried is lost, as with any lost report,
-and nothing is sent twice.
+The file is ``FZR1``, 32 bytes of SHA-256 over the rest, 32 bytes that name run and mask, the state. It is written
+before the report goes to the outbox: if a device dies in between, what that report carried is lost, as with any lost
+report, and nothing is sent twice.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ file            content
 ``session``     the boot counter, decimal; grows before anything else is done
 ``blobs/``      graphs and masks, named by their SHA-256
 ``outbox``      the report that has no receipt yet
+``residual``    what the estimator ``node`` has not sent yet
 ``lock``        held while a device runs; holds its process id
 ==============  ===============================================================
 """
@@ -29,6 +30,7 @@ from ..protocol.topics import check_name
 from .artifact import BlobStore
 from .durable import remove_leftovers, write_durably
 from .outbox import Outbox
+from .residual_file import ResidualFile
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,6 +66,7 @@ class DeviceState:
         session: Boot counter, greater than in every start before; seconds since 1970 where the clock allows.
         blobs: Local store of graphs and masks.
         outbox: The undelivered report.
+        residuals: What the estimator has not sent yet.
 
     Raises:
         ConfigError: Another process uses the folder, it belongs to another id, it cannot be written, or its boot
@@ -102,6 +105,7 @@ class DeviceState:
             ) from error
         self.blobs = BlobStore(self.folder / "blobs")
         self.outbox = Outbox(self.folder / "outbox")
+        self.residuals = ResidualFile(self.folder / "residual")
 
     def close(self) -> None:
         """Let another process use the folder."""

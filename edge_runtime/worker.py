@@ -5,7 +5,6 @@ Commands are carried out one after another, in the order in which they were give
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.blocks import blocks_of
 from ..protocol.device_events import (
     Compute,
     Computed,
@@ -31,51 +31,27 @@ from ..protocol.device_events import (
     Prepared,
     Task,
 )
-from ..protocol.directions import Directions
 from ..protocol.documents import RunDocument
 from ..protocol.errors import DataError, FedzoError, MemoryBudgetError
-from ..protocol.graph_files import GraphFile
-from ..protocol.manifest import Manifest
 from ..protocol.messages import Decline, ReportKind
+from ..protocol.run_files import needed_graphs
 from ..protocol.saliency import gaussian_inputs
 from .artifact import Artifact, BlobStore
+from .block_estimators import BlockEstimator, ProbeRequest, make_estimator
 from .data import Dataset, batch_indices
 from .engine import Engine, NonFiniteLossError
-from .estimators import Cancelled, SteinEstimator
+from .estimators import Cancelled
 from .fence import Fence
-from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, peak_rss_mib, plan, tls_bytes
+from .memory import MemoryPlan, peak_rss_mib
 from .ort import release_arena, runtime
 from .providers import CPU
+from .residual_file import ResidualFile
+from .run_plan import Limits, plan_run
 from .saliency import UnitShiftScorer
-from .variants import wanted_variants
 
 __all__ = ["Limits", "Worker"]
 
 _log = logging.getLogger(__name__)
-
-_GOOD_MICRO_BATCH = 8  # smaller ones cost more than a variant saves
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the board allows.
-
-    Attributes:
-        ram_budget_mib: Planned peak of the whole process.
-        threads: Threads within an operator.
-        micro_batch: Samples of one run of a graph; None to choose.
-        providers: Execution providers in order of preference.
-        strict_providers: Refuse a run when the first one does not start.
-        fence: Bound the memory of the process by the plan, see :class:`~.fence.Fence`. Not for an accelerator, whose
-            drivers map more than there is.
-    """
-
-    ram_budget_mib: float
-    threads: int = 1
-    micro_batch: int | None = None
-    providers: tuple[str, ...] = (CPU,)
-    strict_providers: bool = False
-    fence: bool = False
 
 
 class NoSamplesError(DataError):
@@ -98,7 +74,8 @@ class _Prepared:
 
     run: RunDocument
     engine: Engine
-    estimator: SteinEstimator
+    estimator: BlockEstimator
+    mask_sha256: str
     scorer: UnitShiftScorer
 
 
@@ -110,6 +87,7 @@ class Worker:
         blobs: The store that holds manifest and graphs when an engine is opened.
         answer: Takes the answers; called on the thread, so it must be safe for that.
         limits: What the board allows.
+        residuals: Keeps what an estimator has not sent yet; None to begin anew after every start.
 
     Attributes:
         plans: The memory plans of the latest run's phases, once it was planned; replaced, never changed.
@@ -122,7 +100,9 @@ class Worker:
         blobs: BlobStore,
         answer: Callable[[DeviceEvent], None],
         limits: Limits,
+        residuals: ResidualFile | None = None,
     ) -> None:
+        self._residuals = residuals
         self._load_data, self._blobs, self._answer, self._limits = load_data, blobs, answer, limits
         self.plans: tuple[MemoryPlan, ...] = ()
         self.layout = ""
@@ -207,65 +187,19 @@ class Worker:
         self._release()
         self._fence.lift()
         self.plans = ()
-        dataset = self._data(command.manifest.input_shape, command.manifest.n_classes)
-        plans, files = self._phases(command, dataset, self._limits.micro_batch)
+        manifest, settings = command.manifest, command.run.settings
+        dataset = self._data(manifest.input_shape, manifest.n_classes)
+        plans, files = plan_run(manifest, settings, dataset, self._limits, self._limits.micro_batch)
         peak_mib, micro_batch = max(p.planned_peak_mib for p in plans), min(p.micro_batch for p in plans)
         self._arena_bytes = max(p.arena_bytes for p in plans)
         self._is_lowered = command.micro_batch is not None and command.micro_batch < micro_batch
         if self._is_lowered:
             # The larger plan fits the budget and did not hold: a smaller micro-batch gets the same arena, and the
             # portable graph, which needs less of it.
-            plans, files = self._phases(command, dataset, command.micro_batch)[0], ()
+            plans, files = plan_run(manifest, settings, dataset, self._limits, command.micro_batch)[0], ()
         self.plans = plans
         self._has_batches = any(v.queries > 1 and v.file in files for v in command.manifest.variants)
         return Planned(command.run.run, peak_mib, min(p.micro_batch for p in plans), files)
-
-    def _phases(
-        self, command: Plan, dataset: Dataset, micro_batch: int | None
-    ) -> tuple[tuple[MemoryPlan, ...], tuple[GraphFile, ...]]:
-        """The plans of the run's phases, and the optional files that they count."""
-        manifest, limits, settings = command.manifest, self._limits, command.run.settings
-        layout = manifest.layout
-
-        def phase(graphs: tuple[str, ...], n_survivors: int, batch: int, resident_bytes: int) -> MemoryPlan:
-            return plan(
-                manifest,
-                n_survivors,
-                limits.ram_budget_mib,
-                graphs=graphs,
-                batch=batch,
-                micro_batch=micro_batch,
-                threads=limits.threads,
-                dataset_bytes=resident_bytes,
-            )
-
-        survivors = layout.size - round(settings.sparsity * layout.maskable_size)
-        resident = dataset.resident_bytes + tls_bytes()
-        training, files = self._training_plan(
-            manifest, lambda graphs: phase(graphs, survivors, settings.training.batch, resident)
-        )
-        plans = [training]
-        if settings.sparsity > 0:
-            plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))
-        return tuple(plans), files
-
-    def _training_plan(
-        self, manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]
-    ) -> tuple[MemoryPlan, tuple[GraphFile, ...]]:
-        """The plan with the variants of this machine, unless they need more than the budget or smaller micro-batches.
-
-        Returns:
-            The plan, and the files of the variants that it counts: all, or only the one for single queries. The engine
-            takes one if it is there, fits under the plan's limit and gives the known answer.
-        """
-        portable = phase(TRAINING_GRAPHS)
-        wanted = wanted_variants(manifest)
-        for variants in (wanted, tuple(v for v in wanted if v.queries == 1)):
-            with contextlib.suppress(MemoryBudgetError):
-                planned = phase((*TRAINING_GRAPHS, *(v.file.name for v in variants)))
-                if variants and planned.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
-                    return planned, tuple(v.file for v in variants)
-        return portable, ()
 
     def _prepare(self, command: Prepare) -> Prepared:
         self._release()
@@ -274,7 +208,11 @@ class Worker:
             runtime()  # under a limit its import could end the process
             growth_mib = max(p.anonymous_mib - p.process_mib for p in self.plans)
             self._fence.set(growth_mib, threads=self._limits.threads)
-        artifact = Artifact.from_blobs(self._blobs.get(bytes.fromhex(run.manifest_sha256)), self._blobs)
+        artifact = Artifact.from_blobs(
+            self._blobs.get(bytes.fromhex(run.manifest_sha256)),
+            self._blobs,
+            {graph.name for graph in needed_graphs(manifest, run.settings)},
+        )
         engine = Engine(
             artifact,
             command.mask,
@@ -291,10 +229,11 @@ class Worker:
             self._tested.add(artifact.digest)
         training, saliency, seed = run.training, run.saliency, run.settings.seed
         # Directions of its own: those of the machine's replica cache rows and belong to the other thread.
-        directions = Directions(training.directions, seed, command.mask.n_survivors)
-        estimator = SteinEstimator(directions, training.sigma, training.two_sided)
+        estimator = make_estimator(training, blocks_of(training, manifest, command.mask), seed)
+        if self._residuals is not None and (state := self._residuals.load(run.run, command.mask_sha256)):
+            estimator.restore(state)
         scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
-        self._prepared = _Prepared(run, engine, estimator, scorer)
+        self._prepared = _Prepared(run, engine, estimator, command.mask_sha256, scorer)
         return Prepared(run.run, command.mask_sha256)
 
     def _outcome(self, task: Task) -> Outcome | None:
@@ -358,9 +297,12 @@ class Worker:
         settings, train = prepared.run.training, dataset.train
         seed = prepared.run.settings.seed
         batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
-        result = prepared.estimator.probe(prepared.engine, task.weights, batch, task.round, task.positions, cancelled)
+        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions)
+        result = prepared.estimator.probe(prepared.engine, request, cancelled)
         self.layout = prepared.engine.layout
-        return _Measured((result.values,), len(batch), result.mean_loss, result.queries)
+        if self._residuals is not None and (state := prepared.estimator.state()):
+            self._residuals.save(prepared.run.run, prepared.mask_sha256, state)
+        return _Measured(result.blocks, len(batch), result.mean_loss, result.queries)
 
     def _evaluate(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
         if len(dataset.test) == 0:

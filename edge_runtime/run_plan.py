@@ -1,0 +1,106 @@
+"""What a run needs of this board: a memory plan for every phase, and the optional graphs that are worth fetching."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..protocol.errors import MemoryBudgetError
+from ..protocol.graph_files import GraphFile
+from ..protocol.manifest import Manifest
+from ..protocol.run_files import needed_graphs
+from ..protocol.settings import RunSettings
+from .block_estimators import estimator_bytes
+from .data import Dataset
+from .memory import SCORING_GRAPHS, MemoryPlan, plan, tls_bytes
+from .providers import CPU
+from .variants import wanted_variants
+
+__all__ = ["Limits", "plan_run"]
+
+_GOOD_MICRO_BATCH = 8  # smaller ones cost more than a variant saves
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the board allows.
+
+    Attributes:
+        ram_budget_mib: Planned peak of the whole process.
+        threads: Threads within an operator.
+        micro_batch: Samples of one run of a graph; None to choose.
+        providers: Execution providers in order of preference.
+        strict_providers: Refuse a run when the first one does not start.
+        fence: Bound the memory of the process by the plan, see :class:`~.fence.Fence`. Not for an accelerator, whose
+            drivers map more than there is.
+    """
+
+    ram_budget_mib: float
+    threads: int = 1
+    micro_batch: int | None = None
+    providers: tuple[str, ...] = (CPU,)
+    strict_providers: bool = False
+    fence: bool = False
+
+
+def plan_run(
+    manifest: Manifest, settings: RunSettings, dataset: Dataset, limits: Limits, micro_batch: int | None
+) -> tuple[tuple[MemoryPlan, ...], tuple[GraphFile, ...]]:
+    """The plans of a run's phases, training first, and the files of the variants that they count.
+
+    Args:
+        manifest: Of the artifact.
+        settings: Of the run.
+        dataset: The device's samples.
+        limits: What the board allows.
+        micro_batch: Fixed, or None to choose.
+
+    Raises:
+        MemoryBudgetError: A phase does not fit.
+        ArtifactError: The artifact lacks a graph that the estimator needs.
+    """
+    layout, training = manifest.layout, settings.training
+
+    def phase(graphs: tuple[str, ...], n_survivors: int, batch: int, resident_bytes: int) -> MemoryPlan:
+        return plan(
+            manifest,
+            n_survivors,
+            limits.ram_budget_mib,
+            graphs=graphs,
+            batch=batch,
+            micro_batch=micro_batch,
+            threads=limits.threads,
+            dataset_bytes=resident_bytes,
+        )
+
+    survivors = layout.size - round(settings.sparsity * layout.maskable_size)
+    resident = dataset.resident_bytes + tls_bytes()
+    graphs = tuple(graph.name for graph in needed_graphs(manifest, settings) if graph.name not in SCORING_GRAPHS)
+    own = estimator_bytes(training, manifest, survivors)
+    planned, files = _with_variants(
+        manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
+    )
+    plans = [planned]
+    if settings.sparsity > 0:
+        plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))
+    return tuple(plans), files
+
+
+def _with_variants(
+    manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]
+) -> tuple[MemoryPlan, tuple[GraphFile, ...]]:
+    """The plan with the variants of this machine, unless they need more than the budget or smaller micro-batches.
+
+    Returns:
+        The plan, and the files of the variants that it counts: all, or only the one for single queries. The engine
+        takes one if it is there, fits under the plan's limit and gives the known answer.
+    """
+    portable = phase(())
+    wanted = wanted_variants(manifest)
+    for variants in (wanted, tuple(v for v in wanted if v.queries == 1)):
+        with contextlib.suppress(MemoryBudgetError):
+            planned = phase(tuple(v.file.name for v in variants))
+            if variants and planned.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
+                return planned, tuple(v.file for v in variants)
+    return portable, ()
