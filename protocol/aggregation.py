@@ -136,7 +136,7 @@ def combine_probes(
 def _weighted_mean(rows: Sequence[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float64]:
     total = np.zeros(rows[0][1].size, dtype=np.float64)
     for weight, row in rows:
-        total += float(weight) * row
+        total += float(weight) * row.astype(np.float64)
     return total / float(sum(weight for weight, _ in rows))
 
 

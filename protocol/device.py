@@ -47,7 +47,7 @@ from .device_events import (
     Task,
 )
 from .documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence, Status, one_line
-from .errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError, SelfTestError
+from .errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError, ProtocolError, SelfTestError
 from .log_follower import LogFollower
 from .mask import Mask
 from .messages import KINDS, Decline, Receipt, Report, UpdateRecord
@@ -146,7 +146,7 @@ class Device:
             # A peer's bad message changes nothing: replicas roll back, documents were checked before they count.
             if one_line(error.message) != self._presence.detail:
                 self._say(self._presence.status, detail=error.message)
-        except (ArtifactError, SelfTestError) as error:
+        except (ArtifactError, ConfigError, SelfTestError) as error:
             self._refuse(error)
         return self._out
 

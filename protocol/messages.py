@@ -228,7 +228,7 @@ class UpdateRecord:
 
     def positions(self) -> NDArray[np.int64]:
         """All positions in ascending order: ``int64[sum of counts]``."""
-        return np.concatenate([np.arange(first, first + count, dtype=np.int64) for first, count in self.segments])
+        return np.concatenate([np.arange(count, dtype=np.int64) + first for first, count in self.segments])
 
     def encode(self) -> bytes:
         """The payload; also what the chain digest covers."""

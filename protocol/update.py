@@ -83,11 +83,12 @@ def estimate_gradient(
         ProtocolError: A position belongs to no block.
     """
     positions = record.positions()
-    if int(positions[-1]) >= len(blocks) * MAX_POSITION:
+    owners = positions // MAX_POSITION
+    if int(owners[-1]) >= len(blocks):
         raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
     parts = []
     for block, basis in zip(blocks, directions, strict=True):
-        start, stop = np.searchsorted(positions, [block.offset, block.offset + MAX_POSITION])
+        start, stop = np.searchsorted(owners, [block.number, block.number + 1])
         if start == stop:
             parts.append(np.zeros(block.size, np.float32))
             continue
@@ -128,9 +129,9 @@ class Replica:
         if mask.layout != layout:
             raise ProtocolError("the mask belongs to another layout")
         self.blocks = tuple(blocks)
-        if [b.first for b in blocks] != [0, *accumulate(b.size for b in blocks)][:-1] or (
-            sum(b.size for b in blocks) != mask.n_survivors
-        ):
+        ends = list(accumulate(block.size for block in blocks))
+        places = list(enumerate([0, *ends[:-1]]))
+        if [(b.number, b.first) for b in blocks] != places or ends[-1:] != [mask.n_survivors]:
             raise ProtocolError(f"the blocks do not cover the {mask.n_survivors} survivors")
         self._layout, self._mask, self._manifest_seed = layout, mask, manifest_seed
         self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, blocks, optimiser_config)
