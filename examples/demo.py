@@ -48,7 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="device processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=400, help="updates (default: %(default)s)")
-    parser.add_argument("--k", type=int, default=64, help="directions per device and round (default: %(default)s)")
+    parser.add_argument("--estimator", default="node", help="stein, split or node (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=16, help="directions per device and round (default: %(default)s)")
+    parser.add_argument("--tail-k", type=int, default=960, help="scalars for the dense layers (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8, help="weights to prune (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet skew of the labels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, split and run (default: %(default)s)")
@@ -130,11 +132,22 @@ def run(arguments: argparse.Namespace, output: Output, folder: Path) -> dict[str
         port = free_port()
         start_devices(stack, arguments, data, f"mqtt://127.0.0.1:{port}", folder)
         quorum = max(1, arguments.devices - 2)
-        rounds = ("--devices", arguments.devices, "--quorum", quorum, "--rounds", arguments.rounds, "--k", arguments.k)
+        rounds = ("--devices", arguments.devices, "--quorum", quorum, "--rounds", arguments.rounds)
+        training = ("--estimator", arguments.estimator, "--k", arguments.k, "--tail-k", arguments.tail_k)
         place = ("--broker", arguments.broker, "--port", port, "--runs", folder / "runs", "--run", "digits")
         every = max(1, arguments.rounds // 20)
         summary = fedzo(
-            "serve", artifact, "--test-data", test, "--seed", arguments.seed, "--evaluate-every", every, *rounds, *place
+            "serve",
+            artifact,
+            "--test-data",
+            test,
+            "--seed",
+            arguments.seed,
+            "--evaluate-every",
+            every,
+            *rounds,
+            *training,
+            *place,
         )
     output.say("4/4 deploying a plain ONNX model")
     model = arguments.output / "demo-model.onnx"

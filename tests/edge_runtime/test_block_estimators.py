@@ -1,0 +1,192 @@
+"""One contract for all estimators: what the server makes of their scalars is the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from fedzo.edge_runtime.artifact import Artifact, load_artifact
+from fedzo.edge_runtime.block_estimators import BlockEstimator, ProbeRequest, estimator_bytes, make_estimator
+from fedzo.edge_runtime.data import Batch
+from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.estimators import Cancelled
+from fedzo.edge_runtime.loss import NonFiniteLossError
+from fedzo.exporter.artifact import export_artifact
+from fedzo.exporter.reference import network
+from fedzo.protocol.aggregation import combine_probes
+from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of
+from fedzo.protocol.errors import ProtocolError
+from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.manifest import golden_batch
+from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
+from fedzo.protocol.settings import EstimatorName, TrainingSettings
+from fedzo.protocol.update import estimate_gradient
+
+SEED = 7
+NAMES: tuple[EstimatorName, ...] = ("stein", "split", "node")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    artifact: Artifact
+    mask: Mask
+    weights: NDArray[np.float32]
+    batch: Batch
+
+    def gradient(self) -> NDArray[np.float32]:
+        """By torch, of the survivors."""
+        layout = self.artifact.manifest.layout
+        dense = np.zeros(layout.size, np.float32)
+        dense[self.mask.kept] = self.weights
+        parameters = {
+            p.name: torch.tensor(dense[layout.slice_of(k)].reshape(p.shape), requires_grad=True)
+            for k, p in enumerate(layout.parameters)
+        }
+        logits = network("lenet5")(parameters, torch.from_numpy(self.batch.x))
+        loss = functional.cross_entropy(logits, torch.from_numpy(self.batch.y))
+        parts = torch.autograd.grad(loss, list(parameters.values()))
+        return np.concatenate([part.numpy().ravel() for part in parts])[self.mask.kept]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """LeNet-5 with 2 % of its weights, so that whole bases are small."""
+    folder: Path = tmp_path_factory.mktemp("blocks") / "lenet5"
+    export_artifact("lenet5", (1, 32, 32), 10, 0.98, 3, folder)
+    artifact = load_artifact(folder)
+    dense = initial_weights(artifact.manifest.layout, 3)
+    mask = threshold(artifact.manifest.layout, np.abs(dense), 0.98)
+    # Biases of zero would put units without inputs on the kink of their activation.
+    moved = dense[mask.survivors()] + np.float32(0.05) * np.random.default_rng(0).standard_normal(mask.n_survivors)
+    return Case(artifact, mask, moved.astype(np.float32), Batch(*golden_batch((1, 32, 32), 10, 1, 12)))
+
+
+def settings(name: EstimatorName, **changes: object) -> TrainingSettings:
+    base = TrainingSettings(estimator=name, k=60_000, tail_k=60_000, repeats=600, sigma=2.0**-12, two_sided=True)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def made(case: Case, training: TrainingSettings) -> tuple[BlockEstimator, tuple[Block, ...], tuple[Deal, ...]]:
+    blocks = blocks_of(training, case.artifact.manifest, case.mask)
+    return make_estimator(training, blocks, SEED), blocks, deal(blocks, training.assignment, 0, 1)
+
+
+def request(case: Case, deals: tuple[Deal, ...], round_: int = 1) -> ProbeRequest:
+    return ProbeRequest(case.weights, case.batch, round_, 0, tuple(d.positions(d.slot(0)) for d in deals))
+
+
+def decoded(
+    blocks: tuple[Block, ...], deals: tuple[Deal, ...], scalars: tuple[NDArray[np.float32], ...], round_: int = 1
+) -> NDArray[np.float32]:
+    """The server's half: report, update record, gradient."""
+    report = Report(ReportKind.PROBE, bytes(4), round_, 1, 12, bytes(16), 1.0, 1, 1, 1, scalars)
+    segments, coefficients = combine_probes(deals, [(0, report)])
+    record = UpdateRecord(0, round_, 0.5, segments, coefficients, bytes(16), bytes(16))
+    return estimate_gradient(blocks, directions_of(blocks, SEED), record)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_basis_gives_the_gradient(case: Case, name: EstimatorName) -> None:
+    """Exact but for kinks of the units; node perturbation has noise in the hidden dense layers."""
+    training = settings(name)
+    estimator, blocks, deals = made(case, training)
+    with Engine(case.artifact, case.mask) as engine:
+        found = estimator.probe(engine, request(case, deals))
+    estimate, exact = decoded(blocks, deals, found.blocks), case.gradient()
+    first = blocks[-1].first if len(blocks) > 1 else len(exact)
+    cosine = [
+        float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        for a, b in ((estimate[:first], exact[:first]), (estimate[first:], exact[first:]))
+        if a.size
+    ]
+    assert cosine[0] > 0.99
+    if name == "split":
+        assert cosine[1] > 0.99
+    if name == "node":
+        assert cosine[1] > 0.8
+    assert np.isfinite(found.mean_loss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scalars_are_deterministic_and_of_the_asked_number(case: Case, name: EstimatorName) -> None:
+    training = settings(name, k=5, tail_k=7, repeats=3, two_sided=False)
+    results = []
+    for _ in range(2):
+        estimator, _, deals = made(case, training)
+        with Engine(case.artifact, case.mask) as engine:
+            results.append([estimator.probe(engine, request(case, deals, r)).blocks for r in (1, 2)])
+    assert [[b.size for b in blocks] for blocks in results[0]] == [[5] if name == "stein" else [5, 7]] * 2
+    for one, other in zip(results[0], results[1], strict=True):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_cancelled_probe_leaves_the_state(case: Case, name: EstimatorName, part: float) -> None:
+    training = settings(name, k=40, tail_k=16, repeats=8, two_sided=False)
+    estimator, _, deals = made(case, training)
+    asked = 0
+
+    def counted() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    with Engine(case.artifact, case.mask) as engine:
+        estimator.probe(engine, request(case, deals), counted)
+        before, last = estimator.state(), int(part * asked)
+        assert asked > 4
+        answers = iter([False] * last + [True])
+        with pytest.raises(Cancelled):
+            estimator.probe(engine, request(case, deals, 2), lambda: next(answers))
+        assert estimator.state() == before
+        estimator.probe(engine, request(case, deals, 2))  # the engine is usable
+        assert (estimator.state() == before) == (name != "node")
+
+
+def test_what_a_sketch_left_counts_in_the_next_round(case: Case) -> None:
+    training = settings("node", k=2, tail_k=32, repeats=4, feedback=0.9)
+    estimator, _, deals = made(case, training)
+    other, _, _ = made(case, training)
+    with Engine(case.artifact, case.mask) as engine:
+        estimator.probe(engine, request(case, deals, 1))
+        other.restore(estimator.state())
+        fresh, _, _ = made(case, training)
+        scalars = [e.probe(engine, request(case, deals, 2)).blocks[1] for e in (estimator, other, fresh)]
+    np.testing.assert_allclose(scalars[0], scalars[1], rtol=1e-2, atol=1e-2 * float(np.abs(scalars[0]).max()))
+    assert float(np.abs(scalars[0] - scalars[2]).max()) > 0.05 * float(np.abs(scalars[0]).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diverged_weights_are_told_and_leave_the_state(case: Case, name: EstimatorName) -> None:
+    estimator, _, deals = made(case, settings(name, k=4, tail_k=16, repeats=2))
+    before = estimator.state()
+    asked = dataclasses.replace(request(case, deals), weights=np.full_like(case.weights, np.float32(3e38)))
+    with Engine(case.artifact, case.mask) as engine, pytest.raises(NonFiniteLossError):
+        estimator.probe(engine, asked)
+    assert estimator.state() == before
+
+
+def test_states_of_others_are_refused(case: Case) -> None:
+    node, _, _ = made(case, settings("node"))
+    with pytest.raises(ProtocolError, match="residual of 3 bytes"):
+        node.restore(b"abc")
+    for name in ("stein", "split"):
+        other, _, _ = made(case, settings(name))
+        other.restore(other.state())
+        with pytest.raises(ProtocolError, match="another estimator"):
+            other.restore(node.state())
+
+
+def test_the_memory_of_an_estimator_is_planned(case: Case) -> None:
+    manifest, n = case.artifact.manifest, case.mask.n_survivors
+    assert estimator_bytes(settings("stein"), manifest, n) == 0
+    assert estimator_bytes(settings("split", batch=16), manifest, n) == 4 * 16 * 400
+    assert estimator_bytes(settings("node", batch=16), manifest, n) > 4 * 120 * 400
