@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from fedzo.protocol.codec import BinaryMessage
-from fedzo.protocol.directions import FAMILIES
+from fedzo.protocol.directions import FAMILIES, MAX_BLOCKS, MAX_POSITION
 from fedzo.protocol.documents import (
     Announcement,
     Document,
@@ -54,11 +54,13 @@ def reports(draw: st.DrawFn) -> Report:
 
 @st.composite
 def updates(draw: st.DrawFn, index: int | None = None) -> UpdateRecord:
-    """Update records with a few segments."""
-    segments, end = [], 0
-    for gap, count in draw(st.lists(st.tuples(st.integers(0, 2**58), st.integers(1, 8)), min_size=1, max_size=6)):
-        segments.append((end + gap, count))
-        end += gap + count
+    """Update records with a few segments in a few blocks."""
+    segments = []
+    for block in draw(st.lists(st.integers(0, MAX_BLOCKS - 1), unique=True, min_size=1, max_size=3).map(sorted)):
+        end = block * MAX_POSITION
+        for gap, count in draw(st.lists(st.tuples(st.integers(0, 2**58), st.integers(1, 8)), min_size=1, max_size=3)):
+            segments.append((end + gap, count))
+            end += gap + count
     total = sum(count for _, count in segments)
     rate = draw(st.floats(allow_nan=False, allow_infinity=False, width=32))
     return UpdateRecord(
@@ -108,7 +110,11 @@ training_settings = st.builds(
     rounds=st.integers(0, 1 << 30),
     directions=st.sampled_from(FAMILIES),
     assignment=st.sampled_from(["shared", "dealt"]),
+    estimator=st.sampled_from(["stein", "split", "node"]),
     k=st.integers(1, 60_000),
+    tail_k=st.integers(1, 60_000),
+    repeats=st.integers(1, 65_535),
+    feedback=fractions,
     sigma=st.floats(2.0**-20, 8.0, width=32),
     two_sided=st.booleans(),
     batch=st.integers(1, 1 << 16),
@@ -155,8 +161,7 @@ def announcements(draw: st.DrawFn) -> Announcement:
         fields |= {"log_length": draw(u32), "log_head": draw(digests).hex(), "weights_digest": draw(digests).hex()}
     return Announcement(
         draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done", "stopped"])),
-        draw(participants), draw(st.integers(0, 60_000)), draw(st.integers(0, 2**61)),
-        deadline_s=draw(st.floats(0.0, 1e7)), **fields,
+        draw(participants), deadline_s=draw(st.floats(0.0, 1e7)), **fields,
     )  # fmt: skip
 
 

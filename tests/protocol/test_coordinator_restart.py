@@ -255,5 +255,5 @@ def test_a_dealt_round_over_the_whole_basis_gives_the_gradient() -> None:
     machine = world.server.coordinator
     found = (start - machine.replica.weights.astype(np.float64)) / rate
     exact = engine.gradient(machine.mask, start)
-    assert machine.replica.directions.padded == 64
+    assert machine.replica.blocks[0].n_positions == 64
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-3

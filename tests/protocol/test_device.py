@@ -27,14 +27,15 @@ from fedzo.protocol.device_events import (
     Tick,
 )
 from fedzo.protocol.documents import Hello, Presence, ServerPresence
-from fedzo.protocol.errors import ArtifactError, FedzoError, MemoryBudgetError, ProtocolError
+from fedzo.protocol.errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError, ProtocolError
 from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import GRAPHS
+from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Receipt, Report, Verdict
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest
-from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, hello
+from tests.protocol.simulation.bench import NAMES, RETRY_S, SESSION, SETTINGS, Bench, hello
+from tests.protocol.simulation.desk import change
 from tests.protocol.simulation.fakes import TAG, optional_graph, tiny_manifest
 
 
@@ -232,7 +233,6 @@ def test_a_server_that_is_back_hears_of_the_device() -> None:
 
 def fetch_everything(bench: Bench) -> list[str]:
     """Serve blocks until there is nothing left to fetch; gives the names of the files in order."""
-    names = {sha256: name for name, sha256 in zip(("manifest", *GRAPHS), FILES, strict=True)}
     order: list[str] = []
     while bench.device.stage in ("fetching", "planning"):
         if bench.device.stage == "planning":
@@ -241,7 +241,7 @@ def fetch_everything(bench: Bench) -> list[str]:
             continue
         blocks = bench.blocks()
         assert blocks
-        order += [names[block.sha256] for block in blocks]
+        order += [NAMES[block.sha256] for block in blocks]
         commands: list[DeviceCommand] = []
         for block in blocks:
             commands += bench.hear(Channel.BLOCK, block)
@@ -249,11 +249,23 @@ def fetch_everything(bench: Bench) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-def test_files_are_fetched_in_order_and_a_plan_comes_before_any_graph() -> None:
-    bench = Bench(kept={})
+@pytest.mark.parametrize(
+    ("changes", "files"),
+    [
+        ({}, ["manifest", "plan", *GRAPHS[:2]]),
+        ({"sparsity": 0.5}, ["manifest", "plan", *GRAPHS]),
+        ({"estimator": "split"}, ["cut manifest", "plan", *GRAPHS[:2], *CUT_GRAPHS]),
+        ({"estimator": "node"}, ["cut manifest", "plan", *GRAPHS[:2], CUT_GRAPHS[0], TAIL_GRAPHS[1]]),
+        ({"estimator": "node", "sparsity": 0.5}, ["cut manifest", "plan", *GRAPHS, CUT_GRAPHS[0], TAIL_GRAPHS[1]]),
+    ],
+)
+def test_what_the_run_needs_is_fetched_in_order_and_a_plan_comes_before_any_graph(
+    changes: dict[str, Any], files: list[str]
+) -> None:
+    bench = Bench(kept={}, settings=change(SETTINGS, **changes))
     bench.join()
-    assert fetch_everything(bench) == ["manifest", "plan", *GRAPHS]
-    assert bench.store == FILES
+    assert fetch_everything(bench) == files
+    assert {NAMES[sha256] for sha256 in bench.store} == set(files) - {"plan"}
     assert bench.presence().status == "ready"
     bench.announce()
     assert bench.device.stage == "computing"
@@ -334,6 +346,20 @@ def test_a_manifest_that_cannot_be_used_refuses_the_run() -> None:
     bench.store[bytes.fromhex(bench.run.manifest_sha256)] = b"{}"
     bench.join()
     assert isinstance(bench.only(Finish).error, ArtifactError)
+    assert bench.presence().status == "refused"
+
+
+@pytest.mark.parametrize("estimator", ["split", "node"])
+def test_an_estimator_that_the_model_cannot_have_refuses_the_run(estimator: str) -> None:
+    """The server should not have started it; the device says so and leaves instead of breaking down."""
+    bench = Bench(settings=change(SETTINGS, estimator=estimator))
+    bench.store[bytes.fromhex(bench.run.manifest_sha256)] = tiny_manifest().encode()
+    bench.join()
+    bench.give(Planned(bench.run.run, 12.5, 8))
+    if estimator == "node":
+        assert bench.presence().status == "ready"
+        bench.hear(Channel.HEAD, bench.head("train"))
+    assert isinstance(bench.only(Finish).error, (ArtifactError, ConfigError))
     assert bench.presence().status == "refused"
 
 

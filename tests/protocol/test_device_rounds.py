@@ -31,7 +31,6 @@ from fedzo.protocol.device_events import (
 from fedzo.protocol.documents import Announcement, Order, ServerPresence, pack_participants
 from fedzo.protocol.errors import SelfTestError
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
-from fedzo.protocol.settings import positions_of
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, LogSlice
 from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, other_run
@@ -40,12 +39,19 @@ from tests.protocol.simulation.fakes import TAG
 # --- rounds ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("round_", [1, 2, 3])
-def test_a_probe_task(round_: int) -> None:
-    bench = Bench()
-    task = bench.compute(round_=round_)
-    assert (task.kind, task.round, task.ordinal) == (ReportKind.PROBE, round_, 1)
-    assert np.array_equal(task.positions, positions_of("dealt", round_, 6, 3, 1, 3))
+@pytest.mark.parametrize(("updates", "first"), [(0, 3), (1, 9 + 6), (2, 18 + 0), (3, 27 + 3)])
+def test_a_probe_task(updates: int, first: int) -> None:
+    """Of three devices with three directions each it has the second place, and another part every round."""
+    bench = Bench().plan()
+    bench.announce("enrol", 0)
+    for round_ in range(updates):
+        bench.update(round_)
+    bench.announce(round_=17)
+    if updates:
+        bench.hear(Channel.BLOCK, LogSlice(0, tuple(bench.log)))
+    task = bench.only(Compute).task
+    assert (task.kind, task.round, task.ordinal) == (ReportKind.PROBE, 17, 1)
+    assert [part.tolist() for part in task.positions] == [[first, first + 1, first + 2]]
     assert np.array_equal(task.weights, bench.server.weights)
     task.weights[0] = 5.0  # a copy of its own
     assert bench.device.replica is not None
@@ -57,7 +63,7 @@ def test_tasks_of_other_phases(phase: Any, kind: ReportKind) -> None:
     bench = Bench()
     task = bench.compute(phase)
     assert task.kind is kind
-    assert task.positions.size == 0
+    assert task.positions == ()
     bench.answer(task)
     assert bench.only(SaveReport).report.kind is kind
 
@@ -166,7 +172,7 @@ def test_a_voided_round_is_computed_again_under_its_new_number() -> None:
     bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.ACCEPTED))
     bench.announce(round_=2, participants=pack_participants(np.array([1])))
     task = bench.only(Compute).task
-    assert np.array_equal(task.positions, np.array([6, 7, 8]))
+    assert [part.tolist() for part in task.positions] == [[0, 1, 2]]
 
 
 NOT_SENDABLE: dict[str, tuple[dict[str, Any], Decline]] = {

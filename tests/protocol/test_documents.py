@@ -242,8 +242,6 @@ LIMITS: dict[str, Callable[[], object]] = {
     "run: huge manifest": lambda: run(manifest_size=1 << 40),
     "head: name": lambda: Announcement("", 0, "enrol"),
     "head: round": lambda: Announcement("r", 2**32, "enrol"),
-    "head: k": lambda: Announcement("r", 1, "train", k=60_001),
-    "head: cursor": lambda: Announcement("r", 1, "train", cursor=1 << 62),
     "head: participants": lambda: Announcement("r", 1, "train", participants="A" * 30_000),
     "head: mask hash": lambda: Announcement("r", 1, "train", mask_sha256="zz", mask_size=1),
     "head: empty mask": lambda: Announcement("r", 1, "train", mask_sha256=HASH),

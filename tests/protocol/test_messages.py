@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedzo.protocol.codec import BinaryMessage, decode
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.messages import (
-    MAX_BLOCKS,
+    MAX_REPORT_BLOCKS,
     MAX_SEGMENTS,
     Decline,
     Receipt,
@@ -176,7 +176,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "report: digest": lambda: report(weights_digest=bytes(15)),
     "report: NaN loss": lambda: report(mean_loss=float("nan")),
     "report: infinite loss": lambda: report(mean_loss=float("inf")),
-    "report: too many blocks": lambda: report(blocks=(floats(1),) * (MAX_BLOCKS + 1)),
+    "report: too many blocks": lambda: report(blocks=(floats(1),) * (MAX_REPORT_BLOCKS + 1)),
     "report: too many scalars": lambda: report(blocks=(floats(MAX_SCALARS), floats(1))),
     "report: neither scalars nor a reason": lambda: report(blocks=()),
     "report: scalars and a reason": lambda: report(decline=Decline.FAILED),
@@ -195,7 +195,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "update: descending": lambda: update(segments=((5, 1), (1, 1)), coefficients=floats(2)),
     "update: count": lambda: update(coefficients=floats(2)),
     "update: too many scalars": lambda: update(segments=((0, MAX_SCALARS + 1),), coefficients=floats(MAX_SCALARS + 1)),
-    "update: position": lambda: update(segments=(((1 << 62), 1),)),
+    "update: position": lambda: update(segments=(((1 << 63), 1),)),
+    "update: two blocks": lambda: update(segments=(((1 << 60) - 1, 2),), coefficients=floats(2)),
+    "update: last two blocks": lambda: update(segments=(((7 << 60) - 1, 2),), coefficients=floats(2)),
     "update: parent": lambda: update(parent=b""),
     "request: hash": lambda: BlobRequest(bytes(31), 0, 1),
     "request: nothing": lambda: BlobRequest(bytes(32), 0, 0),
@@ -232,8 +234,16 @@ def test_scalars_that_are_not_finite_are_refused_on_the_wire() -> None:
 
 
 def test_the_last_allowed_position_replays() -> None:
-    record = update(segments=((((1 << 62) - 1), 1),))
-    assert record.positions().tolist() == [(1 << 62) - 1]
+    last = (1 << 63) - 1
+    record = decode(update(segments=((last - 1, 2),), coefficients=floats(2)).encode())
+    assert isinstance(record, UpdateRecord)
+    assert record.positions().tolist() == [last - 1, last]
+
+
+def test_segments_of_blocks_may_touch_where_one_ends() -> None:
+    end = 1 << 60
+    record = update(segments=((end - 2, 2), (end, 1)), coefficients=floats(3))
+    assert record.positions().tolist() == [end - 2, end - 1, end]
 
 
 def test_counts_that_lie_allocate_nothing() -> None:
@@ -250,7 +260,7 @@ def test_counts_that_lie_allocate_nothing() -> None:
 
 def test_the_largest_messages_fit_a_payload() -> None:
     """Whatever can be constructed can be sent: the largest report, update, slice and block."""
-    counts = [MAX_SCALARS // MAX_BLOCKS] * MAX_BLOCKS
+    counts = [MAX_SCALARS // MAX_REPORT_BLOCKS] * MAX_REPORT_BLOCKS
     largest = report(blocks=tuple(floats(count) for count in counts))
     record = update(segments=((0, MAX_SCALARS),), coefficients=floats(MAX_SCALARS))
     block = BlobBlock(bytes(32), 0, MAX_BLOCK_BYTES, bytes(MAX_BLOCK_BYTES))

@@ -1,4 +1,4 @@
-"""Settings: ranges, the learning rate's schedule, and which device probes which directions."""
+"""Settings: ranges, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings, positions_of
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD: list[tuple[type, str, list[Any]]] = [
@@ -24,7 +24,11 @@ BAD: list[tuple[type, str, list[Any]]] = [
     (TrainingSettings, "rounds", [-1, (1 << 30) + 1]),
     (TrainingSettings, "directions", ["", "normal"]),
     (TrainingSettings, "assignment", ["", "both"]),
+    (TrainingSettings, "estimator", ["", "backpropagation"]),
     (TrainingSettings, "k", [0, 60_001]),
+    (TrainingSettings, "tail_k", [0, 60_001]),
+    (TrainingSettings, "repeats", [0, 65_536]),
+    (TrainingSettings, "feedback", [-0.1, 1.0, NAN, INFINITY]),
     (TrainingSettings, "sigma", [0.0, 1e-9, -1e-3, 10.0, NAN, INFINITY]),
     (TrainingSettings, "batch", [0, (1 << 16) + 1]),
     (TrainingSettings, "learning_rate", [0.0, -1.0, 1e3, NAN, INFINITY]),
@@ -77,23 +81,3 @@ def test_a_cosine_rate_falls_and_stays_positive(rounds: int) -> None:
 @pytest.mark.parametrize("step", [0, 1, 10**6])
 def test_rates_are_finite_at_any_step(rate: float, step: int) -> None:
     assert math.isfinite(TrainingSettings(rounds=10, learning_rate=rate).rate(step))
-
-
-@given(n=st.integers(1, 20), k=st.integers(1, 9), cursor=st.integers(0, 2**60), round_=st.integers(0, 2**32 - 1))
-def test_dealt_positions_are_disjoint_and_without_gaps(n: int, k: int, cursor: int, round_: int) -> None:
-    parts = [positions_of("dealt", round_, cursor, k, rank, n) for rank in range(n)]
-    assert all(part.dtype == np.int64 and part.size == k for part in parts)
-    together = np.sort(np.concatenate(parts))
-    assert np.array_equal(together, np.arange(cursor, cursor + n * k))
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_dealt_positions_rotate(n: int) -> None:
-    for rank in range(n):
-        firsts = {int(positions_of("dealt", round_, 0, 3, rank, n)[0]) for round_ in range(n)}
-        assert firsts == set(range(0, 3 * n, 3))
-
-
-def test_shared_positions_are_everybodys() -> None:
-    for rank in range(4):
-        assert positions_of("shared", rank, 10, 3, rank, 4).tolist() == [10, 11, 12]

@@ -101,4 +101,4 @@ def test_blocks_have_directions_of_their_own(family: str) -> None:
         for b in range(a):
             assert abs(float(found[a] @ found[b])) < 40  # 64 if they were equal; sd 8
     with pytest.raises(ConfigError, match="block"):
-        Directions(family, 9, 64, block=4)  # type: ignore[arg-type]
+        Directions(family, 9, 64, block=8)  # type: ignore[arg-type]

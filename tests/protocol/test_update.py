@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedzo.protocol.aggregation import combine_probes
+from fedzo.protocol.blocks import Block, BlockKind, deal, directions_of, whole_block
 from fedzo.protocol.codec import decode
-from fedzo.protocol.directions import FAMILIES, Directions, Family, round_coefficients
+from fedzo.protocol.directions import FAMILIES, MAX_BLOCKS, MAX_POSITION, Directions, Family, round_coefficients
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import UpdateRecord
+from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
+from fedzo.protocol.sketch import BASIS_ROUND, GradientSketch
 from fedzo.protocol.update import Replica, chain_digest, empty_log_digest, estimate_gradient, weights_digest
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
 
@@ -27,8 +30,12 @@ def small_mask(sparsity: float = 0.5) -> Mask:
     return threshold(layout, np.abs(initial_weights(layout, 11)), sparsity)
 
 
+def whole(family: Family = "hadamard", mask: Mask | None = None) -> tuple[Block, ...]:
+    return whole_block(family, (mask or small_mask()).n_survivors)
+
+
 def make(family: Family = "hadamard", optimiser: OptimiserName = "adam") -> Replica:
-    return Replica(small_layout(), small_mask(), 11, 12, family, OptimiserConfig(optimiser))
+    return Replica(small_layout(), small_mask(), 11, 12, whole(family), OptimiserConfig(optimiser))
 
 
 def advance(replica: Replica, updates: int) -> list[UpdateRecord]:
@@ -80,21 +87,22 @@ def test_weights_are_one_view_for_life() -> None:
     assert np.array_equal(view, before)
 
 
-def test_one_step_is_the_mean_of_coefficient_times_direction() -> None:
+def test_one_step_is_the_sum_of_coefficient_times_direction() -> None:
     replica = make("gaussian", "sgd")
     before = replica.weights.astype(np.float64)
     coefficients = round_coefficients(np.array([1.5, -2.0, 0.25]))
     replica.prepare(0, 9, 0.5, ((4, 2), (10, 1)), coefficients)
     expected = before.copy()
+    (directions,) = directions_of(replica.blocks, 12)
     for position, coefficient in zip((4, 5, 10), coefficients.tolist(), strict=True):
-        z = replica.directions.direction(9, position, np.empty(before.size, dtype=np.float32))
-        expected -= 0.5 * coefficient / 3.0 * z
+        z = directions.direction(9, position, np.empty(before.size, dtype=np.float32))
+        expected -= 0.5 * coefficient * z
     np.testing.assert_allclose(replica.weights, expected, rtol=0, atol=1e-6)
 
 
 def test_chain_of_heads() -> None:
     replica = make()
-    head = empty_log_digest(small_layout(), small_mask(), 11, 12, "hadamard", OptimiserConfig("adam"))
+    head = empty_log_digest(small_layout(), small_mask(), 11, 12, whole(), OptimiserConfig("adam"))
     assert replica.head == head
     for record in advance(replica, 3):
         assert record.parent == head
@@ -105,15 +113,21 @@ def test_chain_of_heads() -> None:
 def test_every_setting_changes_the_first_head() -> None:
     layout, mask, adam = small_layout(), small_mask(), OptimiserConfig("adam")
     renamed = Layout((dataclasses.replace(layout.parameters[0], name="other"), *layout.parameters[1:]))
+    n = mask.n_survivors
+    front = Block(0, 0, 20, "probe", "hadamard", 1)
+    two = (front, Block(1, 20, n - 20, "probe", "hadamard", 1))
+    sketched = (front, Block(1, 20, n - 20, "sketch", "hadamard", 1))
+    moved = (Block(0, 0, 21, "probe", "hadamard", 1), Block(1, 21, n - 21, "probe", "hadamard", 1))
     heads = [
-        empty_log_digest(layout, mask, 11, 12, "hadamard", adam),
-        empty_log_digest(renamed, Mask(renamed, mask.kept), 11, 12, "hadamard", adam),
-        empty_log_digest(layout, small_mask(0.6), 11, 12, "hadamard", adam),
-        empty_log_digest(layout, mask, 10, 12, "hadamard", adam),
-        empty_log_digest(layout, mask, 11, 13, "hadamard", adam),
-        empty_log_digest(layout, mask, 11, 12, "gaussian", adam),
-        empty_log_digest(layout, mask, 11, 12, "hadamard", OptimiserConfig("sgd")),
-        empty_log_digest(layout, mask, 11, 12, "hadamard", OptimiserConfig("adam", beta2=0.999)),
+        empty_log_digest(layout, mask, 11, 12, whole(), adam),
+        empty_log_digest(renamed, Mask(renamed, mask.kept), 11, 12, whole(), adam),
+        empty_log_digest(layout, small_mask(0.6), 11, 12, whole(mask=small_mask(0.6)), adam),
+        empty_log_digest(layout, mask, 10, 12, whole(), adam),
+        empty_log_digest(layout, mask, 11, 13, whole(), adam),
+        empty_log_digest(layout, mask, 11, 12, whole("gaussian"), adam),
+        empty_log_digest(layout, mask, 11, 12, whole(), OptimiserConfig("sgd")),
+        empty_log_digest(layout, mask, 11, 12, whole(), OptimiserConfig("adam", beta2=0.999)),
+        *(empty_log_digest(layout, mask, 11, 12, blocks, adam) for blocks in (two, sketched, moved)),
     ]
     assert len(set(heads)) == len(heads)
     assert all(len(head) == 16 for head in heads)
@@ -211,7 +225,7 @@ def test_bad_snapshots_are_refused_and_change_nothing() -> None:
     server, device = make(), make()
     advance(server, 3)
     good = server.snapshot()
-    other_run = Replica(small_layout(), small_mask(), 11, 13, "hadamard", OptimiserConfig("adam")).snapshot()
+    other_run = Replica(small_layout(), small_mask(), 11, 13, whole(), OptimiserConfig("adam")).snapshot()
     not_finite = good[:-4] + struct.pack("<f", float("inf"))
     before = state(device)
     for data in (b"", good[:-1], good + b"x", b"FZS0" + good[4:], good[:70] + b"\x01" + good[71:], other_run,
@@ -224,7 +238,106 @@ def test_bad_snapshots_are_refused_and_change_nothing() -> None:
 def test_a_mask_of_another_layout_is_refused() -> None:
     layout = Layout((Parameter("w", (134,), True, Initialiser("constant", 0.0)),))
     with pytest.raises(ProtocolError, match="another layout"):
-        Replica(layout, small_mask(), 1, 1, "hadamard", OptimiserConfig())
+        Replica(layout, small_mask(), 1, 1, whole(), OptimiserConfig())
+
+
+def two_blocks(kind: BlockKind = "sketch") -> tuple[Block, ...]:
+    """A front of 20 weights, and what is left of the small mask's survivors."""
+    n = small_mask().n_survivors
+    return Block(0, 0, 20, "probe", "rademacher", 3), Block(1, 20, n - 20, kind, "hadamard", 4)
+
+
+def record_of(segments: tuple[tuple[int, int], ...], round_: int = 6) -> UpdateRecord:
+    count = sum(n for _, n in segments)
+    return UpdateRecord(0, round_, RATE, segments, seeded_coefficients(5, 0, count), bytes(16), bytes(16))
+
+
+@pytest.mark.parametrize("kind", ["probe", "sketch"])
+def test_every_block_has_its_own_sum(kind: BlockKind) -> None:
+    blocks = two_blocks(kind)
+    front, tail = directions_of(blocks, 12)
+    record = record_of(((2, 2), (9, 1), (MAX_POSITION + 5, 3)))
+    found = estimate_gradient(blocks, (front, tail), record)
+    assert found.dtype == np.float32
+    first = front.combine(6, np.array([2, 3, 9]), record.coefficients[:3])
+    round_ = BASIS_ROUND if kind == "sketch" else 6
+    second = tail.combine(round_, np.array([5, 6, 7]), record.coefficients[3:])
+    assert found.tobytes() == np.concatenate([first, second]).tobytes()
+    assert first.any()
+    assert second.any()
+
+
+@pytest.mark.parametrize(("segments", "silent"), [(((2, 3),), 1), (((MAX_POSITION, 3),), 0)])
+def test_a_block_without_coefficients_stays_as_it_is(segments: tuple[tuple[int, int], ...], silent: int) -> None:
+    blocks = two_blocks()
+    found = estimate_gradient(blocks, directions_of(blocks, 12), record_of(segments))
+    parts = np.split(found, [20])
+    assert not parts[silent].any()
+    assert parts[1 - silent].any()
+
+
+@pytest.mark.parametrize("position", [2 * MAX_POSITION, 7 * MAX_POSITION + 3, (1 << 63) - 1])
+def test_coefficients_of_an_unknown_block_are_refused(position: int) -> None:
+    blocks = two_blocks()
+    record = record_of(((2, 2), (position, 1)))
+    with pytest.raises(ProtocolError, match="more than 2 blocks"):
+        estimate_gradient(blocks, directions_of(blocks, 12), record)
+    replica = Replica(small_layout(), small_mask(), 11, 12, blocks, OptimiserConfig())
+    before = state(replica)
+    with pytest.raises(ProtocolError, match="more than 2 blocks"):
+        replica.apply(dataclasses.replace(record, parent=replica.head))
+    with pytest.raises(ProtocolError, match="more than 2 blocks"):
+        replica.prepare(0, 6, RATE, record.segments, record.coefficients)
+    assert state(replica) == before
+
+
+def test_the_last_of_eight_blocks_is_reached() -> None:
+    """Its positions end at 2**63 - 1, where float64 arithmetic would mix up its neighbours."""
+    blocks = tuple(Block(b, 4 * b, 4, "probe", "rademacher", 1) for b in range(MAX_BLOCKS))
+    record = record_of(((7 * MAX_POSITION - 1, 1), (7 * MAX_POSITION, 1), ((1 << 63) - 1, 1)))
+    directions = directions_of(blocks, 12)
+    found = estimate_gradient(blocks, directions, record)
+    sixth = directions[6].combine(6, np.array([MAX_POSITION - 1]), record.coefficients[:1])
+    seventh = directions[7].combine(6, np.array([0, MAX_POSITION - 1]), record.coefficients[1:])
+    assert found.tobytes() == np.concatenate([np.zeros(24, np.float32), sixth, seventh]).tobytes()
+
+
+def test_replicas_of_two_blocks_follow_each_other() -> None:
+    server, device = (Replica(small_layout(), small_mask(), 11, 12, two_blocks(), OptimiserConfig()) for _ in range(2))
+    start = device.digest
+    for index in range(6):
+        segments = ((3 * index, 3), (MAX_POSITION + 4 * index, 4))
+        record = server.prepare(index, 2 * index, RATE, segments, seeded_coefficients(5, index, 7))
+        message = decode(record.encode())
+        assert isinstance(message, UpdateRecord)
+        device.apply(message)
+    assert state(device) == state(server)
+    assert device.digest != start
+
+
+N = small_mask().n_survivors
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (),
+        ((0, 0, N - 1),),
+        ((0, 0, N + 1),),
+        ((0, 1, N - 1),),
+        ((1, 0, N),),
+        ((0, 0, 20), (1, 21, N - 21)),
+        ((0, 0, 20), (1, 19, N - 19)),
+        ((0, 0, 20), (1, 20, N - 21)),
+        ((1, 20, N - 20), (0, 0, 20)),
+        ((0, 0, 20), (0, 20, N - 20)),
+        ((0, 0, 20), (2, 20, N - 20)),
+    ],
+)
+def test_blocks_must_cover_the_survivors(places: tuple[tuple[int, int, int], ...]) -> None:
+    blocks = [Block(number, first, size, "probe", "hadamard", 1) for number, first, size in places]
+    with pytest.raises(ProtocolError, match=f"do not cover the {N} survivors"):
+        Replica(small_layout(), small_mask(), 11, 12, blocks, OptimiserConfig())
 
 
 class Logistic:
@@ -263,9 +376,10 @@ def test_a_dealt_round_over_the_whole_basis_is_the_gradient(size: int) -> None:
     share = directions.padded // 3
     segments = ((0, share), (share, share), (2 * share, directions.padded - 2 * share))
     scalars = np.concatenate([slopes(problem, directions, 5, list(range(a, a + n)), w) for a, n in segments])
+    scalars /= directions.padded
     record = UpdateRecord(0, 5, RATE, segments, round_coefficients(scalars), bytes(16), bytes(16))
     exact = problem.gradient(w)
-    found = estimate_gradient(directions, record)
+    found = estimate_gradient(whole_block("hadamard", size), [directions], record)
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-3
 
 
@@ -277,9 +391,9 @@ def test_estimates_are_unbiased(family: Family) -> None:
     total = np.zeros(40)
     rounds, positions = 300, list(range(8))
     for round_ in range(rounds):
-        coefficients = round_coefficients(slopes(problem, directions, round_, positions, w))
+        coefficients = round_coefficients(slopes(problem, directions, round_, positions, w) / 8)
         record = UpdateRecord(0, round_, RATE, ((0, 8),), coefficients, bytes(16), bytes(16))
-        total += estimate_gradient(directions, record)
+        total += estimate_gradient(whole_block(family, 40), [directions], record)
     exact = problem.gradient(w)
     # The mean of 2,400 directions has a relative error near sqrt(40 / 2400) = 0.13.
     assert np.linalg.norm(total / rounds - exact) / np.linalg.norm(exact) < 0.25
@@ -288,12 +402,32 @@ def test_estimates_are_unbiased(family: Family) -> None:
 def test_training_by_scalars_lowers_the_loss() -> None:
     layout = Layout((Parameter("w", (60,), True, Initialiser("constant", 0.0)),))
     problem = Logistic(60, 300)
-    replica = Replica(layout, Mask.dense(layout), 1, 2, "hadamard", OptimiserConfig("adam"))
+    replica = Replica(layout, Mask.dense(layout), 1, 2, whole_block("hadamard", 60), OptimiserConfig("adam"))
+    (directions,) = directions_of(replica.blocks, 2)
     rate = float(np.float32(0.1))
     for index in range(40):
         first = 16 * index % 48
         w = replica.weights.astype(np.float64)
-        scalars = slopes(problem, replica.directions, index, list(range(first, first + 16)), w)
-        replica.prepare(index, index, rate, ((first, 16),), round_coefficients(scalars))
+        scalars = slopes(problem, directions, index, list(range(first, first + 16)), w)
+        replica.prepare(index, index, rate, ((first, 16),), round_coefficients(scalars / 16))
     assert problem.loss(np.zeros(60)) == pytest.approx(np.log(2))
     assert problem.loss(replica.weights.astype(np.float64)) < 0.6
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_sketch_of_the_whole_basis_is_the_gradient(devices: int) -> None:
+    """Scalars of a sketch are final: averaged over the devices, they give the mean of the gradients."""
+    blocks = (Block(0, 0, 30, "probe", "hadamard", 32), Block(1, 30, 70, "sketch", "hadamard", 128))
+    directions = directions_of(blocks, 3)
+    gradients = [seeded_normals(1, device, 100) for device in range(devices)]
+    deals = deal(blocks, "shared", 0, devices)
+    reports = []
+    for rank, gradient in enumerate(gradients):
+        slopes_ = directions[0].project(6, deals[0].positions(0), gradient[:30]).astype(np.float32)
+        rows = GradientSketch(directions[1], 0.0).encode(gradient[30:], deals[1].positions(0))
+        reports.append((rank, Report(ReportKind.PROBE, bytes(4), 6, 1, 5, bytes(16), 0.0, 1, 1, 1, (slopes_, rows))))
+    segments, coefficients = combine_probes(deals, reports)
+    record = UpdateRecord(0, 6, RATE, segments, coefficients, bytes(16), bytes(16))
+    exact = np.mean(gradients, axis=0)
+    found = estimate_gradient(blocks, directions, record)
+    assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-3

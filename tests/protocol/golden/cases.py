@@ -9,11 +9,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedzo.protocol.blocks import Block, deal, whole_block
 from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
 from fedzo.protocol.layout import Layout, initial_weights
 from fedzo.protocol.manifest import golden_batch
@@ -21,6 +22,7 @@ from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
 from fedzo.protocol.quantiles import gaussian_table
 from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
+from fedzo.protocol.settings import Assignment
 from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
 from fedzo.protocol.update import Replica, weights_digest
 from tests.protocol.builders import (
@@ -42,6 +44,16 @@ REPLAYS: tuple[tuple[str, Family, OptimiserName, int, int], ...] = (
     ("hadamard+sgd", "hadamard", "sgd", 2_003, 24),
 )
 
+# (name, blocks, positions of a block an update).
+BLOCK_REPLAYS: tuple[tuple[str, tuple[Block, ...], int], ...] = (
+    (
+        "split+hadamard",
+        (Block(0, 0, 1_203, "probe", "hadamard", 16), Block(1, 1_203, 800, "probe", "hadamard", 64)),
+        24,
+    ),
+    ("node+rademacher", (Block(0, 0, 503, "probe", "rademacher", 4), Block(1, 503, 1_500, "sketch", "hadamard", 9)), 4),
+)
+
 
 def sha256(array: NDArray[Any]) -> str:
     """Digest of the little-endian bytes of an array."""
@@ -58,14 +70,24 @@ def replay(
     family: Family, optimiser: OptimiserName, survivors: int, positions: int, updates: int = REPLAY_UPDATES
 ) -> Replica:
     """A replica after ``updates`` seeded updates, two segments each, with weight decay."""
-    layout, mask = replay_layout(survivors)
-    replica = Replica(layout, mask, 1, 2, family, OptimiserConfig(optimiser, weight_decay=0.01))
+    return replay_blocks(whole_block(family, survivors), optimiser, positions, updates)
+
+
+def replay_blocks(
+    blocks: tuple[Block, ...], optimiser: OptimiserName, positions: int, updates: int = REPLAY_UPDATES
+) -> Replica:
+    """The same with two segments of each block."""
+    layout, mask = replay_layout(sum(block.size for block in blocks))
+    replica = Replica(layout, mask, 1, 2, blocks, OptimiserConfig(optimiser, weight_decay=0.01))
     split = positions // 3
     for index in range(updates):
-        first = index * (positions + 1) % (replica.directions.n_positions - positions - 1)
-        segments = ((first, split), (first + split + 1, positions - split))
+        segments: list[tuple[int, int]] = []
+        for block in blocks:
+            first = block.offset + index * (positions + 1) % (block.n_positions - positions - 1)
+            segments += [(first, split), (first + split + 1, positions - split)]
         rate = float(np.float32(0.01) / np.float32(1 + index // 100))
-        replica.prepare(index, index, rate, segments, seeded_coefficients(3, index, positions))
+        coefficients = seeded_coefficients(3, index, positions * len(blocks))
+        replica.prepare(index, index, rate, tuple(segments), coefficients)
     return replica
 
 
@@ -163,6 +185,22 @@ def replays() -> Json:
     for name, family, optimiser, survivors, positions in REPLAYS:
         replica = replay(family, optimiser, survivors, positions)
         out[name] = [replica.digest.hex(), replica.head.hex()]
+    for name, blocks, positions in BLOCK_REPLAYS:
+        replica = replay_blocks(blocks, "adam", positions)
+        out[name] = [replica.digest.hex(), replica.head.hex()]
+    return out
+
+
+def deals() -> Json:
+    """What some rounds hand out: directions a device, slots, first position, and the slots of the first two devices."""
+    out: dict[str, Json] = {}
+    for assignment in get_args(Assignment):
+        for step, n_devices in ((0, 1), (5, 3), (70_000, 7), (2**32 - 1, 11_000)):
+            dealt = deal(BLOCK_REPLAYS[0][1], assignment, step, n_devices)
+            out[f"{assignment} {step} {n_devices}"] = [
+                f"{one.k} of {one.n_slots} from {one.block.offset + one.first}, slots {one.slot(0)} {one.slot(1)}"
+                for one in dealt
+            ]
     return out
 
 
@@ -175,6 +213,7 @@ CASES: dict[str, Callable[[], Json]] = {
     "optimisers": optimisers,
     "saliency": saliency,
     "replays": replays,
+    "deals": deals,
 }
 
 

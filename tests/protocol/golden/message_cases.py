@@ -30,7 +30,9 @@ def _scalars(*values: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return np.array(values, dtype=np.float32)
 
 
-_RECORD = UpdateRecord(3, 9, 0.0078125, ((4, 2), (70_000_000_000, 1)), _scalars(1.5, -0.25, 0.0), _DIGEST, _HASH[16:])
+_RECORD = UpdateRecord(
+    3, 9, 0.0078125, ((4, 2), (70_000_000_000, 1), (2**60 + 7, 1)), _scalars(1.5, -0.25, 0.0, 8.0), _DIGEST, _HASH[16:]
+)
 
 MESSAGES: dict[str, BinaryMessage] = {
     "report of a probe": Report(
@@ -66,7 +68,8 @@ DOCUMENTS: dict[str, Document] = {
             sparsity=0.75,
             saliency=SaliencySettings(steps=3, samples=32, shift=0.0625, draws=8, inputs="data"),
             training=TrainingSettings(
-                rounds=200, directions="gaussian", assignment="shared", k=8, sigma=0.0009765625, two_sided=True,
+                rounds=200, estimator="node", directions="gaussian", assignment="shared", k=8, tail_k=96, repeats=12,
+                feedback=0.875, sigma=0.0009765625, two_sided=True,
                 batch=4, optimiser=OptimiserConfig("momentum", 0.5, 0.75, 0.125, 0.25), learning_rate=0.5,
                 schedule="constant",
             ),
@@ -75,7 +78,7 @@ DOCUMENTS: dict[str, Document] = {
         ),
     ),
     "head": Announcement(
-        run="lenet-1", round=12, phase="train", participants="eJxjZAAAAAMAAg==", k=64, cursor=768,
+        run="lenet-1", round=12, phase="train", participants="eJxjZAAAAAMAAg==",
         mask_sha256=_HASH.hex(), mask_size=900, log_length=11, log_head=_DIGEST.hex(), weights_digest=_HASH[16:].hex(),
         deadline_s=30.0,
     ),

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedzo.protocol.blocks import blocks_of
 from fedzo.protocol.codec import BinaryMessage
 from fedzo.protocol.device import Device
 from fedzo.protocol.device_events import (
@@ -46,7 +47,14 @@ from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest
 from fedzo.protocol.update import Replica
 from tests.protocol.builders import seeded_normals
-from tests.protocol.simulation.fakes import fake_graphs, run_document, tiny_manifest
+from tests.protocol.simulation.fakes import (
+    cut_graphs,
+    cut_manifest,
+    fake_graphs,
+    manifest_for,
+    run_document,
+    tiny_manifest,
+)
 
 RETRY_S = 5.0
 SESSION = 7
@@ -58,7 +66,9 @@ SETTINGS = RunSettings(
     devices=3,
     quorum=2,
 )
-FILES = {hashlib.sha256(data).digest(): data for data in (tiny_manifest().encode(), *fake_graphs().values())}
+_MANIFESTS = {"manifest": tiny_manifest().encode(), "cut manifest": cut_manifest().encode()}
+NAMES = {hashlib.sha256(data).digest(): n for n, data in (_MANIFESTS | fake_graphs() | cut_graphs()).items()}
+FILES = dict(zip(NAMES, (_MANIFESTS | fake_graphs() | cut_graphs()).values(), strict=True))
 _Command = TypeVar("_Command")
 
 
@@ -100,10 +110,9 @@ class Bench:
     def follow(self, mask: Mask) -> None:
         """The server starts a log from this mask."""
         self.mask, self.log = mask, list[UpdateRecord]()
-        training, manifest = self.run.training, tiny_manifest()
-        self.server = Replica(
-            manifest.layout, mask, manifest.seed, self.run.settings.seed, training.directions, training.optimiser
-        )
+        training, manifest = self.run.training, manifest_for(self.run.training.estimator)
+        blocks = blocks_of(training, manifest, mask)
+        self.server = Replica(manifest.layout, mask, manifest.seed, self.run.settings.seed, blocks, training.optimiser)
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -167,7 +176,7 @@ class Bench:
 
     def head(self, phase: Phase = "train", round_: int = 1, **changes: Any) -> Announcement:
         """The announcement of a round of devices 0 to 2 at the end of the log."""
-        fields: dict[str, Any] = {"participants": pack_participants(np.arange(3)), "k": 3, "cursor": 6}
+        fields: dict[str, Any] = {"participants": pack_participants(np.arange(3))}
         if self.mask.sparsity:
             data = self.mask.encode()
             fields |= {"mask_sha256": hashlib.sha256(data).hexdigest(), "mask_size": len(data)}

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedzo.protocol.blocks import deal
 from fedzo.protocol.codec import BinaryMessage
 from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.coordinator_events import (
@@ -25,10 +27,10 @@ from fedzo.protocol.coordinator_events import (
 from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.documents import Announcement, Document, Hello, Order, Presence, Status, parse
 from fedzo.protocol.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings, positions_of
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from fedzo.protocol.tasks import make_report
 from fedzo.protocol.topics import Channel
-from tests.protocol.simulation.fakes import FakeEngine, run_document, tiny_manifest
+from tests.protocol.simulation.fakes import FakeEngine, manifest_for, run_document
 from tests.protocol.simulation.nodes import Entry
 
 NAMES = ("a", "b", "c", "d")
@@ -75,7 +77,8 @@ class Desk:
         self.settings = settings
         self.now = 50.0
         self.journal = list(journal or [])
-        self.machine = Coordinator(run_document(settings), tiny_manifest(), birth=1, has_test_set=has_test_set)
+        manifest = manifest_for(settings.training.estimator)
+        self.machine = Coordinator(run_document(settings), manifest, birth=1, has_test_set=has_test_set)
         self.trace: list[CoordinatorCommand] = list(self.machine.restore(self.journal))
         self.out: list[CoordinatorCommand] = []
         self.sessions = dict.fromkeys(NAMES, 1)
@@ -150,11 +153,10 @@ class Desk:
         head, machine, run = self.head, self.machine, self.machine.run
         kind = KINDS[head.phase]
         ranks = {member: rank for rank, member in enumerate(self.participants())}
-        positions = np.zeros(0, dtype=np.int64)
+        positions: tuple[NDArray[np.int64], ...] = ()
         if kind is ReportKind.PROBE:
-            positions = positions_of(
-                run.training.assignment, head.round, head.cursor, head.k, ranks.get(name, 0), len(ranks)
-            )
+            deals = deal(machine.replica.blocks, run.training.assignment, head.log_length, len(ranks))
+            positions = tuple(one.positions(one.slot(ranks.get(name, 0))) for one in deals)
         weights = machine.replica.weights.copy()
         task = Task(1, kind, head.round, 0, positions, weights, machine.replica.digest)
         outcome: Outcome = FakeEngine(name).answer(run, machine.mask, task)

@@ -1,7 +1,8 @@
-"""A tiny artifact without graphs, and an engine that answers tasks in numpy."""
+"""Tiny artifacts without graphs, and an engine that answers tasks in numpy."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import random
@@ -9,14 +10,17 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
+from fedzo.protocol.blocks import blocks_of, directions_of
+from fedzo.protocol.cut import Cut
+from fedzo.protocol.dense_tail import DenseLayer, DenseTail
 from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.directions import Directions
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.manifest import GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer
+from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import ReportKind
-from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.settings import EstimatorName, RunSettings
+from fedzo.protocol.sketch import GradientSketch
 from fedzo.protocol.wire import run_tag
 from tests.protocol.builders import seeded_normals
 
@@ -27,6 +31,12 @@ TAG = run_tag("run-1")
 def fake_graphs() -> dict[str, bytes]:
     """Bytes that stand for graphs; the first one takes several blocks."""
     return {name: random.Random(name).randbytes(150_000 if i == 0 else 40 + i) for i, name in enumerate(GRAPHS)}
+
+
+@functools.cache
+def cut_graphs() -> dict[str, bytes]:
+    """Bytes that stand for the graphs of a cut and of a dense tail."""
+    return {name: random.Random(name).randbytes(50) for name in (*CUT_GRAPHS, *TAIL_GRAPHS)}
 
 
 @functools.cache
@@ -64,9 +74,28 @@ def tiny_manifest() -> Manifest:
     )
 
 
+@functools.cache
+def cut_manifest() -> Manifest:
+    """The same layers with a cut in front of the last one, which is a dense tail."""
+    manifest, graphs = tiny_manifest(), cut_graphs()
+    cut = Cut(2, (4,), 24, 12)
+    return dataclasses.replace(
+        manifest,
+        graphs=(*manifest.graphs, *(GraphFile(n, hashlib.sha256(d).digest(), len(d)) for n, d in graphs.items())),
+        memory=(*manifest.memory, *(GraphMemory(name, ((100, 10),)) for name in graphs)),
+        cut=cut,
+        tail=DenseTail(cut, (DenseLayer(2, None),)),
+    )
+
+
+def manifest_for(estimator: EstimatorName) -> Manifest:
+    """The artifact of a run with that estimator."""
+    return tiny_manifest() if estimator == "stein" else cut_manifest()
+
+
 def run_document(settings: RunSettings, run: str = "run-1") -> RunDocument:
-    """The document of a run over :func:`tiny_manifest`."""
-    data = tiny_manifest().encode()
+    """The document of a run over :func:`manifest_for` its estimator."""
+    data = manifest_for(settings.training.estimator).encode()
     return RunDocument(run, hashlib.sha256(data).hexdigest(), len(data), settings)
 
 
@@ -91,7 +120,7 @@ class FakeEngine:
 
     def answer(self, run: RunDocument, mask: Mask, task: Task) -> Outcome:
         """What the device measures."""
-        w, manifest = task.weights.astype(np.float64), tiny_manifest()
+        w, manifest = task.weights.astype(np.float64), manifest_for(run.training.estimator)
         if task.kind is ReportKind.SALIENCY:
             index = int.from_bytes(hashlib.sha256(f"{self._name} {task.round}".encode()).digest()[:4], "little")
             values = np.abs(seeded_normals(3, index, manifest.n_units + manifest.n_moments + 2)) + np.float32(0.01)
@@ -102,12 +131,22 @@ class FakeEngine:
             correct = int(np.sum(self.y * (self.x[:, mask.kept] @ w) > 0))
             block = np.array([loss * self.y.size, correct, self.y.size], dtype=np.float32)
             return Outcome((block,), self.y.size, loss)
-        directions, sigma = Directions(run.training.directions, run.settings.seed, w.size), run.training.sigma
-        buffer, scalars = np.empty(w.size, dtype=np.float32), []
-        for position in task.positions.tolist():
-            step = sigma * directions.direction(task.round, position, buffer).astype(np.float64)
-            if run.training.two_sided:
-                scalars.append((self.loss(mask, w + step) - self.loss(mask, w - step)) / (2 * sigma))
-            else:
-                scalars.append((self.loss(mask, w + step) - loss) / sigma)
-        return Outcome((np.array(scalars, dtype=np.float32),), min(run.training.batch, self.y.size), loss)
+        blocks, sigma, found = blocks_of(run.training, manifest, mask), run.training.sigma, []
+        for block, basis, positions in zip(
+            blocks, directions_of(blocks, run.settings.seed), task.positions, strict=True
+        ):
+            part = slice(block.first, block.first + block.size)
+            if block.kind == "sketch":  # without a residual: it would outlive the task
+                gradient = self.gradient(mask, w)[part].astype(np.float32)
+                found.append(GradientSketch(basis, run.training.feedback).encode(gradient, positions))
+                continue
+            buffer, scalars = np.empty(block.size, dtype=np.float32), []
+            for position in positions.tolist():
+                step = np.zeros(w.size)
+                step[part] = sigma * basis.direction(task.round, position, buffer).astype(np.float64)
+                if run.training.two_sided:
+                    scalars.append((self.loss(mask, w + step) - self.loss(mask, w - step)) / (2 * sigma))
+                else:
+                    scalars.append((self.loss(mask, w + step) - loss) / sigma)
+            found.append(np.array(scalars, dtype=np.float32))
+        return Outcome(tuple(found), min(run.training.batch, self.y.size), loss)

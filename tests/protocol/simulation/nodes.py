@@ -19,9 +19,10 @@ from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, Ser
 from fedzo.protocol.graph_files import GraphFile
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Decline, Report, UpdateRecord
+from fedzo.protocol.run_files import needed_graphs
 from fedzo.protocol.topics import Channel, topic
 from fedzo.protocol.transfers import BlobBlock, LogRequest, LogSlice
-from tests.protocol.simulation.fakes import FakeEngine, fake_graphs, tiny_manifest
+from tests.protocol.simulation.fakes import FakeEngine, cut_graphs, fake_graphs, manifest_for
 from tests.protocol.simulation.network import FEDERATION, LATENCY_S, SERVER, Node, Simulation
 
 SLICE_RECORDS = 3  # few, so that catching up takes several requests
@@ -121,7 +122,7 @@ class DeviceNode(Node):
         elif isinstance(command, device_events.Plan):
             self.later(0.05, functools.partial(self._plan, command))
         elif isinstance(command, device_events.Prepare):
-            assert all(graph.sha256 in self.blobs for graph in command.manifest.graphs)
+            assert all(graph.sha256 in self.blobs for graph in needed_graphs(command.manifest, command.run.settings))
             self.later(0.1, functools.partial(self._prepare, command))
         elif isinstance(command, device_events.Compute):
             assert self._task is None, "two tasks at once"
@@ -211,8 +212,8 @@ class ServerNode(Node):
 
     def start(self) -> None:
         self.alive, self.lives = True, self.lives + 1
-        manifest = tiny_manifest()
-        files = [manifest.encode(), *fake_graphs().values(), *self.extra]
+        manifest = manifest_for(self.run.training.estimator)
+        files = [manifest.encode(), *fake_graphs().values(), *cut_graphs().values(), *self.extra]
         self._blobs = {hashlib.sha256(data).digest(): data for data in files}
         self.machine = Coordinator(self.run, manifest, birth=self.lives, has_test_set=self._has_test_set)
         for command in self.machine.restore(self.journal):

@@ -13,7 +13,7 @@ from fedzo.protocol.documents import Announcement, parse
 from fedzo.protocol.errors import MemoryBudgetError
 from fedzo.protocol.messages import Report, UpdateRecord
 from fedzo.protocol.settings import RunSettings
-from tests.protocol.simulation.fakes import run_document, tiny_manifest
+from tests.protocol.simulation.fakes import manifest_for, run_document
 from tests.protocol.simulation.network import Faults, Node, Simulation
 from tests.protocol.simulation.nodes import DeviceNode, Entry, ServerNode
 
@@ -95,7 +95,7 @@ def check_journal(journal: list[Entry], settings: RunSettings) -> None:
 
 def replay(server: ServerNode) -> Coordinator:
     """What a fresh coordinator makes of the journal."""
-    coordinator = Coordinator(server.run, tiny_manifest(), birth=99)
+    coordinator = Coordinator(server.run, manifest_for(server.run.training.estimator), birth=99)
     coordinator.restore(server.journal)
     return coordinator
 
