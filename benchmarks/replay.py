@@ -13,6 +13,7 @@ import argparse
 
 import numpy as np
 
+from fedzo.protocol.blocks import whole_block
 from fedzo.protocol.directions import FAMILIES, Directions, round_coefficients
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.mask import Mask
@@ -72,7 +73,7 @@ def measure(survivors: int, count: int) -> Report:
 
 def _replica(survivors: int) -> Replica:
     layout = Layout((Parameter("w", (survivors,), True, Initialiser("normal", 0.125)),))
-    return Replica(layout, Mask.dense(layout), SEED, SEED, "hadamard", OptimiserConfig("adam"))
+    return Replica(layout, Mask.dense(layout), SEED, SEED, whole_block("hadamard", survivors), OptimiserConfig("adam"))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.blocks import whole_block
 from ..protocol.directions import Directions
 from ..protocol.errors import FedzoError
 from ..protocol.layout import initial_weights
@@ -180,7 +181,8 @@ def train(engine: Engine, replica: Replica, manifest: Manifest, batch: int) -> f
 
 
 def _replica(manifest: Manifest, mask: Mask) -> Replica:
-    return Replica(manifest.layout, mask, manifest.seed, 1, "hadamard", OptimiserConfig("adam"))
+    blocks = whole_block("hadamard", mask.n_survivors)
+    return Replica(manifest.layout, mask, manifest.seed, 1, blocks, OptimiserConfig("adam"))
 
 
 def removed_by_magnitude(artifact: Artifact, sparsity: float) -> Mask:

@@ -21,6 +21,7 @@ from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.transport import Connected, MqttTransport
 from fedzo.edge_runtime.variants import matching_variant, wanted_variants
 from fedzo.protocol.blobs import MAX_SETBACKS
+from fedzo.protocol.blocks import blocks_of
 from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
 from fedzo.protocol.errors import (
@@ -50,6 +51,7 @@ from tests.edge_runtime.federation import (
 
 K = 6
 TRAINING = TrainingSettings(k=K, batch=8, rounds=4)
+LONG = TrainingSettings(k=50_000, batch=8, rounds=4)
 SALIENCY = SaliencySettings(samples=8)
 
 
@@ -97,8 +99,8 @@ def start(mosquitto: Any, tmp_path: Path, data: Path) -> Iterator[Callable[..., 
 
 
 def replica_of(run: RunDocument, manifest: Manifest, mask: Mask) -> Replica:
-    training = run.training
-    return Replica(manifest.layout, mask, manifest.seed, run.settings.seed, training.directions, training.optimiser)
+    blocks = blocks_of(run.training, manifest, mask)
+    return Replica(manifest.layout, mask, manifest.seed, run.settings.seed, blocks, run.training.optimiser)
 
 
 def dense_replica(run: RunDocument, manifest: Manifest) -> Replica:
@@ -107,14 +109,19 @@ def dense_replica(run: RunDocument, manifest: Manifest) -> Replica:
 
 def announce_training(server: FakeServer, replica: Replica, round_: int, **fields: Any) -> Announcement:
     values: dict[str, Any] = {
-        "k": K,
-        "cursor": 0,
         "log_length": replica.index,
         "log_head": replica.head.hex(),
         "weights_digest": replica.digest.hex(),
         **fields,
     }
     return server.announce(round_, "train", **values)
+
+
+def publish(server: FakeServer, run: RunDocument) -> RunDocument:
+    """Another run takes the place of the server's."""
+    server.run = run
+    server.send(Channel.RUN, run)
+    return run
 
 
 def step(server: FakeServer, replica: Replica, round_: int, values: Any) -> None:
@@ -509,7 +516,7 @@ def test_a_declined_round_does_not_end_the_agent(
 def test_a_closed_round_is_given_up_for_the_next(
     server: FakeServer,
     start: Callable[..., RunningAgent],
-    run: RunDocument,
+    artifact: Path,
     manifest: Manifest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -520,30 +527,32 @@ def test_a_closed_round_is_given_up_for_the_next(
         time.sleep(0.05)
         return original(engine, *args)
 
+    run = publish(server, run_document(artifact, seed=5, training=LONG))
     start()
     server.expect(Presence, status="ready")
     replica = dense_replica(run, manifest)
     monkeypatch.setattr(Engine, "loss", slow)
-    announce_training(server, replica, 1, k=2000)  # a hundred seconds
+    announce_training(server, replica, 1)  # three quarters of an hour
     deadline = time.monotonic() + 20
     while len(losses) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     step(server, replica, 1, [1.0])
-    announce_training(server, replica, 2)
+    announce_training(server, replica, 2, ordinals=tuple(range(10_000)))  # among so many, a few directions each
     report = server.expect(Report)
     assert (report.round, report.weights_digest) == (2, replica.digest)
+    assert report.blocks[0].size < 10
     assert len(losses) < 200
 
 
 def test_a_new_run_replaces_the_old_one(
-    server: FakeServer, start: Callable[..., RunningAgent], run: RunDocument, manifest: Manifest, artifact: Path
+    server: FakeServer, start: Callable[..., RunningAgent], manifest: Manifest, artifact: Path
 ) -> None:
+    run = publish(server, run_document(artifact, seed=5, training=LONG))
     agent = start()
     server.expect(Presence, status="ready", run="run-1")
-    announce_training(server, dense_replica(run, manifest), 1, k=50_000)
-    server.run = run_document(artifact, "run-2", seed=6, training=TRAINING, saliency=SALIENCY)
-    server.send(Channel.RUN, server.run)
+    announce_training(server, dense_replica(run, manifest), 1)
+    publish(server, run_document(artifact, "run-2", seed=6, training=TRAINING, saliency=SALIENCY))
     server.expect(Presence, status="ready", run="run-2")
     announce_training(server, dense_replica(server.run, manifest), 1)
     assert server.expect(Report).blocks[0].shape == (K,)
@@ -608,11 +617,12 @@ def test_without_a_broker_the_agent_waits_and_can_be_stopped(start: Callable[...
 
 
 def test_stop_in_the_middle_of_a_round_leaves_at_once(
-    server: FakeServer, start: Callable[..., RunningAgent], run: RunDocument, manifest: Manifest
+    server: FakeServer, start: Callable[..., RunningAgent], artifact: Path, manifest: Manifest
 ) -> None:
+    run = publish(server, run_document(artifact, seed=5, training=LONG))
     agent = start()
     server.expect(Presence, status="ready")
-    announce_training(server, dense_replica(run, manifest), 1, k=50_000)
+    announce_training(server, dense_replica(run, manifest), 1)
     deadline = time.monotonic() + 10
     while not any("training" in line for line in agent.lines):
         assert time.monotonic() < deadline

@@ -10,6 +10,7 @@ import pytest
 from fedzo.edge_runtime.data import Batch
 from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
 from fedzo.edge_runtime.estimators import Cancelled, SteinEstimator
+from fedzo.protocol.blocks import whole_block
 from fedzo.protocol.directions import Directions, round_coefficients
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.messages import UpdateRecord
@@ -77,9 +78,9 @@ def test_full_hadamard_basis_gives_the_gradient(tiny: Any, two_sided: bool) -> N
             engine, weights, Batch(tiny.x, tiny.y), 0, np.arange(n, dtype=np.int64)
         )
     record = UpdateRecord(
-        0, 0, 1.0, ((0, n),), round_coefficients(scalars.values.astype(np.float64)), bytes(16), bytes(16)
+        0, 0, 1.0, ((0, n),), round_coefficients(scalars.values.astype(np.float64) / n), bytes(16), bytes(16)
     )
-    estimate = estimate_gradient(directions, record)
+    estimate = estimate_gradient(whole_block("hadamard", len(weights)), [directions], record)
     gradient = tiny.reference.gradient(tiny.expand(tiny.half, weights), tiny.x, tiny.y)[tiny.half.survivors()]
     # One-sided: the curvature adds O(sigma).
     np.testing.assert_allclose(estimate, gradient, atol=2e-4 if two_sided else 3e-3)

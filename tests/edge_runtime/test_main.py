@@ -19,8 +19,8 @@ from fedzo.broker_server.brokers.credentials import Credentials
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.edge_runtime.__main__ import main
 from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.protocol.blocks import blocks_of
 from fedzo.protocol.documents import Hello, Presence, RunDocument
-from fedzo.protocol.layout import Layout
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Receipt, Report, Verdict
 from fedzo.protocol.settings import TrainingSettings
@@ -85,14 +85,12 @@ def finish(*arguments: object, timeout_s: float = 30.0) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def announce_training(server: FakeServer, artifact: Path, round_: int, k: int = 6) -> None:
+def announce_training(server: FakeServer, artifact: Path, round_: int) -> None:
     manifest = load_artifact(artifact).manifest
-    training = server.run.training
-    layout: Layout = manifest.layout
-    replica = Replica(
-        layout, Mask.dense(layout), manifest.seed, server.run.settings.seed, training.directions, training.optimiser
-    )
-    server.announce(round_, "train", k=k, log_head=replica.head.hex(), weights_digest=replica.digest.hex())
+    settings, mask = server.run.settings, Mask.dense(manifest.layout)
+    blocks = blocks_of(settings.training, manifest, mask)
+    replica = Replica(manifest.layout, mask, manifest.seed, settings.seed, blocks, settings.training.optimiser)
+    server.announce(round_, "train", log_head=replica.head.hex(), weights_digest=replica.digest.hex())
 
 
 # --- without a broker -----------------------------------------------------------------------------------------------
@@ -282,9 +280,11 @@ def test_a_run_to_its_end(server: FakeServer, mosquitto: Any, artifact: Path, da
 def test_a_signal_leaves_cleanly(
     server: FakeServer, mosquitto: Any, artifact: Path, data: Path, spawn: Any, number: int, code: int
 ) -> None:
+    server.run = run_document(artifact, seed=5, training=TrainingSettings(k=50_000, batch=8, rounds=4))
+    server.send(Channel.RUN, server.run)
     process = spawn("join", mosquitto.url, "--data", data, "--json")
     server.expect(Presence, status="ready")
-    announce_training(server, artifact, 1, k=50_000)  # in the middle of a task
+    announce_training(server, artifact, 1)  # in the middle of a task
     time.sleep(0.5)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)

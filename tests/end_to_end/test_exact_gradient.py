@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from fedzo.broker_server.replay import replay_run
+from fedzo.protocol.blocks import directions_of
 from fedzo.protocol.codec import decode
 from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.messages import UpdateRecord
@@ -72,10 +73,10 @@ def test_the_whole_basis_gives_the_gradient(assignment: str, fleets: MakeFleet) 
     (entry,) = fleet.entries("update")
     record = decode(entry.payload)
     assert isinstance(record, UpdateRecord)
-    assert record.coefficients.size == replica.directions.n_positions == 1024
+    assert record.coefficients.size == replica.blocks[0].n_positions == 1024
 
     exact = autograd(coordinator, replica.weights, fleet.data)
-    estimate = estimate_gradient(replica.directions, record)
+    estimate = estimate_gradient(replica.blocks, directions_of(replica.blocks, coordinator.run.settings.seed), record)
     error = float(np.linalg.norm(estimate - exact) / np.linalg.norm(exact))
     assert np.linalg.norm(exact) > 0.1
     assert error < 1e-3

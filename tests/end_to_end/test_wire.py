@@ -19,6 +19,7 @@ from fedzo.broker_server.replay import replay_run
 from fedzo.edge_runtime.inbound import read_message
 from fedzo.edge_runtime.traffic import PUBACK_BYTES, Flow, publish_packet_bytes
 from fedzo.edge_runtime.transport import Arrived, MqttTransport
+from fedzo.protocol.blocks import directions_of
 from fedzo.protocol.codec import decode
 from fedzo.protocol.documents import Announcement, Hello, Presence, RunDocument, ServerPresence, parse
 from fedzo.protocol.layout import initial_weights
@@ -216,11 +217,12 @@ def weights_and_gradients(fleet: Fleet) -> set[bytes]:
     manifest, replica = coordinator.manifest, coordinator.replica
     secrets = set(as_sent(initial_weights(manifest.layout, manifest.seed)))
     replica.restore_from_start()
+    directions = directions_of(replica.blocks, coordinator.run.settings.seed)
     for entry in fleet.entries("update"):
         record = decode(entry.payload)
         assert isinstance(record, UpdateRecord)
         before = replica.weights.copy()
-        secrets.update(as_sent(estimate_gradient(replica.directions, record)))
+        secrets.update(as_sent(estimate_gradient(replica.blocks, directions, record)))
         replica.apply(record)
         secrets.update(as_sent(replica.weights))
         secrets.update(as_sent(replica.weights - before))
