@@ -38,6 +38,7 @@ __all__ = [
     "BlockEstimator",
     "BlockScalars",
     "NodeBlocks",
+    "ProbeRequest",
     "SplitBlocks",
     "SteinBlocks",
     "estimator_bytes",
