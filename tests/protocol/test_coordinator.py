@@ -242,6 +242,29 @@ def test_an_update_holds_what_was_reported(assignment: str) -> None:
     np.testing.assert_allclose(update.coefficients, mean / mean.size, rtol=2e-4)
 
 
+@pytest.mark.parametrize("estimator", ["split", "node"])
+def test_an_update_holds_the_scalars_of_both_blocks(estimator: str) -> None:
+    desk = Desk(change(SETTINGS, estimator=estimator, tail_k=3)).connect().join()
+    reports = [desk.measure(name) for name in NAMES]
+    assert [block.size for block in reports[0].blocks] == [2, 3]
+    desk.report()
+    (update,) = desk.sent(UpdateRecord)
+    front = np.concatenate([report.blocks[0] for report in reports]) / 8
+    tails = [report.blocks[1] for report in reports]
+    tail = np.concatenate(tails) / 12 if estimator == "split" else np.mean(tails, axis=0)
+    assert update.segments == ((0, 8), (1 << 60, 12 if estimator == "split" else 3))
+    np.testing.assert_allclose(update.coefficients, [*front, *tail], rtol=2e-4)
+
+
+@pytest.mark.parametrize("estimator", ["split", "node"])
+def test_scalars_of_a_missing_block_are_refused(estimator: str) -> None:
+    desk = Desk(change(SETTINGS, estimator=estimator, tail_k=3)).connect().join()
+    front, tail = desk.measure("a").blocks
+    for blocks in ((front,), (tail, front), (front, tail, tail), (front, tail[:1])):
+        assert desk.report("a", blocks=blocks) == [Verdict.REFUSED]
+    assert desk.machine.replica.index == 0
+
+
 # --- evaluation and the end -----------------------------------------------------------------------------------------
 
 

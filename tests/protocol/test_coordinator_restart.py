@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,12 +14,13 @@ from fedzo.protocol.coordinator_events import Finish, OfferBlob
 from fedzo.protocol.documents import Hello
 from fedzo.protocol.errors import ProtocolError, QuorumError
 from fedzo.protocol.messages import UpdateRecord, Verdict
-from fedzo.protocol.settings import RunSettings, SaliencySettings
+from fedzo.protocol.settings import EstimatorName, RunSettings, SaliencySettings
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import FakeEngine
 from tests.protocol.simulation.nodes import Entry
 from tests.protocol.simulation.world import World, check_end
 
+ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
 SPARSE = change(SETTINGS, sparsity=0.5, saliency=SaliencySettings(steps=2, samples=8), evaluate_every=2)
 
 
@@ -30,15 +31,17 @@ def outcome(desk: Desk) -> tuple[Any, ...]:
 
 
 @functools.cache
-def undisturbed() -> Desk:
-    return Desk(SPARSE).connect().join().play()
+def undisturbed(estimator: EstimatorName = "stein") -> Desk:
+    return Desk(change(SPARSE, estimator=estimator)).connect().join().play()
 
 
-@pytest.mark.parametrize("cut", range(len(undisturbed().journal)))
-def test_any_beginning_of_the_journal_leads_to_the_same_end(cut: int) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "cut"), [(name, cut) for name in ESTIMATORS for cut in range(len(undisturbed(name).journal))]
+)
+def test_any_beginning_of_the_journal_leads_to_the_same_end(estimator: EstimatorName, cut: int) -> None:
     """The entries after the cut are lost; the devices report the same again."""
-    expected = undisturbed()
-    desk = Desk(SPARSE, journal=expected.journal[:cut])
+    expected = undisturbed(estimator)
+    desk = Desk(expected.settings, journal=expected.journal[:cut])
     desk.connect().join().play()
     assert outcome(desk) == outcome(expected)
     # Which devices have ended is recorded again when they say so again.
@@ -219,16 +222,20 @@ SMALL = change(SETTINGS, sparsity=0.5, rounds=2, devices=2, quorum=2, evaluate_e
 
 
 @functools.cache
-def small_world() -> World:
-    world = World(SMALL, 2, has_test_set=True).start().finish()
+def small_world(estimator: EstimatorName = "stein") -> World:
+    world = World(change(SMALL, estimator=estimator), 2, has_test_set=True).start().finish()
     check_end(world)
     return world
 
 
-@pytest.mark.parametrize("number", range(len(small_world().server.trace)))
-def test_a_crash_before_any_command_leads_to_the_same_end(number: int) -> None:
+@pytest.mark.parametrize(
+    ("estimator", "number"),
+    [(name, number) for name in ESTIMATORS for number in range(len(small_world(name).server.trace))],
+)
+def test_a_crash_before_any_command_leads_to_the_same_end(estimator: EstimatorName, number: int) -> None:
     """Between a Record and the Send that tells of it, for example; devices and broker live on."""
-    world, expected = World(SMALL, 2, has_test_set=True), small_world()
+    expected = small_world(estimator)
+    world = World(expected.server.run.settings, 2, has_test_set=True)
     world.server.crash_before = number
     world.start().finish()
     check_end(world)
@@ -238,13 +245,23 @@ def test_a_crash_before_any_command_leads_to_the_same_end(number: int) -> None:
     check_order(world.server.trace)
 
 
-def test_a_dealt_round_over_the_whole_basis_gives_the_gradient() -> None:
-    """Four devices with the same data and 16 of the 64 directions each; a step of plain descent shows the gradient."""
+@pytest.mark.parametrize(
+    ("estimator", "k", "tail_k", "positions"),
+    [("stein", 16, 1, [64]), ("split", 8, 4, [32, 16]), ("node", 8, 16, [32, 16])],
+)
+def test_a_dealt_round_over_the_whole_basis_gives_the_gradient(
+    estimator: EstimatorName, k: int, tail_k: int, positions: list[int]
+) -> None:
+    """Four devices with the same data, a quarter of the directions each; a step of plain descent shows the gradient.
+
+    Of the 40 weights 28 lie in front of the cut; sketches are shared, so each device sends the whole basis of them.
+    """
     rate = 0.5
     optimiser = dataclasses.replace(SETTINGS.training.optimiser, name="sgd")
     settings = change(
-        SETTINGS, rounds=1, k=16, sigma=1e-4, two_sided=True, learning_rate=rate, optimiser=optimiser, quorum=4
-    )
+        SETTINGS, rounds=1, k=k, tail_k=tail_k, sigma=1e-4, two_sided=True, learning_rate=rate, optimiser=optimiser,
+        quorum=4, estimator=estimator,
+    )  # fmt: skip
     world, engine = World(settings, 4), FakeEngine("everybody")
     for node in world.devices.values():
         node.engine = engine
@@ -255,5 +272,5 @@ def test_a_dealt_round_over_the_whole_basis_gives_the_gradient() -> None:
     machine = world.server.coordinator
     found = (start - machine.replica.weights.astype(np.float64)) / rate
     exact = engine.gradient(machine.mask, start)
-    assert machine.replica.blocks[0].n_positions == 64
+    assert [block.n_positions for block in machine.replica.blocks] == positions
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-3
