@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.broker_server import server as server_module
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.journal import MemoryJournal
 from fedzo.broker_server.run_folder import RunFolder
@@ -83,7 +82,7 @@ def test_a_running_evaluation_does_not_keep_a_server_that_is_stopped(
         time.sleep(0.1)
         return original(*arguments)
 
-    monkeypatch.setattr(server_module.Engine, "evaluate", slow)
+    monkeypatch.setattr(Engine, "evaluate", slow)
     monkeypatch.setattr(server._transport, "connect", lambda _: server._events.put(machine.Tick()))
     monkeypatch.setattr(server.coordinator, "on", lambda *_: [evaluation()])
     thread = threading.Thread(target=server.serve)

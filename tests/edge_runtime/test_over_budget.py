@@ -15,6 +15,7 @@ import pytest
 from fedzo.edge_runtime import worker as worker_module
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.estimators import SteinEstimator
 from fedzo.edge_runtime.ort import arena_limit_holds, mapped_error
 from fedzo.edge_runtime.worker import Limits, Worker
 from fedzo.protocol.device_events import (
@@ -246,7 +247,7 @@ def test_memory_that_runs_out_while_computing_is_over_budget(
 ) -> None:
     desk.ask(Plan(run, manifest), Planned)
     desk.ask(Prepare(run, manifest, Mask.dense(manifest.layout), ""), Prepared)
-    monkeypatch.setattr(worker_module.SteinEstimator, "probe", failing(NO_MEMORY[name]()))
+    monkeypatch.setattr(SteinEstimator, "probe", failing(NO_MEMORY[name]()))
     outcome = desk.probe(manifest)
     assert (outcome.decline, outcome.blocks) == (Decline.OVER_BUDGET, ())
     assert outcome.detail
