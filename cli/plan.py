@@ -123,7 +123,7 @@ def profile_board(
     plan_board(manifest, limit, sizes).check()
     arguments = [str(artifact), "--budget-mib", str(limit), "--batch", str(sizes.batch)]
     arguments += ["--samples", str(sizes.samples), "--threads", str(sizes.threads), "--tensors"]
-    arguments += [] if sizes.variant is None else ["--variant"]
+    arguments += ["--variant"] if any(variant.machine != "any" for variant in sizes.variants) else []
     for name, value in (("--sparsity", sparsity), ("--micro-batch", micro_batch)):
         arguments += [] if value is None else [name, str(value)]
     measured = answer_of("fedzo.edge_runtime.measure", arguments)
@@ -179,10 +179,12 @@ def _sizes(
         raise ConfigError(f"sparsity is {sparsity}, it must be at least 0 and below 1")
     usual = RunSizes()
     # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
-    kind = ("probe.onnx", board.machine, 1)
-    variant = next((v for v in manifest.variants if (v.graph, v.machine, v.queries) == kind), None)
+    own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}
+    variants = tuple(own[batched] for batched in (False, True) if batched in own)
+    if True not in own:
+        variants += tuple(v for v in manifest.variants if v.machine == "any")[:1]
     return RunSizes(
-        batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch, variant=variant
+        batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch, variants=variants
     )
 
 

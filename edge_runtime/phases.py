@@ -81,7 +81,7 @@ class _Run:
     def __init__(self, artifact: Artifact, plan: BoardPlan, sizes: RunSizes, mask: Mask) -> None:
         self.artifact, self.plan, self.sizes = artifact, plan, sizes
         self.masks = {"scoring": Mask.dense(artifact.manifest.layout), "training": mask}
-        self.layout: LayoutChoice = "portable" if sizes.variant is None else "auto"
+        self.layout: LayoutChoice = "auto" if any(v.machine != "any" for v in sizes.variants) else "portable"
         self.checked = False
         self.query_s = 0.0
 
@@ -94,7 +94,7 @@ class _Run:
             micro_batch=phase.memory.micro_batch,
             arena_bytes=arena_bytes,
             layout=self.layout,
-            queries=1,  # as planned
+            queries="auto" if any(variant.queries > 1 for variant in self.sizes.variants) else 1,
         )
 
     def carry_out(self, phase: PhasePlan) -> None:

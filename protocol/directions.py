@@ -195,7 +195,8 @@ class Directions:
         self.padded: Final = n_positions("hadamard", size)
         self._width = max(1, self.padded // _SHORT)
         self._blocks = -(-size // self._width)
-        self._signs = self._row = np.empty(0, dtype=np.float32)
+        self._signs = np.empty(0, dtype=np.float32)
+        self._row = np.empty((0, self._width), dtype=np.float32)
         self._signs_of: tuple[int, float] = (-1, 1.0)
 
     @property
