@@ -153,7 +153,7 @@ def _walsh_pair(row: int, width: int) -> NDArray[np.float32]:
         blocks = min(width // pair.shape[1], _SHORT)
         column = _short_pairs()[row % _SHORT, 0, :blocks, np.newaxis]
         pair = np.multiply(column, pair[:, np.newaxis]).reshape(2, -1)
-    return pair[:, :width]
+    return pair if pair.shape[1] == width else pair[:, :width]
 
 
 def n_positions(family: Family, size: int) -> int:
@@ -196,7 +196,8 @@ class Directions:
         self._width = max(1, self.padded // _SHORT)
         self._blocks = -(-size // self._width)
         self._signs = np.empty(0, dtype=np.float32)
-        self._row = np.empty((0, self._width), dtype=np.float32)
+        self._row = np.empty(0, dtype=np.float32)
+        self._row_blocks = np.empty((0, self._width), dtype=np.float32)
         self._signs_of: tuple[int, float] = (-1, 1.0)
 
     @property
@@ -258,11 +259,12 @@ class Directions:
         # Entry i = block * width + low: a row repeats one short row, as it is or negated. All factors but the scale are
         # signs, so the order of the products is free; copies of whole blocks are the quickest.
         if not self._row.size:
-            self._row = aligned_zeros(self._blocks * self._width).reshape(self._blocks, self._width)
+            padded = aligned_zeros(self._blocks * self._width)
+            self._row, self._row_blocks = padded[: self.size], padded.reshape(self._blocks, self._width)
         row = int(self._rows[position % self.padded])
-        negated = _negated()[row // self._width, : self._blocks]
-        _walsh_pair(row % self._width, self._width).take(negated, 0, self._row, "clip")
-        return np.multiply(self._row.reshape(-1)[: self.size], self._round_signs(round_, scale), out=out)
+        negated = _negated()[row // self._width][: self._blocks]
+        _walsh_pair(row % self._width, self._width).take(negated, 0, self._row_blocks, "clip")
+        return np.multiply(self._row, self._round_signs(round_, scale), out=out)
 
     def combine(
         self, round_: int, positions: NDArray[np.int64], coefficients: NDArray[np.float32]
