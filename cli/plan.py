@@ -14,6 +14,7 @@ from .profiles import names
 if TYPE_CHECKING:
     from ..edge_runtime.board_plan import BoardPlan, PhasePlan, RunSizes
     from ..hardware_profiles import Profile
+    from ..protocol.manifest import Manifest
 
 __all__ = ["register"]
 
@@ -47,7 +48,9 @@ def plan_boards(
 ) -> None:
     """Say whether an artifact fits on a board, with which micro-batch, and what stays free. Nothing is loaded or run.
 
-    Peaks are those of the whole fedzo-device process. Exit code 4 if the one board that was named is too small.
+    Peaks are those of the whole fedzo-device process. The time is that of one loss of the batch; it comes out of rates
+    in the profile, and no board was timed: take it for the order of magnitude. Exit code 4 if the one board that was
+    named is too small.
 
     Example:
         $ fedzo plan artifact --profile all
@@ -62,18 +65,25 @@ def plan_boards(
     boards = list_profiles() if profile == _ALL else [load_profile(profile)]
     plans: list[tuple[Profile, BoardPlan]] = []
     for board in boards:
-        sizes = _sizes(board, batch, samples, sparsity, micro_batch)
+        sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest)
         plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
-    columns = ("board", "budget MiB", "fits", "micro-batch", "peak MiB", "slack scoring", "slack training")
+    times = [_query_s(manifest, board, plan, batch) for board, plan in plans]
+    columns = ("board", "budget MiB", "fits", "micro-batch", "peak MiB", "slack scoring", "slack training", "query ms")
     rows = []
-    for board, plan in plans:
+    for (board, plan), seconds in zip(plans, times, strict=True):
         slack = {phase.phase: f"{phase.slack_mib:.1f}" for phase in plan.phases}
         peak = f"{plan.peak.memory.planned_peak_mib:.1f}"
         micro = min(phase.memory.micro_batch for phase in plan.phases) if plan.fits else ""
-        cells = (slack.get("scoring", ""), slack["training"])
+        shown = "" if seconds is None or not plan.fits else f"{1e3 * seconds:.3g}"
+        cells = (slack.get("scoring", ""), slack["training"], shown)
         rows.append((board.name, plan.budget_mib, "yes" if plan.fits else "no", micro, peak, *cells))
     output.table(columns, rows)
-    output.result({"model": manifest.model, "boards": [_board(board, plan) for board, plan in plans]})
+    output.result(
+        {
+            "model": manifest.model,
+            "boards": [_board(*each, seconds) for each, seconds in zip(plans, times, strict=True)],
+        }
+    )
     if profile != _ALL:
         plans[0][1].check()
 
@@ -93,8 +103,8 @@ def profile_board(
     """Run an artifact on this machine under the budget of a board: what was planned, and what was measured.
 
     The engine runs in a process of its own, its tensors under the plan's limit; the peak is taken phase by phase.
-    Beside it stands one step of backpropagation by torch on the same batch, if torch is installed. Memory only: this
-    machine's time says nothing about the board's.
+    Beside it stands one step of backpropagation by torch on the same batch, if torch is installed. Times are this
+    machine's, measured and predicted from a short calibration of it; fedzo plan predicts the board's.
 
     Example:
         $ fedzo profile artifact --profile rpi-zero-2w --batch 64
@@ -107,12 +117,13 @@ def profile_board(
     from ..hardware_profiles import load_profile
     from ..protocol.errors import FedzoError
 
-    board = load_profile(profile)
-    sizes = _sizes(board, batch, samples, sparsity, micro_batch)
+    board, manifest = load_profile(profile), load_artifact(artifact).manifest
+    sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest)
     limit = budget_mib or board.ram_budget_mib
-    plan_board(load_artifact(artifact).manifest, limit, sizes).check()
+    plan_board(manifest, limit, sizes).check()
     arguments = [str(artifact), "--budget-mib", str(limit), "--batch", str(sizes.batch)]
     arguments += ["--samples", str(sizes.samples), "--threads", str(sizes.threads), "--tensors"]
+    arguments += ["--variant"] if any(variant.machine != "any" for variant in sizes.variants) else []
     for name, value in (("--sparsity", sparsity), ("--micro-batch", micro_batch)):
         arguments += [] if value is None else [name, str(value)]
     measured = answer_of("fedzo.edge_runtime.measure", arguments)
@@ -124,21 +135,25 @@ def profile_board(
             torch = answer_of("fedzo.exporter.backprop_step", [str(artifact), "--batch", str(sizes.batch)])
         except FedzoError as error:
             output.warn(f"no step of backpropagation to compare with: {error.message}")
+    predicted = measured["predicted_query_s"]
     rows: list[tuple[object, ...]] = [
         (
             phase["phase"],
             phase["micro_batch"],
             f"{phase['planned_mib']:.1f}",
             f"{phase['measured_mib']:.1f}",
+            f"{phase['anonymous_mib']:.1f}",
             f"{phase['planned_tensors_mib']:.2f}",
             "" if phase["tensors_mib"] is None else f"{phase['tensors_mib']:.2f}",
+            "" if phase["query_s"] is None else f"{1e3 * phase['query_s']:.3g}",
+            "" if phase["query_s"] is None or predicted is None else f"{1e3 * predicted:.3g}",
         )
         for phase in measured["phases"]
     ]
     if torch is not None:
-        rows.append(("torch SGD step", sizes.batch, "", f"{torch['peak_mib']:.1f}", "", ""))
-    columns = ("phase", "micro-batch", "planned MiB", "measured MiB", "planned tensors MiB", "tensors MiB")
-    output.table(columns, rows)
+        rows.append(("torch SGD step", sizes.batch, "", f"{torch['peak_mib']:.1f}", *[""] * 5))
+    columns = ("phase", "micro-batch", "planned MiB", "measured MiB", "without code MiB", "planned tensors MiB")
+    output.table((*columns, "tensors MiB", "query ms", "predicted ms"), rows)
     output.text(
         f"peak {measured['peak_mib']:.1f} MiB of {limit:g}, {measured['floor_mib']:.1f} before a graph is loaded"
     )
@@ -150,7 +165,12 @@ def profile_board(
 
 
 def _sizes(
-    board: Profile, batch: int | None, samples: int | None, sparsity: float | None, micro_batch: int | None
+    board: Profile,
+    batch: int | None,
+    samples: int | None,
+    sparsity: float | None,
+    micro_batch: int | None,
+    manifest: Manifest,
 ) -> RunSizes:
     from ..edge_runtime.board_plan import RunSizes
     from ..protocol.errors import ConfigError
@@ -158,10 +178,33 @@ def _sizes(
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
         raise ConfigError(f"sparsity is {sparsity}, it must be at least 0 and below 1")
     usual = RunSizes()
-    return RunSizes(batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch)
+    # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
+    own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}
+    variants = tuple(own[batched] for batched in (False, True) if batched in own)
+    if True not in own:
+        variants += tuple(v for v in manifest.variants if v.machine == "any")[:1]
+    return RunSizes(
+        batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch, variants=variants
+    )
 
 
-def _board(board: Profile, plan: BoardPlan) -> dict[str, Any]:
+def _query_s(manifest: Manifest, board: Profile, plan: BoardPlan, batch: int | None) -> float | None:
+    from ..edge_runtime.board_plan import RunSizes
+    from ..edge_runtime.calibration import board_rates, predicted_query_s
+
+    rates, training = board_rates(board), plan.phases[-1].memory
+    if manifest.work is None or rates is None:
+        return None
+    return predicted_query_s(
+        manifest.work,
+        rates,
+        batch=batch or RunSizes().batch,
+        micro_batch=training.micro_batch,
+        threads=board.threads,
+    )
+
+
+def _board(board: Profile, plan: BoardPlan, query_s: float | None) -> dict[str, Any]:
     return {
         "profile": board.name,
         "title": board.title,
@@ -169,6 +212,7 @@ def _board(board: Profile, plan: BoardPlan) -> dict[str, Any]:
         "threads": board.threads,
         "fits": plan.fits,
         "planned_peak_mib": plan.peak.memory.planned_peak_mib,
+        "predicted_query_s": query_s,
         "phases": {phase.phase: _phase(phase) for phase in plan.phases},
     }
 

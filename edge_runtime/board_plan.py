@@ -31,8 +31,8 @@ class RunSizes:
         threads: Threads within an operator.
         micro_batch: Samples of one run of a graph; None to choose.
         dataset_bytes: Resident samples.
-        variant: Of ``probe.onnx`` for the machine that is planned for, which takes it where it fits; None if it is
-            not known or has none.
+        variants: Of ``probe.onnx``, what the machine that is planned for would take where it fits, as
+            :func:`~.variants.wanted_variants` gives them.
     """
 
     batch: int = RunSettings().training.batch
@@ -41,7 +41,7 @@ class RunSizes:
     threads: int = 1
     micro_batch: int | None = None
     dataset_bytes: int = 0
-    variant: GraphVariant | None = None
+    variants: tuple[GraphVariant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class BoardPlan:
 def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardPlan:
     """Plan as a device does when it joins a run over a connection without TLS, which takes :data:`TLS_MIB` more.
 
-    With a variant in ``sizes`` its graph and weights are counted, unless they need more than the budget or a smaller
-    micro-batch.
+    With variants in ``sizes`` their graphs and weights are counted, all or at least the one for single queries, unless
+    they need more than the budget or a smaller micro-batch.
 
     Raises:
         ConfigError: A number is out of range.
@@ -145,11 +145,13 @@ def _phase(
 
     try:
         memory = under(budget_mib, sizes.micro_batch)
-        if phase == "training" and sizes.variant is not None:
+        for variants in (sizes.variants, tuple(v for v in sizes.variants if v.queries == 1)):
+            if phase == "scoring" or not variants:
+                continue
             with contextlib.suppress(MemoryBudgetError):
-                blocked = under(budget_mib, sizes.micro_batch, (sizes.variant.file.name,))
-                if blocked.micro_batch >= min(memory.micro_batch, _GOOD_MICRO_BATCH):
-                    memory = blocked
+                faster = under(budget_mib, sizes.micro_batch, tuple(v.file.name for v in variants))
+                if faster.micro_batch >= min(memory.micro_batch, _GOOD_MICRO_BATCH):
+                    return PhasePlan(phase, faster, n_survivors)
         return PhasePlan(phase, memory, n_survivors)
     except MemoryBudgetError as error:
         needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)

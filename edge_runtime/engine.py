@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.buffers import aligned_zeros
 from ..protocol.errors import ArtifactError, ConfigError, DataError
 from ..protocol.graph_files import GraphVariant
 from ..protocol.mask import Mask
@@ -102,7 +103,7 @@ class Engine:
         self._arena_bytes = arena_bytes
         self._providers = tuple(providers)
         self._strict = strict_providers
-        self.weights_feed: NDArray[np.float32] = np.zeros(mask.n_survivors, dtype=np.float32)
+        self.weights_feed = aligned_zeros(mask.n_survivors)
         self._feeds: dict[str, NDArray[Any]] = {
             "w": self.weights_feed,
             "index": np.ascontiguousarray(mask.index(), dtype=np.int32),
@@ -311,10 +312,9 @@ class Engine:
 
     def fits(self, variant: GraphVariant) -> bool:
         """Whether the tensors of ``variant`` fit under ``arena_bytes``."""
-        files = (variant.file.name,)
-        return self._arena_bytes is None or self._arena_bytes >= arena_bytes_of(
-            self.artifact.manifest, files, self.n_survivors, self.micro_batch, self.threads
-        )
+        sizes = (self.n_survivors, self.micro_batch, self.threads)
+        needed = arena_bytes_of(self.artifact.manifest, (variant.file.name,), *sizes)
+        return self._arena_bytes is None or needed <= self._arena_bytes
 
     def _open(self, name: str) -> BoundGraph:
         if self._graph is None or self._graph.name != name or self._graph.queries > 1:
@@ -326,14 +326,14 @@ class Engine:
 
     def open_variant(self, variant: GraphVariant) -> BoundGraph:
         """A graph for several queries, in place of the one that is loaded."""
-        if self._graph is None or self._graph.name != variant.graph or self._graph.queries != variant.queries:
+        if self._graph is None or (self._graph.name, self._graph.queries) != (variant.graph, variant.queries):
             self.close()
             self._graph = self._bound(variant.graph, variant)
         return self._graph
 
     def _bound(self, name: str, variant: GraphVariant | None) -> BoundGraph:
         manifest = self.artifact.manifest
-        session = self.open_session(name if variant is None else variant.file.name)
+        session = self.open_session(variant.file.name if variant else name)
         if variant is None:
             return BoundGraph(name, session, self._feeds, manifest.n_moments)
         weights = BlockedWeights.of_session(session, manifest.layout, self.mask, variant.queries)

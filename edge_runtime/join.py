@@ -157,6 +157,7 @@ def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[
             settings.micro_batch,
             provider_names(settings.providers),
             settings.strict_providers,
+            fence=True,
         )
         agent = Agent(
             state,

@@ -48,7 +48,7 @@ def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object
     from .artifact import load_artifact
     from .board_plan import RunSizes
     from .phases import measure
-    from .variants import matching_variant
+    from .variants import wanted_variants
 
     try:
         artifact, usual = load_artifact(options.artifact), RunSizes()
@@ -58,7 +58,7 @@ def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object
             options.sparsity,
             options.threads,
             options.micro_batch,
-            variant=matching_variant(artifact.manifest, "probe.onnx") if options.variant else None,
+            variants=wanted_variants(artifact.manifest, portable=not options.variant),
         )
         return measure(artifact, options.budget_mib, sizes, watch, tensors=options.tensors), 0
     except (FedzoError, MemoryError) as error:

@@ -25,6 +25,7 @@ from ..protocol.update import Replica
 from . import join as _join
 from .artifact import Artifact
 from .board_plan import BoardPlan, PhasePlan, RunSizes, plan_board
+from .calibration import calibrate, predicted_query_s
 from .data import Batch
 from .engine import Engine, LayoutChoice
 from .estimators import SteinEstimator
@@ -81,7 +82,7 @@ class _Run:
     def __init__(self, artifact: Artifact, plan: BoardPlan, sizes: RunSizes, mask: Mask) -> None:
         self.artifact, self.plan, self.sizes = artifact, plan, sizes
         self.masks = {"scoring": Mask.dense(artifact.manifest.layout), "training": mask}
-        self.layout: LayoutChoice = "portable" if sizes.variant is None else "auto"
+        self.layout: LayoutChoice = "auto" if any(v.machine != "any" for v in sizes.variants) else "portable"
         self.checked = False
         self.query_s = 0.0
 
@@ -94,6 +95,7 @@ class _Run:
             micro_batch=phase.memory.micro_batch,
             arena_bytes=arena_bytes,
             layout=self.layout,
+            queries="auto" if any(variant.queries > 1 for variant in self.sizes.variants) else 1,
         )
 
     def carry_out(self, phase: PhasePlan) -> None:
@@ -221,7 +223,7 @@ def measure(
     Returns:
         ``start_mib``, the peak until the first phase, and ``start_code_mib`` of code; ``floor_mib``, what is resident
         then; ``peak_mib``, the highest peak since the process began; and ``phases``, see
-        :class:`PhaseMeasurement`.
+        :class:`PhaseMeasurement`. ``predicted_query_s`` is what the query should take on this machine.
 
     Raises:
         MemoryBudgetError: The plan does not fit the budget, or a tensor does not fit the plan.
@@ -270,8 +272,20 @@ def measure(
         "floor_mib": floor,
         "peak_mib": max(start, *(peak for peak, _ in peaks)),
         "planned_peak_mib": plan.peak.memory.planned_peak_mib,
+        "predicted_query_s": _predicted(run),
         "phases": [dataclasses.asdict(phase) for phase in found],
     }
+
+
+def _predicted(run: _Run) -> float | None:
+    """Seconds of a query with the portable graph, from what this machine does now; None for older artifacts."""
+    work, memory = run.artifact.manifest.work, run.plan.phases[-1].memory
+    if work is None:
+        return None
+    sizes = run.sizes
+    return predicted_query_s(
+        work, calibrate(), batch=sizes.batch, micro_batch=memory.micro_batch, threads=sizes.threads
+    )
 
 
 def _on_a_thread(work: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -54,7 +55,8 @@ class QueryBatches:
     """
 
     def __init__(self, engine: Engine, choice: QueriesChoice) -> None:
-        self._engine = engine
+        # Engine and this refer to each other: without the collector's help neither would give its weights back.
+        self._engine: Engine = weakref.proxy(engine)
         self._forced = choice != "auto"
         self._decided = choice == 1
         self._variant = None if choice == 1 else self._candidate(choice)

@@ -29,7 +29,7 @@ _M_ARENA_MAX: Final = -8
 _PR_SET_THP_DISABLE: Final = 41
 _MADV_DONTNEED: Final = 4
 
-_LARGE_BLOCK_BYTES: Final = 128 << 10
+_LARGE_BLOCK_BYTES: Final = 1 << 20
 """Blocks from here on are given back to the system when they are freed. It is glibc's first value, but glibc raises it
 to the size of the largest block freed so far, up to 32 MiB, which leaves freed weights and batches in the heap."""
 

@@ -51,8 +51,12 @@ def block_size(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
     return 16 if "avx512f" in flags else 8 if "avx" in flags else 0
 
 
-def wanted_variants(manifest: Manifest) -> tuple[GraphVariant, ...]:
+def wanted_variants(manifest: Manifest, *, portable: bool = False) -> tuple[GraphVariant, ...]:
     """What a device like this one may run in place of ``probe.onnx``, the best first.
+
+    Args:
+        manifest: Of the artifact.
+        portable: Leave out what is made for a kind of machine.
 
     Returns:
         The variant for this machine, if there is one, and the one for several queries in a run: for this machine, or
@@ -60,7 +64,7 @@ def wanted_variants(manifest: Manifest) -> tuple[GraphVariant, ...]:
     """
     if not manifest.variants:
         return ()  # most boards: no need to look at the processor
-    mine = (machine_family(), block_size(), runtime_version())
+    mine = None if portable else (machine_family(), block_size(), runtime_version())
     own = [v for v in manifest.variants if (v.machine, v.block, v.onnxruntime) == mine]
     single = [v for v in own if v.queries == 1]
     batched = [v for v in own if v.queries > 1] or [v for v in manifest.variants if v.machine == "any"]

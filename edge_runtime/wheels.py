@@ -92,7 +92,8 @@ KNOWN_BAD: Final = (
 
 def known_bad(version: str, processor: Processor) -> BadRelease | None:
     """The entry of :data:`KNOWN_BAD` that concerns this release on this processor."""
-    return next((bad for bad in KNOWN_BAD if bad.version == version and bad.applies(processor)), None)
+    full = version if version.count(".") != 1 else f"{version}.0"  # Debian's 1.21.0 calls itself 1.21
+    return next((bad for bad in KNOWN_BAD if bad.version == full and bad.applies(processor)), None)
 
 
 def this_processor(

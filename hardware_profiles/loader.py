@@ -59,6 +59,8 @@ class Profile:
         threads: Threads for the forward passes.
         memcpy_mb_s: Copy bandwidth of one core, MB/s; ``None`` if unknown.
         memset_mb_s: Fill bandwidth of one core, MB/s; ``None`` if unknown.
+        macs_per_cycle: ``float32`` multiply-accumulates that one of the used cores can do in a cycle; ``None`` if
+            unknown.
         system: Recommended operating system.
         python: Its Python.
         install: How to install fedzo there, when plain pip is not enough.
@@ -82,6 +84,7 @@ class Profile:
     threads: int
     memcpy_mb_s: int | None = None
     memset_mb_s: int | None = None
+    macs_per_cycle: int | None = None
     system: str = ""
     python: str = ""
     install: str = ""
@@ -110,6 +113,7 @@ _SOURCED: Final = (
     "cpu_part",
     "cores",
     "clock_mhz",
+    "macs_per_cycle",
     "isa",
     "ram_total_mib",
     "reserve_mib",
@@ -122,6 +126,7 @@ _SOURCED: Final = (
 _RANGES: Final = {
     "cores": (1, 1024),
     "clock_mhz": (1, 20_000),
+    "macs_per_cycle": (1, 1024),
     "ram_total_mib": (32, 1 << 24),
     "reserve_mib": (0, 1 << 24),
     "ram_budget_mib": (1, 1 << 24),

@@ -128,31 +128,32 @@ def _stage(source: NDArray[np.float32], target: NDArray[np.float32], half: int) 
 
 
 @functools.lru_cache(maxsize=1)
-def _short_rows() -> NDArray[np.float32]:
-    """The Walsh-Hadamard matrix of order 128: ``float32[128, 128]``, by Sylvester's construction."""
+def _short_pairs() -> NDArray[np.float32]:
+    """Each row of the Walsh-Hadamard matrix of order 128, as it is and negated: ``float32[128, 2, 128]``."""
     rows = np.ones((1, 1), np.float32)
-    while len(rows) < _SHORT:
+    while len(rows) < _SHORT:  # Sylvester's construction
         rows = np.block([[rows, rows], [rows, -rows]])
-    return rows
+    return np.stack([rows, -rows], axis=1)
 
 
 @functools.lru_cache(maxsize=1)
 def _negated() -> NDArray[np.intp]:
-    """1 where :func:`_short_rows` is negative, as indices: ``intp[128, 128]``."""
-    return (_short_rows() < 0).astype(np.intp)
+    """1 where the matrix of order 128 is negative, as indices: ``intp[128, 128]``."""
+    return (_short_pairs()[:, 0] < 0).astype(np.intp)
 
 
-def _walsh(row: int, count: int) -> NDArray[np.float32]:
-    """The first ``count`` entries of Walsh-Hadamard row ``row``: ``float32[count]``, read only.
+def _walsh_pair(row: int, width: int) -> NDArray[np.float32]:
+    """The first ``width`` entries of a Walsh-Hadamard row, as they are and negated: ``float32[2, width]``, read only.
 
     A row is the Kronecker product of short rows, one for every seven of its bits.
     """
-    signs: NDArray[np.float32] = _short_rows()[row % _SHORT]
-    while signs.size < count:
+    pair: NDArray[np.float32] = _short_pairs()[row % _SHORT]
+    while pair.shape[1] < width:
         row //= _SHORT
-        blocks = min(-(-count // signs.size), _SHORT)
-        signs = np.multiply(_short_rows()[row % _SHORT, :blocks, np.newaxis], signs).reshape(-1)
-    return signs[:count]
+        blocks = min(width // pair.shape[1], _SHORT)
+        column = _short_pairs()[row % _SHORT, 0, :blocks, np.newaxis]
+        pair = np.multiply(column, pair[:, np.newaxis]).reshape(2, -1)
+    return pair if pair.shape[1] == width else pair[:, :width]
 
 
 def n_positions(family: Family, size: int) -> int:
@@ -193,10 +194,11 @@ class Directions:
         self.block: Final = block
         self.padded: Final = n_positions("hadamard", size)
         self._width = max(1, self.padded // _SHORT)
-        self._blocks = size // self._width
-        self._scale = np.array([[1.0], [-1.0]], np.float32)
+        self._blocks = -(-size // self._width)
         self._signs = np.empty(0, dtype=np.float32)
-        self._signs_round = -1
+        self._row = np.empty(0, dtype=np.float32)
+        self._row_blocks = np.empty((0, self._width), dtype=np.float32)
+        self._signs_of: tuple[int, float] = (-1, 1.0)
 
     @property
     def n_positions(self) -> int:
@@ -210,12 +212,15 @@ class Directions:
     def _rows(self) -> NDArray[np.uint32]:
         return permutation(self.seed, Purpose.ROWS, 0, self.block, self.padded).astype(np.uint32)
 
-    def _round_signs(self, round_: int) -> NDArray[np.float32]:
-        if self._signs_round != round_:
+    def _round_signs(self, round_: int, scale: float = 1.0) -> NDArray[np.float32]:
+        """The signs of a round times ``scale``; made anew when either changes."""
+        if self._signs_of != (round_, scale):
             if self._signs.size != self.size:
                 self._signs = aligned_zeros(self.size)
             random_signs(self.seed, Purpose.SIGNS, round_, self.block, self._signs)
-            self._signs_round = round_
+            if scale != 1.0:
+                np.multiply(self._signs, np.float32(scale), out=self._signs)
+            self._signs_of = round_, scale
         return self._signs
 
     def rows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -234,12 +239,13 @@ class Directions:
             return np.take(gaussian_table(), bits, out=out, mode="clip")
         if self.family == "rademacher":
             return random_signs(self.seed, Purpose.DIRECTION, round_, self._stream(position), out)
-        return self._hadamard(round_, position, np.float32(1.0), out)
+        return self._hadamard(round_, position, 1.0, out)
 
     def scaled(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
         """Write ``scale`` times one direction into ``out``: the same bits as a product after :meth:`direction`.
 
-        For ``hadamard`` it costs no more than the direction. ``out`` is quickest when it begins on a cache line.
+        For ``hadamard`` it costs no more than the direction as long as the scale stays, and least if ``out`` begins on
+        a cache line.
 
         Raises:
             ProtocolError: The position is out of range.
@@ -247,20 +253,18 @@ class Directions:
         if self.family != "hadamard":
             return np.multiply(self.direction(round_, position, out), scale, out=out)
         _check_position(position)
-        return self._hadamard(round_, position, scale, out)
+        return self._hadamard(round_, position, float(scale), out)
 
-    def _hadamard(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _hadamard(self, round_: int, position: int, scale: float, out: NDArray[np.float32]) -> NDArray[np.float32]:
         # Entry i = block * width + low: a row repeats one short row, as it is or negated. All factors but the scale are
         # signs, so the order of the products is free; copies of whole blocks are the quickest.
-        row, width, whole = int(self._rows[position % self.padded]), self._width, self._blocks * self._width
-        if scale != self._scale[0, 0]:
-            self._scale = np.array([[scale], [-scale]], np.float32)
-        pair = np.multiply(_walsh(row % width, width), self._scale)
-        negated = _negated()[row // width]
-        pair.take(negated[: self._blocks], 0, out[:whole].reshape(self._blocks, width), "clip")
-        if whole < self.size:
-            out[whole:] = pair[negated[self._blocks], : self.size - whole]
-        return np.multiply(out, self._round_signs(round_), out=out)
+        if not self._row.size:
+            padded = aligned_zeros(self._blocks * self._width)
+            self._row, self._row_blocks = padded[: self.size], padded.reshape(self._blocks, self._width)
+        row = int(self._rows[position % self.padded])
+        negated = _negated()[row // self._width][: self._blocks]
+        _walsh_pair(row % self._width, self._width).take(negated, 0, self._row_blocks, "clip")
+        return np.multiply(self._row, self._round_signs(round_, scale), out=out)
 
     def combine(
         self, round_: int, positions: NDArray[np.int64], coefficients: NDArray[np.float32]

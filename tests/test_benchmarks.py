@@ -1,4 +1,4 @@
-"""The memory and footprint benchmarks run, and their figures are what they say."""
+"""The engine, memory and footprint benchmarks run, and their figures are what they say."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def test_memory() -> None:
     # MiB of code are resident, as the page cache has it.
     assert data["figures"]["plan_worst_under_mib"] < 14
     assert worst < 0.25
+
+
+def test_engine() -> None:
+    """With few turns on a busy machine the ratios are only roughly right."""
+    pytest.importorskip("torch", reason="fedzo[server] is not installed")
+    data = report("benchmarks.engine", "--models", "lenet5", "--batches", "8", "--repeats", "4")
+    figures, times = data["figures"], {(row["what"], row["batch"]): row["cpu_ms"] for row in data["rows"]}
+    assert {"query_over_limit_lenet5_b8", "torch_pair_over_ours_lenet5", "vmap_over_ours_lenet5"} <= set(figures)
+    assert figures["queries_in_a_run_lenet5_b8"] in (1, 4)
+    assert 0.2 < figures["query_over_limit_lenet5_b8"] < 5
+    assert 0.2 < figures["batched_over_single_query_lenet5_b8"] < 3
+    assert 0.001 < figures["direction_share_lenet5_b8"] < 0.3
+    assert figures["torch_pair_over_ours_lenet5"] > 1
+    assert 0 < times["limit", 8] < times["torch_pair", 32]
+    assert times["direction", 8] < times["single_query", 8]
 
 
 @pytest.mark.network

@@ -193,7 +193,7 @@ def test_a_bundle_installs_on_a_board_without_a_network(
     script = ["sh", str(tmp_path / "bundle" / "install.sh"), str(tmp_path / "fedzo")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=500, env=environment(**variables), cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
-    checks = dict(reversed(line.partition(": ")[0].split(maxsplit=1)) for line in done.stdout.splitlines()[1:-1])
+    checks = {line.partition(": ")[0][5:]: line[:4].strip() for line in done.stdout.splitlines()[1:-1]}
     right = ("onnxruntime", "execution providers", "golden loss", "golden predictions", "replay of 1,000 updates")
     assert [checks[name] for name in right] == ["ok"] * len(right), done.stdout
     assert checks["denormals"] == ("warn" if architecture == "armhf" else "ok")

@@ -59,3 +59,13 @@ def test_who_agrees(coordinator: Coordinator, states: dict[str, tuple[str, str]]
         member = coordinator.roster.members[name]
         member.status, member.weights_digest = status, digests[digest]  # type: ignore[assignment]
     assert summarise(coordinator, MemoryJournal(), {}).digests_agree is agree
+
+
+def test_who_was_excused_is_named_and_does_not_count(coordinator: Coordinator) -> None:
+    digest = coordinator.replica.digest.hex()
+    first, second = coordinator.roster.members["a"], coordinator.roster.members["b"]
+    first.status, first.weights_digest, first.micro_batch_limit = "done", digest, 2
+    second.status, second.micro_batch, second.micro_batch_limit = "ready", 1, 0
+    summary = summarise(coordinator, MemoryJournal(), {})
+    assert summary.excused == ("b: over the memory budget with a micro-batch of 1",)
+    assert summary.digests_agree

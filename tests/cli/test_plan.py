@@ -89,6 +89,7 @@ def test_all_boards(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heading, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == [board.name for board in list_profiles()]
     assert {row[heading.index("fits")] for row in rows} == {"yes"}
+    assert all(float(row[heading.index("query ms")]) > 0 for row in rows)
     code, small = answer(capsys, "plan", artifact, "--profile", "all", "--budget-mib", 40)
     assert code == 0  # only a board that was named makes it fail
     assert len(small["boards"]) == len(rows)
@@ -104,6 +105,7 @@ def test_one_board(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
         parts = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib")
         assert sum(phase[part] for part in parts) == pytest.approx(phase["planned_peak_mib"])
     assert board["phases"]["training"]["micro_batch"] == 32
+    assert 1e-4 < board["predicted_query_s"] < 10
     code, refused = answer(capsys, "plan", artifact, "--profile", "rpi-zero-2w", "--budget-mib", 40)
     assert code == 4
     assert refused["boards"][0]["fits"] is False
@@ -157,6 +159,9 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
         if arena_limit_holds():
             assert 0.2 * phase["planned_tensors_mib"] < phase["tensors_mib"] <= phase["planned_tensors_mib"]
     assert found["floor_mib"] < found["peak_mib"] <= 160
+    assert found["predicted_query_s"] > 0
+    assert found["phases"][0]["query_s"] is None
+    assert found["phases"][1]["query_s"] > 0
     if importlib.util.find_spec("torch") is not None:
         assert found["torch"]["peak_mib"] > found["torch"]["before_mib"]
         assert found["torch_over_ours"] == pytest.approx(found["torch"]["peak_mib"] / found["peak_mib"])

@@ -85,6 +85,7 @@ class FakeServer:
     Attributes:
         acknowledge: Whether reports get a receipt at once.
         run: The run of new devices.
+        limit: Micro-batch that devices may use at most; 0 for no limit.
         lacks: Hashes of blobs that it does not have, with whether it says so.
     """
 
@@ -92,6 +93,7 @@ class FakeServer:
         self.run = run
         self.acknowledge = True
         self.welcome = True
+        self.limit = 0
         self.lacks: dict[bytes, bool] = {}
         self._blobs = {path: path.read_bytes() for path in artifact.iterdir()}
         self._by_hash = filled_store(artifact.parent / "server-blobs", artifact)
@@ -131,6 +133,11 @@ class FakeServer:
         )
         self.send(Channel.HEAD, head)
         return head
+
+    def order(self, device: str, session: int) -> Order:
+        """The welcome of a device."""
+        ordinal = self._ordinals.setdefault(device, len(self._ordinals))
+        return Order(self.run.run, "welcome", session, ordinal, micro_batch=self.limit)
 
     def offer(self, data: bytes) -> str:
         """Serve one more blob; its hash in hex."""
@@ -191,8 +198,7 @@ class FakeServer:
 
     def _answer(self, device: str, message: object) -> None:
         if isinstance(message, Hello) and self.welcome:
-            ordinal = self._ordinals.setdefault(device, len(self._ordinals))
-            self.send(Channel.COMMAND, Order(self.run.run, "welcome", message.session, ordinal), device)
+            self.send(Channel.COMMAND, self.order(device, message.session), device)
         elif isinstance(message, BlobRequest) and message.sha256 in self.lacks:
             if self.lacks[message.sha256]:
                 self.send(Channel.BLOCK, BlobBlock(message.sha256, 0, 0, b""), device)

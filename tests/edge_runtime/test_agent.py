@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime import artifact as artifact_module
 from fedzo.edge_runtime.agent import Agent
 from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.durable import write_durably
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.transport import Connected, MqttTransport
 from fedzo.edge_runtime.variants import matching_variant, wanted_variants
@@ -343,7 +343,7 @@ def test_an_optional_graph_that_cannot_be_had_is_given_up(
     if variant is None:
         pytest.skip("onnxruntime has no blocked kernels on this machine")
     if fault == "full disk":
-        original = artifact_module.write_durably
+        original = write_durably
 
         def write(path: Path, data: bytes) -> None:
             if path.name == variant.file.sha256.hex():

@@ -210,6 +210,7 @@ A53 = frozenset({"fp", "asimd", "crc32"})
     ("version", "processor", "certain"),
     [
         ("1.21.0", Processor("aarch64", A53), True),
+        ("1.21", Processor("aarch64", A53), True),  # Debian 13's own
         ("1.21.0", Processor("aarch64", A53 | {"atomics"}), None),
         ("1.21.0", Processor("armv7l", frozenset({"neon"})), None),
         ("1.21.0", Processor("x86_64", frozenset({"avx"})), None),

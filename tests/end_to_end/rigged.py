@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 FLUSH_S = 0.1  # enough for the network thread to write to a socket on this machine
@@ -61,6 +62,12 @@ def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Call
         return result
 
     setattr(owner, name, wrapped)
+
+
+def replace(module: ModuleType, name: str, value: object) -> None:
+    """Give a module another thing under a name that it imported."""
+    assert hasattr(module, name)
+    setattr(module, name, value)
 
 
 def be_hasty() -> None:
@@ -108,6 +115,7 @@ def rig_server(rig: str) -> None:
 
 def rig_device(rig: str) -> None:
     from fedzo.edge_runtime import worker
+    from fedzo.edge_runtime.engine import Engine
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
 
@@ -115,11 +123,11 @@ def rig_device(rig: str) -> None:
         be_hasty()
         return
     if rig == "portable":
-        worker.wanted_variants = lambda *_: ()
+        replace(worker, "wanted_variants", lambda *_: ())
         return
     when, number = rig.split(":")
     if when == "arena":
-        worker.Engine = partial(capped_engine, worker.Engine, int(number))
+        replace(worker, "Engine", partial(capped_engine, Engine, int(number)))
         return
     reached = Countdown(int(number))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from fedzo.exporter.forward import ForwardGraph, GraphBuilder, Tensor
@@ -69,7 +71,7 @@ def test_losses(build: Callable[[GraphBuilder], ForwardGraph], queries: int, bat
     weights = rng.normal(0, 0.3, (queries, built.layout.size)).astype(np.float32)
     probe = built.graphs["probe.onnx"]
     expected = [float(run_graph(probe, {**dense_feeds(built.layout, w), "x": x, "y": y})["loss_sum"]) for w in weights]
-    feeds = {"x": x, "y": y}
+    feeds: dict[str, Any] = {"x": x, "y": y}
     names = {tensor.name: tensor for tensor in tensors.parameters}
     for position, parameter in enumerate(built.layout.parameters):
         parts = [w[built.layout.slice_of(position)].reshape(parameter.shape) for w in weights]
@@ -85,7 +87,7 @@ def test_losses(build: Callable[[GraphBuilder], ForwardGraph], queries: int, bat
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def plain(model: ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+def plain(model: ModelProto, feeds: dict[str, Any]) -> NDArray[np.float64]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1

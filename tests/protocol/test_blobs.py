@@ -8,7 +8,7 @@ import random
 import pytest
 
 from fedzo.protocol.blobs import BLOCK_BYTES, MAX_SETBACKS, WINDOW, BlobDownload, BlobFetcher
-from fedzo.protocol.device_events import BlobFound, FindBlob, Send, StoreBlob
+from fedzo.protocol.device_events import BlobFound, DeviceCommand, FindBlob, Send, StoreBlob
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest
 
@@ -238,7 +238,7 @@ def test_a_server_that_does_not_answer_is_waited_for_some_time() -> None:
 
 def test_blocks_that_come_start_the_patience_again() -> None:
     sha256, data = blob(4 * BLOCK_BYTES)
-    fetcher = pulling(sha256, len(data))
+    fetcher, stored = pulling(sha256, len(data)), list[DeviceCommand]()
     for number in range(4):
         for _ in range(MAX_SETBACKS - 1):
             assert fetcher.wakeup is not None

@@ -306,9 +306,9 @@ def test_an_evaluation_ends_at_the_deadline_with_the_devices_that_there_are() ->
     desk.report("a")
     desk.evaluate()
     desk.wait(9.9)
-    assert desk.head.phase == "evaluate"
+    assert desk.phases() == ["train", "evaluate"]
     desk.wait(0.1)
-    assert desk.head.phase == "done"
+    assert desk.phases() == ["train", "evaluate", "done"]
     result = desk.machine.evaluations[0]
     assert (result["devices"], result["server_samples"]) == (1, 8)
 
@@ -317,7 +317,7 @@ def test_an_evaluation_waits_for_a_slow_server_and_for_nobody_else() -> None:
     desk = at_evaluation(True)
     desk.report("a")
     desk.wait(25.0)
-    assert desk.head.phase == "evaluate"
+    assert desk.phases() == ["train", "evaluate"]
     assert desk.report("b") == [Verdict.ACCEPTED]  # too late to be waited for, and welcome
     desk.presence("c")
     desk.evaluate()

@@ -1,0 +1,116 @@
+"""The server's shell, without a broker: its own evaluation, and what it says of boards that are short of memory."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedzo.broker_server.brokers.external import ExternalBroker
+from fedzo.broker_server.journal import MemoryJournal
+from fedzo.broker_server.run_folder import RunFolder
+from fedzo.broker_server.server import Server
+from fedzo.edge_runtime.data import load_dataset
+from fedzo.edge_runtime.engine import Engine
+from fedzo.protocol import coordinator_events as machine
+from fedzo.protocol.documents import Order
+from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.mask import Mask
+from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.topics import Channel
+from tests.edge_runtime.conftest import INPUT_SHAPE, LAYOUT, N_CLASSES, SEED, Reference, write_artifact
+
+SAMPLES = 640
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server that is not connected, with a test set."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(SAMPLES, *INPUT_SHAPE)).astype(np.float32)
+    np.savez(tmp_path / "test.npz", x=x, y=rng.integers(0, N_CLASSES, SAMPLES))
+    write_artifact(tmp_path / "artifact")
+    folder = RunFolder.create(tmp_path / "runs", tmp_path / "artifact", name="run-1")
+    test_set = load_dataset(tmp_path / "test.npz", INPUT_SHAPE, N_CLASSES, holdout=0.0).train
+    broker = ExternalBroker("mqtt://127.0.0.1:1")
+    run = folder.document(RunSettings(devices=1, quorum=1))
+    made = Server(folder, run, broker, MemoryJournal(), test_set=test_set)
+    yield made
+    made._transport.close(timeout_s=0.1)
+
+
+def evaluation(round_: int = 3) -> machine.Evaluate:
+    return machine.Evaluate(round_, Mask.dense(LAYOUT), initial_weights(LAYOUT, SEED))
+
+
+def results(server: Server) -> list[Any]:
+    found = []
+    while not server._events.empty():
+        found.append(server._events.get())
+    return found
+
+
+def test_an_evaluation_counts_every_sample_and_is_made_once_a_round(server: Server) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for round_ in (3, 3, 3, 4):
+            server._do(evaluation(round_), pool)
+    first, second = results(server)
+    assert (first.round, second.round, first.samples) == (3, 4, SAMPLES)
+    assert server._test_set is not None
+    whole = server._test_set.batch(np.arange(SAMPLES, dtype=np.int64))
+    weights = initial_weights(LAYOUT, SEED)
+    assert first.mean_loss == pytest.approx(Reference().loss(weights, whole.x, whole.y), abs=1e-6)
+    expected = np.mean(Reference().logits(weights, whole.x).argmax(axis=1) == whole.y)
+    assert first.accuracy == pytest.approx(expected)
+
+
+def test_a_running_evaluation_does_not_keep_a_server_that_is_stopped(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun, calls = Engine.evaluate, threading.Event(), []
+
+    def slow(*arguments: Any) -> Any:
+        calls.append(1)
+        begun.set()
+        time.sleep(0.1)
+        return original(*arguments)
+
+    monkeypatch.setattr(Engine, "evaluate", slow)
+    monkeypatch.setattr(server._transport, "connect", lambda _: server._events.put(machine.Tick()))
+    monkeypatch.setattr(server.coordinator, "on", lambda *_: [evaluation()])
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    assert begun.wait(10.0)
+    started = time.monotonic()
+    server.stop()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    assert time.monotonic() - started < 5.0
+    assert len(calls) < SAMPLES / 64
+    assert not any(isinstance(event, machine.ServerEvaluated) for event in results(server))
+
+
+def test_what_becomes_of_a_board_that_is_short_of_memory_is_said_once(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    orders = [
+        Order("run-1", "welcome", 1, 0),
+        Order("run-1", "welcome", 1, 0, micro_batch=4),
+        Order("run-1", "welcome", 1, 0, micro_batch=4),
+        Order("run-1", "excuse", 1, detail="over the memory budget with a micro-batch of 1"),
+        Order("run-1", "excuse", 1, detail="over the memory budget with a micro-batch of 1"),
+    ]
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING, "fedzo"):
+        for order in orders:
+            server._do(machine.Send(Channel.COMMAND, order, "pi-1"), pool)
+    assert [record.message for record in caplog.records] == [
+        "pi-1 may use a micro-batch of 4 at most: over its memory budget with a larger one",
+        "pi-1 is excused from the run: over the memory budget with a micro-batch of 1",
+    ]
