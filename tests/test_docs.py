@@ -11,7 +11,7 @@ from struct import Struct
 
 import pytest
 
-from fedzo.protocol import documents, messages, topics, transfers
+from fedzo.protocol import directions, documents, messages, topics, transfers
 from fedzo.protocol.wire import MessageType
 from tests.board_fixture import ROOT
 
@@ -84,7 +84,8 @@ def test_limits_are_the_codes() -> None:
         wire.MAX_PAYLOAD_BYTES,
         wire.MAX_SCALARS,
         messages.MAX_SEGMENTS,
-        messages.MAX_BLOCKS,
+        messages.MAX_REPORT_BLOCKS,
+        directions.MAX_BLOCKS,
         transfers.MAX_LOG_RECORDS,
     ):
         assert re.search(rf"\b{limit:,}\b", PROTOCOL), f"{limit:,} is not in docs/protocol.md"

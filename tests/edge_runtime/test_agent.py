@@ -35,6 +35,7 @@ from fedzo.protocol.errors import (
 from fedzo.protocol.manifest import Manifest
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
+from fedzo.protocol.run_files import needed_graphs
 from fedzo.protocol.saliency import diagonal_scores
 from fedzo.protocol.settings import SaliencySettings, TrainingSettings
 from fedzo.protocol.topics import Channel
@@ -191,7 +192,7 @@ def test_a_run_from_hello_to_done(
 
 
 def test_a_second_start_fetches_nothing_again(
-    server: FakeServer, start: Callable[..., RunningAgent], manifest: Manifest
+    server: FakeServer, start: Callable[..., RunningAgent], run: RunDocument, manifest: Manifest
 ) -> None:
     first = start()
     server.expect(Presence, status="ready")
@@ -201,7 +202,7 @@ def test_a_second_start_fetches_nothing_again(
     server.expect(Presence, status="ready")
     asked = [message for _, message, _ in server.heard if isinstance(message, BlobRequest)]
     optional = len(wanted_variants(manifest))
-    wanted = 1 + len(manifest.graphs) + optional
+    wanted = 1 + len(needed_graphs(manifest, run.settings)) + optional
     assert len(asked) == len({request.sha256 for request in asked}) == wanted  # once
 
 
