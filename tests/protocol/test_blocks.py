@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of, whole_block
+from fedzo.protocol.blocks import Block, BlockKind, Deal, blocks_of, deal, directions_of, whole_block
 from fedzo.protocol.directions import FAMILIES, MAX_POSITION, Directions, Family
 from fedzo.protocol.documents import Announcement, RunDocument, pack_participants
 from fedzo.protocol.errors import ConfigError
@@ -25,6 +25,7 @@ from fedzo.protocol.wire import MAX_SCALARS
 from tests.protocol.builders import seeded_normals
 from tests.protocol.simulation.fakes import cut_manifest, run_document, tiny_manifest
 
+kinds: st.SearchStrategy[BlockKind] = st.sampled_from(["probe", "sketch"])
 families = st.sampled_from(FAMILIES)
 assignments: st.SearchStrategy[Assignment] = st.sampled_from(["shared", "dealt"])
 
@@ -35,8 +36,8 @@ def block_lists(draw: st.DrawFn) -> tuple[Block, ...]:
     sizes = draw(st.lists(st.integers(1, 5_000), min_size=1, max_size=2))
     blocks = []
     for number, size in enumerate(sizes):
-        kind = draw(st.sampled_from(["probe", "sketch"]))
-        family = "hadamard" if kind == "sketch" else draw(families)
+        kind = draw(kinds)
+        family: Family = "hadamard" if kind == "sketch" else draw(families)
         blocks.append(Block(number, sum(sizes[:number]), size, kind, family, draw(st.integers(1, 60_000))))
     return tuple(blocks)
 
@@ -86,7 +87,7 @@ def test_split_and_node_follow_their_own_cuts() -> None:
     mask = Mask.dense(manifest.layout)
     sizes = {}
     for estimator in ("split", "node"):
-        training = TrainingSettings(estimator=estimator)  # type: ignore[arg-type]
+        training = TrainingSettings(estimator=estimator)
         sizes[estimator] = [block.size for block in blocks_of(training, early, mask)]
     assert sizes == {"split": [24, 16], "node": [28, 12]}
 

@@ -129,8 +129,8 @@ class FakeEngine:
         loss = self.loss(mask, w)
         if task.kind is ReportKind.EVALUATE:
             correct = int(np.sum(self.y * (self.x[:, mask.kept] @ w) > 0))
-            block = np.array([loss * self.y.size, correct, self.y.size], dtype=np.float32)
-            return Outcome((block,), self.y.size, loss)
+            counts = np.array([loss * self.y.size, correct, self.y.size], dtype=np.float32)
+            return Outcome((counts,), self.y.size, loss)
         blocks, sigma, found = blocks_of(run.training, manifest, mask), run.training.sigma, []
         for block, basis, positions in zip(
             blocks, directions_of(blocks, run.settings.seed), task.positions, strict=True
