@@ -17,7 +17,7 @@ from .memory import SCORING_GRAPHS, MemoryPlan, plan, tls_bytes
 from .providers import CPU
 from .variants import wanted_variants
 
-__all__ = ["Limits", "plan_run"]
+__all__ = ["Limits", "plan_run", "plan_with_variants"]
 
 _GOOD_MICRO_BATCH = 8  # smaller ones cost more than a variant saves
 
@@ -78,7 +78,7 @@ def plan_run(
     resident = dataset.resident_bytes + tls_bytes()
     graphs = tuple(graph.name for graph in needed_graphs(manifest, settings) if graph.name not in SCORING_GRAPHS)
     own = estimator_bytes(training, manifest, survivors)
-    planned, files = _with_variants(
+    planned, files = plan_with_variants(
         manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
     )
     plans = [planned]
@@ -87,10 +87,14 @@ def plan_run(
     return tuple(plans), files
 
 
-def _with_variants(
+def plan_with_variants(
     manifest: Manifest, phase: Callable[[tuple[str, ...]], MemoryPlan]
 ) -> tuple[MemoryPlan, tuple[GraphFile, ...]]:
     """The plan with the variants of this machine, unless they need more than the budget or smaller micro-batches.
+
+    Args:
+        manifest: Lists the variants.
+        phase: Plans with variants of these names besides the portable graphs.
 
     Returns:
         The plan, and the files of the variants that it counts: all, or only the one for single queries. The engine

@@ -94,7 +94,7 @@ class Desk:
 
     def probe(self, manifest: Manifest, number: int = 1) -> Outcome:
         weights = initial_weights(manifest.layout, manifest.seed)
-        task = Task(number, ReportKind.PROBE, 1, 0, np.arange(4, dtype=np.int64), weights)
+        task = Task(number, ReportKind.PROBE, 1, 0, (np.arange(4, dtype=np.int64),), weights)
         outcome = self.ask(Compute(task), Computed).outcome
         assert outcome is not None
         return outcome
@@ -184,7 +184,7 @@ def test_an_agent_declines_and_comes_back_with_a_smaller_micro_batch(
     agent = start_agent(mosquitto.url, tmp_path / "state", write_data(tmp_path / "data.npz"))
     try:
         assert server.expect(Presence, status="ready").micro_batch == 8
-        server.announce(1, "train", k=4)
+        server.announce(1, "train")
         declined = server.expect(Report)
         assert (declined.decline, declined.micro_batch, declined.run_tag) == (Decline.OVER_BUDGET, 8, run.tag)
         said = server.expect(Presence, micro_batch=8)  # again and again, as long as there is no order
@@ -193,7 +193,7 @@ def test_an_agent_declines_and_comes_back_with_a_smaller_micro_batch(
         server.limit = 2
         server.send(Channel.COMMAND, server.order("dev-a", agent.state.session), "dev-a")
         server.expect(Presence, micro_batch=2, status="ready", detail="")
-        server.announce(2, "train", k=4)
+        server.announce(2, "train")
         report = server.expect(Report, round=2)
         assert (report.decline, report.micro_batch, report.blocks[0].size) == (Decline.NONE, 2, 4)
     finally:
@@ -227,7 +227,7 @@ def failing(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", NO_MEMORY)
-@pytest.mark.parametrize("place", ["Directions", "UnitShiftScorer", "Engine"])
+@pytest.mark.parametrize("place", ["make_estimator", "UnitShiftScorer", "Engine"])
 def test_memory_that_runs_out_while_preparing_is_over_budget(
     desk: Desk, run: RunDocument, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, name: str, place: str
 ) -> None:
@@ -247,7 +247,7 @@ def test_memory_that_runs_out_while_computing_is_over_budget(
 ) -> None:
     desk.ask(Plan(run, manifest), Planned)
     desk.ask(Prepare(run, manifest, Mask.dense(manifest.layout), ""), Prepared)
-    monkeypatch.setattr(SteinEstimator, "probe", failing(NO_MEMORY[name]()))
+    monkeypatch.setattr(SteinEstimator, "measure", failing(NO_MEMORY[name]()))
     outcome = desk.probe(manifest)
     assert (outcome.decline, outcome.blocks) == (Decline.OVER_BUDGET, ())
     assert outcome.detail
@@ -258,5 +258,5 @@ def test_memory_that_runs_out_while_planning_refuses_the_run(
     desk: Desk, run: RunDocument, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """No micro-batch is planned yet, so there is none to lower: the data themselves do not fit."""
-    monkeypatch.setattr(worker_module, "plan", failing(NO_MEMORY[name]()))
+    monkeypatch.setattr(worker_module, "plan_run", failing(NO_MEMORY[name]()))
     assert isinstance(desk.ask(Plan(run, manifest), Failed).error, MemoryBudgetError)

@@ -21,6 +21,7 @@ from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.estimators import SteinEstimator
 from fedzo.edge_runtime.memory import MemoryPlan, peak_rss_mib
 from fedzo.edge_runtime.ort import arena_limit_holds
+from fedzo.edge_runtime.run_plan import plan_with_variants
 from fedzo.edge_runtime.saliency import UnitShiftScorer
 from fedzo.edge_runtime.variants import matching_variant, wanted_variants
 from fedzo.edge_runtime.worker import Limits, Worker
@@ -110,7 +111,7 @@ class Desk:
         self, kind: ReportKind, weights: NDArray[np.float32], round_: int = 3, k: int = 6, ordinal: int = 2
     ) -> Task:
         self.tasks += 1
-        positions = np.arange(10, 10 + k if kind is ReportKind.PROBE else 10, dtype=np.int64)
+        positions = (np.arange(10, 10 + k, dtype=np.int64),) if kind is ReportKind.PROBE else ()
         return Task(self.tasks, kind, round_, ordinal, positions, weights)
 
     def compute(self, task: Task) -> Outcome | None:
@@ -295,7 +296,6 @@ def test_a_variant_is_asked_for_and_used_when_its_file_was_fetched(
 )
 @pytest.mark.parametrize("batched", [32, None])
 def test_a_variant_must_not_make_micro_batches_small(
-    desk: Desk,
     manifest: Manifest,
     variant: GraphVariant,
     portable: int,
@@ -315,7 +315,7 @@ def test_a_variant_must_not_make_micro_batches_small(
             raise MemoryBudgetError("too large")
         return MemoryPlan(1.0, 1.0, 1.0, 1.0, 1.0, size, 9.0)
 
-    plan, files = desk.worker._training_plan(manifest, phase)
+    plan, files = plan_with_variants(manifest, phase)
     assert plan.micro_batch == chosen
     expected = (variant.file, other) if batched else (variant.file,)
     assert files == (expected if chosen == blocked else ())
@@ -382,7 +382,7 @@ def test_whatever_happens_in_a_plan_is_an_answer(
     def fail(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr(worker_module, "plan", fail)
+    monkeypatch.setattr(worker_module, "plan_run", fail)
     failed = desk.ask(Plan(run, manifest), Failed)
     assert isinstance(failed.error, expected)
     assert str(raised) in failed.error.message

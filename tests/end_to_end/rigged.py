@@ -114,7 +114,7 @@ def rig_server(rig: str) -> None:
 
 
 def rig_device(rig: str) -> None:
-    from fedzo.edge_runtime import worker
+    from fedzo.edge_runtime import run_plan, worker
     from fedzo.edge_runtime.engine import Engine
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
@@ -123,7 +123,7 @@ def rig_device(rig: str) -> None:
         be_hasty()
         return
     if rig == "portable":
-        replace(worker, "wanted_variants", lambda *_: ())
+        replace(run_plan, "wanted_variants", lambda *_: ())
         return
     when, number = rig.split(":")
     if when == "arena":
@@ -136,7 +136,7 @@ def rig_device(rig: str) -> None:
             die()
 
     if when == "computing":
-        wrap(SteinEstimator, "probe", count, None)
+        wrap(SteinEstimator, "measure", count, None)
     elif when == "saved":
         wrap(Outbox, "save", None, count)
     else:
