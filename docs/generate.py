@@ -18,7 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
-BENCHMARKS = ("saliency", "replay")
+FIGURES = {"engine": ("engine",), "figures": ("saliency", "replay")}
 _INTRODUCTION = """\
 # Command line
 
@@ -174,6 +174,14 @@ def figures_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def results_page(text: str) -> str:
+    """The page with all its tables renewed."""
+    text = renewed(text, "demo", demo_table())
+    for block, names in FIGURES.items():
+        text = renewed(text, block, figures_table(*names))
+    return text
+
+
 def index_page(readme: str) -> str:
     """The README as a page of this site: links into ``docs/`` become local, files of the repository plain text."""
     page = readme.replace("](docs/", "](")
@@ -200,7 +208,7 @@ def main() -> int:
     pages = {
         DOCS / "cli.md": cli_reference(),
         BOARDS: renewed(texts[BOARDS], "boards", boards_table()),
-        RESULTS: renewed(renewed(texts[RESULTS], "demo", demo_table()), "figures", figures_table(*BENCHMARKS)),
+        RESULTS: results_page(texts[RESULTS]),
         README: renewed(texts[README], "demo", demo_table()),
     }
     stale = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]

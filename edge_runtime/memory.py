@@ -48,7 +48,7 @@ __all__ = [
 SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
 TRAINING_GRAPHS: Final = ("probe.onnx", "predict.onnx")
 
-PROCESS_MIB: Final = 30.8
+PROCESS_MIB: Final = 31.0
 """Anonymous memory of a device at work without a graph, a batch and weights: interpreter, modules, ONNX Runtime's
 operators, threads, connection, state. x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime 1.32.0, paho-mqtt 2.2.0, set up
 by :mod:`.resident`. No board was measured; 1.19.2 needs less."""
@@ -220,6 +220,9 @@ def _planned(
         feeds += max(v.weight_bytes + (8 if v.queries == 1 else 12) * v.queries * n_survivors for v in variants)
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
+    else:
+        # The weights of the task are a copy; then a mask arrives, and the sparse replica is made beside the dense one.
+        feeds += 8 * n_survivors
     # The known answer is computed before all that, on the dense initial weights.
     feeds += max(0, math.ceil(_golden_bytes(manifest, micro_batch, threads) - feeds - tensors - spare))
     # The engine's weights and indices, and the caller's weights.

@@ -111,7 +111,10 @@ class _Run:
                 engine.check_golden()
                 self.checked = True
             if phase.phase == "scoring":
-                score(engine, replica.weights, gaussian_inputs(manifest, 1, 0, 0, self.sizes.samples))
+                score(engine, replica.weights.copy(), gaussian_inputs(manifest, 1, 0, 0, self.sizes.samples))
+                # The mask arrives, and the state machine makes the sparse replica, before the engine is told.
+                following = _replica(manifest, Mask.decode(self.masks["training"].encode(), manifest.layout))
+                del following
             else:
                 self.query_s = train(engine, replica, manifest, self.sizes.batch)
 
