@@ -18,7 +18,6 @@ __all__ = ["ResidualFile"]
 _log = logging.getLogger(__name__)
 _MAGIC = b"FZR1"
 _HASH_BYTES = 32
-_MAX_BYTES = 1 << 30
 
 
 class ResidualFile:
@@ -43,7 +42,7 @@ class ResidualFile:
         """The state that was kept for this run and mask; empty if there is none, or it is damaged."""
         try:
             with self.path.open("rb") as file:
-                data = file.read(_MAX_BYTES)
+                data = file.read()
         except FileNotFoundError:
             return b""
         except OSError as error:

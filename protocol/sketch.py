@@ -66,19 +66,20 @@ class GradientSketch:
         return coefficients
 
     def state(self) -> bytes:
-        """The residual as it is kept on the disk, in half precision: ``2 * size`` bytes."""
-        with np.errstate(over="ignore"):
-            return np.asarray(self.residual, dtype="<f2").tobytes()
+        """The residual as it is kept on the disk, ``4 * size`` bytes: whoever goes on from it sends the same bits."""
+        return self.residual.astype("<f4", copy=False).tobytes()
 
     def restore(self, state: bytes) -> None:
-        """Go on from a :meth:`state`; entries that half precision could not hold are dropped.
+        """Go on from a :meth:`state`.
 
         Raises:
-            ProtocolError: The bytes belong to a block of another size.
+            ProtocolError: The bytes belong to a block of another size, or are not finite. Nothing has changed then.
         """
-        if len(state) != 2 * self.residual.size:
+        if len(state) != 4 * self.residual.size:
             raise ProtocolError(
                 f"a residual of {len(state)} bytes does not belong to a block of {self.residual.size} weights"
             )
-        np.copyto(self.residual, np.frombuffer(state, dtype="<f2"))
-        self.residual[~np.isfinite(self.residual)] = 0.0
+        values = np.frombuffer(state, dtype="<f4")
+        if not np.isfinite(values).all():
+            raise ProtocolError("a residual is not finite")
+        np.copyto(self.residual, values)

@@ -58,19 +58,25 @@ def test_a_constant_gradient_gets_through() -> None:
     assert 0.9 < np.linalg.norm(mean) / np.linalg.norm(gradient) < 1.0
 
 
-def test_a_state_is_restored_to_half_precision() -> None:
+def test_a_state_is_restored_bit_for_bit() -> None:
     directions = Directions("hadamard", 5, 120)
     sketch, other = GradientSketch(directions, 0.9), GradientSketch(directions, 0.9)
     sketch.encode(normal(120), np.arange(8))
     state = sketch.state()
-    assert len(state) == 240
+    assert len(state) == 480
     other.restore(state)
-    np.testing.assert_allclose(other.residual, sketch.residual, rtol=1e-3, atol=1e-6)
-    sketch.residual[3] = 1e9  # more than half precision holds
-    other.restore(sketch.state())
-    assert other.residual[3] == 0.0
-    with pytest.raises(ProtocolError, match="239 bytes"):
-        other.restore(state[1:])
+    assert np.array_equal(other.residual, sketch.residual)
+    scalars = [s.encode(normal(120, 1), np.arange(8, 16)) for s in (sketch, other)]
+    assert scalars[0].tobytes() == scalars[1].tobytes()
+
+
+def test_a_state_that_cannot_be_is_refused() -> None:
+    sketch = GradientSketch(Directions("hadamard", 5, 120), 0.9)
+    with pytest.raises(ProtocolError, match="479 bytes"):
+        sketch.restore(bytes(479))
+    with pytest.raises(ProtocolError, match="not finite"):
+        sketch.restore(np.full(120, np.nan, np.float32).tobytes())
+    assert not sketch.residual.any()
 
 
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
