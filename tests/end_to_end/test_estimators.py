@@ -44,4 +44,4 @@ def test_an_estimator_that_the_model_cannot_have_is_refused(fleets: MakeFleet) -
     fleet = fleets()
     server = fleet.serve("--estimator", "nonsense")
     assert server.wait() == 3
-    assert "stein, split or node" in server.error["message"]
+    assert "stein, split, node" in server.error["message"]
