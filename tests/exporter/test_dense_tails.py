@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedzo.exporter.dense_tails import find_dense_tail
 from fedzo.exporter.passes.infrastructure import PassError, Sequential
@@ -75,7 +77,8 @@ def test_noise_inputs_and_losses() -> None:
     assert signature(tail)["noise"] == ["batch", 11]
     weights = {key: value.astype(np.float64) for key, value in dense_by_name(layout, numbers(layout.size)).items()}
     features, noise, y = numbers(7, 3, seed=1), numbers(7, 11, seed=2), np.arange(7, dtype=np.int64) % 4
-    feeds = {**dense_by_name(layout, numbers(layout.size)), "features": features, "noise": noise, "y": y}
+    feeds: dict[str, NDArray[Any]] = {**dense_by_name(layout, numbers(layout.size))}
+    feeds |= {"features": features, "noise": noise, "y": y}
     found = run_graph(tail, feeds)
     a = np.tanh(features @ weights["a_weight"].T + weights["a_bias"] + noise[:, :6])
     b = np.tanh(a @ weights["b_weight"].T + weights["b_bias"] + noise[:, 6:])
