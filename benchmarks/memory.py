@@ -51,6 +51,7 @@ SHAPES = {"lenet5": (1, 32, 32), "resnet20": (3, 32, 32)}
 BUDGET_MIB = 160.0  # of the smallest 64-bit board, rpi-zero-2w
 TARGETS_MIB = {"lenet5": 60.0, "resnet20": 66.0}
 FIGURE_BATCH = 64
+TIMED_PROCESSES = 3
 LIBRARIES = ("numpy", "onnxruntime")
 
 
@@ -58,6 +59,15 @@ def phases_of(artifact: Path, batch: int, sparsity: float, budget_mib: float, *m
     """One device process; as many inputs are scored as a loss has samples."""
     arguments = [str(artifact), "--budget-mib", str(budget_mib), "--batch", str(batch), "--samples", str(batch)]
     return answer_of("fedzo.edge_runtime.measure", [*arguments, "--sparsity", str(sparsity), *more])
+
+
+def time_over_full(artifact: Path, batch: int, sparsity: float, micro_batch: int) -> float:
+    """Time of a query over that with micro-batch 32: the fastest of some processes each, in turn."""
+    fastest = {micro_batch: float("inf"), 32: float("inf")}
+    for size in list(fastest) * TIMED_PROCESSES:
+        found = phases_of(artifact, batch, sparsity, BUDGET_MIB, "--micro-batch", str(size))
+        fastest[size] = min(fastest[size], found["phases"][-1]["query_s"])
+    return fastest[micro_batch] / fastest[32]
 
 
 def forget_libraries() -> int:
@@ -122,10 +132,9 @@ def measure(models: Sequence[str], batches: Sequence[int], sparsities: Sequence[
                         name = f"{model}_b{batch}"
                         figures[f"peak_mib_{name}"] = found["peak_mib"]
                         figures[f"start_mib_{name}"] = found["start_mib"]
-                        training = found["phases"][-1]
-                        full = phases_of(artifact, batch, sparsity, BUDGET_MIB, "--micro-batch", "32")
-                        figures[f"micro_batch_{name}"] = training["micro_batch"]
-                        figures[f"micro_batch_time_{name}"] = training["query_s"] / full["phases"][-1]["query_s"]
+                        chosen = min(phase["micro_batch"] for phase in found["phases"])  # a device takes one for all
+                        figures[f"micro_batch_{name}"] = chosen
+                        figures[f"micro_batch_time_{name}"] = time_over_full(artifact, batch, sparsity, chosen)
                         figures[f"torch_over_ours_{name}"] = torch["peak_mib"] / found["peak_mib"]
                         figures[f"growth_mib_{name}"] = found["peak_mib"] - found["floor_mib"]
                         figures[f"torch_growth_mib_{name}"] = torch["peak_mib"] - torch["before_mib"]

@@ -18,7 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
-FIGURES = {"engine": ("engine",), "figures": ("saliency", "replay")}
+FIGURES = {"engine": ("engine",), "figures": ("saliency", "replay"), "memory": ("memory", "footprint")}
 _INTRODUCTION = """\
 # Command line
 

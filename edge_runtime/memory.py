@@ -48,7 +48,7 @@ __all__ = [
 SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
 TRAINING_GRAPHS: Final = ("probe.onnx", "predict.onnx")
 
-PROCESS_MIB: Final = 31.0
+PROCESS_MIB: Final = 31.4
 """Anonymous memory of a device at work without a graph, a batch and weights: interpreter, modules, ONNX Runtime's
 operators, threads, connection, state. x86-64, Python 3.11.7, numpy 2.4.6, onnxruntime 1.32.0, paho-mqtt 2.2.0, set up
 by :mod:`.resident`. No board was measured; 1.19.2 needs less."""
@@ -279,11 +279,11 @@ def _arena(
 
 
 def _training_state_bytes(n_survivors: int) -> int:
-    """Optimiser state (2 arrays), copies to undo an update (3), signs, directions, gradient: 10 arrays; and for
+    """Optimiser state (2 arrays), copies to undo an update (3), signs, directions, gradient: 11 arrays; and for
     Hadamard directions the permutation of all padded rows, whose making takes 20 bytes a row for a moment.
     """
     padded = 1 << max(0, n_survivors - 1).bit_length()
-    return 40 * n_survivors + 20 * padded
+    return 44 * n_survivors + 20 * padded
 
 
 def tls_bytes() -> int:

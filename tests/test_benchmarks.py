@@ -28,15 +28,22 @@ def report(*arguments: str) -> dict[str, Any]:
 def test_memory() -> None:
     pytest.importorskip("torch", reason="fedzo[server] is not installed")
     data = report("benchmarks.memory", "--models", "lenet5", "--batches", "8", "--sparsities", "0")
-    training, run = data["rows"]
+    training, run, *others = data["rows"]
+    assert not others
     assert (training["phase"], run["phase"]) == ("training", "run")
-    assert training["planned_mib"] == pytest.approx(run["planned_mib"], abs=0.01)
+    # The device has data, and graphs for this machine where there are any.
+    assert training["planned_mib"] == pytest.approx(run["planned_mib"], abs=3)
     worst = max(abs(row["planned_mib"] - row["measured_mib"]) / row["measured_mib"] for row in data["rows"])
     assert data["figures"]["plan_worst_error_percent"] == pytest.approx(100 * worst)
-    # The plan's floor was measured with onnxruntime 1.32.0; 1.19.2 needs 13 MiB less. Of the same libraries 22 to 33
-    # MiB of code are resident, as the page cache has it.
-    assert data["figures"]["plan_worst_under_mib"] < 14
-    assert worst < 0.25
+    # How much code is resident, the kernel and its page cache decide; the rest is what the plan is about. Older releases
+    # of onnxruntime than 1.32 need less.
+    assert data["figures"]["anonymous_worst_under_mib"] < 1
+    newest = data["settings"]["onnxruntime"].startswith("1.32.")
+    assert data["figures"]["anonymous_worst_error_percent"] < (8 if newest else 50)
+    assert training["measured_mib"] < training["anonymous_mib"] + training["code_mib"] + 1
+    for row in data["rows"]:
+        if row["phase"] != "torch":
+            assert 0 < row["measured_mib"] < row["budget_mib"]
 
 
 def test_engine() -> None:
