@@ -35,12 +35,12 @@ def test_memory() -> None:
     assert training["planned_mib"] == pytest.approx(run["planned_mib"], abs=3)
     worst = max(abs(row["planned_mib"] - row["measured_mib"]) / row["measured_mib"] for row in data["rows"])
     assert data["figures"]["plan_worst_error_percent"] == pytest.approx(100 * worst)
-    # How much code is resident, the kernel and its page cache decide; the rest is what the plan is about. Older releases
-    # of onnxruntime than 1.32 need less.
+    # How much code is resident, the kernel and its page cache decide; the rest is what the plan is about. Releases of
+    # onnxruntime before 1.32 need less.
     assert data["figures"]["anonymous_worst_under_mib"] < 1
     newest = data["settings"]["onnxruntime"].startswith("1.32.")
     assert data["figures"]["anonymous_worst_error_percent"] < (8 if newest else 50)
-    assert training["measured_mib"] < training["anonymous_mib"] + training["code_mib"] + 1
+    assert training["measured_mib"] < training["anonymous_mib"] + training["code_mib"] + 4
     for row in data["rows"]:
         if row["phase"] != "torch":
             assert 0 < row["measured_mib"] < row["budget_mib"]

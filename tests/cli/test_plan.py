@@ -155,7 +155,7 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
         over = phase["planned_anonymous_mib"] - phase["anonymous_mib"]
         newest = tuple(int(part) for part in runtime_version().split(".")[:2]) >= (1, 32)
         assert -1.0 < over < (0.05 * phase["anonymous_mib"] + 1.0 if newest else 15.0)
-        assert phase["anonymous_mib"] < phase["measured_mib"] < phase["anonymous_mib"] + phase["code_mib"] + 1.0
+        assert phase["anonymous_mib"] < phase["measured_mib"] < phase["anonymous_mib"] + phase["code_mib"] + 4.0
         if arena_limit_holds():
             assert 0.2 * phase["planned_tensors_mib"] < phase["tensors_mib"] <= phase["planned_tensors_mib"]
     assert found["floor_mib"] < found["peak_mib"] <= 160

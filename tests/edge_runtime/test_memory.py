@@ -110,8 +110,8 @@ def test_plan_holds_in_a_real_process(tiny: Any, sparsity: float) -> None:
         # Without code, whose resident part the page cache decides. Older releases of onnxruntime need less.
         over = phase["planned_anonymous_mib"] - phase["anonymous_mib"]
         assert -1.0 < over < (0.05 * phase["anonymous_mib"] + 1.0 if NEWEST else 15.0)
-        # Code that other processes hold in large pieces, or that was just installed, is resident in large pieces.
-        assert phase["measured_mib"] - phase["anonymous_mib"] < phase["code_mib"] + 1.0
+        # The kernel's count is that and code; the watch may miss the last bit of either.
+        assert phase["measured_mib"] - phase["anonymous_mib"] < phase["code_mib"] + 4.0
 
 
 def test_the_known_answer_is_planned(big: Manifest) -> None:
