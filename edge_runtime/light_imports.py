@@ -1,8 +1,8 @@
 """Imports that pull in less: paho-mqtt without OpenSSL and HTTP, hashlib without OpenSSL.
 
 paho-mqtt imports ``ssl`` and ``urllib.request`` (with ``http`` and ``email``) whether or not they are needed; OpenSSL
-and they cost a device 6 MiB. Here ``ssl`` is imported when a URL asks for TLS, and ``urllib.request``, which paho uses
-for the proxies of the optional package PySocks, when somebody reads it.
+and they cost a device 6 MiB. Here ``ssl`` is imported when a URL asks for TLS, and ``urllib.request`` not at all, unless
+the optional package PySocks is installed: only then paho looks for proxies, at every connect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-__all__ = ["hashlib_without_openssl", "stand_ins"]
+__all__ = ["hashlib_without_openssl", "not_needed_by_paho", "stand_ins"]
 
 
 class _UnraisedError(OSError):
@@ -40,6 +40,14 @@ class _StandIn(ModuleType):
                 raise AttributeError(name)
             loaded = importlib.import_module(self.__name__)
         return getattr(loaded, name)
+
+
+def not_needed_by_paho() -> tuple[str, ...]:
+    """What paho imports and a plain connection does not use.
+
+    A stand-in is no attribute of its package, so ``urllib.request`` must be the real one where paho reads it.
+    """
+    return ("ssl",) if importlib.util.find_spec("socks") is not None else ("ssl", "urllib.request")
 
 
 @contextmanager

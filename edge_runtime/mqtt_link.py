@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..protocol.errors import ConfigError
 from .endpoint import Endpoint
-from .light_imports import stand_ins
+from .light_imports import not_needed_by_paho, stand_ins
 from .mqtt_types import ProtocolName, Will
 from .traffic import PUBACK_BYTES, publish_packet_bytes
 from .wake import Wake
 
-with stand_ins("ssl", "urllib.request"):
+with stand_ins(*not_needed_by_paho()):
     from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
     from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
     from paho.mqtt.packettypes import PacketTypes

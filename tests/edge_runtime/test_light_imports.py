@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,10 @@ from fedzo.edge_runtime.versions import installed_versions
 _HEAVY = ("ssl", "http", "email", "urllib.request", "_hashlib", "asyncio", "numpy.testing", "importlib.metadata")
 
 
-def run(script: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+def run(script: str, *path: Path) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))} if path else None
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -45,6 +49,21 @@ def test_ssl_comes_when_it_is_asked_for() -> None:
         "import urllib.request\nprint(paho.urllib.request.getproxies is urllib.request.getproxies)"
     )
     assert lines == ["False", "True True", "True"]
+
+
+def test_paho_finds_a_proxy_where_pysocks_is_installed(tmp_path: Path) -> None:
+    # What paho reads of PySocks. Its lookup happens at every connect, with or without a proxy.
+    (tmp_path / "socks.py").write_text(
+        "SOCKS4, SOCKS5, HTTP = 1, 2, 3\nasked = []\ndef get_default_proxy():\n    asked.append(1)\n"
+    )
+    lines = run(
+        "import socket\nfrom fedzo.edge_runtime.mqtt_link import Client, CallbackAPIVersion\nimport socks\n"
+        "listener = socket.create_server(('127.0.0.1', 0))\n"
+        "client = Client(CallbackAPIVersion.VERSION2)\n"
+        "print(client.connect('127.0.0.1', listener.getsockname()[1]).name, len(socks.asked))",
+        tmp_path,
+    )
+    assert lines == ["MQTT_ERR_SUCCESS 1"]
 
 
 def test_a_stand_in_loads_the_module_for_any_other_name() -> None:
