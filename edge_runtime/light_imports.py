@@ -1,8 +1,8 @@
 """Imports that pull in less: paho-mqtt without OpenSSL and HTTP, hashlib without OpenSSL.
 
 paho-mqtt imports ``ssl`` and ``urllib.request`` (with ``http`` and ``email``) whether or not they are needed; OpenSSL
-and they cost a device 6 MiB. Here ``ssl`` is imported when a URL asks for TLS, and ``urllib.request`` not at all, unless
-the optional package PySocks is installed: only then paho looks for proxies, at every connect.
+and they cost a device 6 MiB. Here ``ssl`` is imported when a URL asks for TLS, and ``urllib.request`` only where the
+optional package PySocks is installed: then paho looks for proxies, at every connect.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Small networks gain: what all queries share is computed once, and fewer lanes of the kernels lie idle. Whether it pays
 depends on processor, release, batch and threads, so it is measured on the first batch: a few timed runs of both forms,
-then the quicker one stays.
+then the quicker one stays. Where a query takes seconds, one timed run of each must do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ __all__ = ["QueriesChoice", "QueryBatches"]
 QueriesChoice = Literal["auto"] | int
 """Queries in one run: ``auto`` measures, 1 never takes more, another number must be one that the artifact holds."""
 
-WARM_UP_RUNS: Final = 2
 TIMED_RUNS: Final = 7
+TIMED_S: Final = 0.5
+"""No further run is timed after this: nothing can cancel the comparison, and slow boards have the clearest times."""
+
 LEAST_GAIN: Final = 0.03
 """Part of a query that must be saved: less is lost again when the number of queries is no multiple."""
 
@@ -58,8 +60,9 @@ class QueryBatches:
         # Engine and this refer to each other: without the collector's help neither would give its weights back.
         self._engine: Engine = weakref.proxy(engine)
         self._forced = choice != "auto"
-        self._decided = choice == 1
-        self._variant = None if choice == 1 else self._candidate(choice)
+        # Not the one that is used: that is only set when its losses have been compared.
+        self._undecided = None if choice == 1 else self._candidate(choice)
+        self._variant: GraphVariant | None = None
         self._feeds: NDArray[np.float32] | None = None
 
     def chosen(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> int:
@@ -68,9 +71,12 @@ class QueryBatches:
         Raises:
             SelfTestError: The choice is forced, and the graph gives other losses than single queries.
         """
-        if not self._decided:
-            self._decided = True
-            self._decide(x[: self._engine.micro_batch], y[: self._engine.micro_batch])
+        if (candidate := self._undecided) is not None:
+            if not self._forced:
+                self._undecided = None  # however it ends, it is not tried again
+            micro_batch = self._engine.micro_batch
+            self._variant = self._better(candidate, x[:micro_batch], y[:micro_batch])
+            self._undecided = None
         return 1 if self._variant is None else self._variant.queries
 
     def feeds(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -118,26 +124,30 @@ class QueryBatches:
             )
         return fitting[0] if fitting else None
 
-    def _decide(self, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
-        variant = self._variant
-        if variant is None:
-            return
+    def _better(self, variant: GraphVariant, x: NDArray[np.float32], y: NDArray[np.int64]) -> GraphVariant | None:
+        """``variant`` if it is right and worth it; the weights that a caller left in the feed stay."""
+        feed = self._engine.weights_feed
         try:
-            single, batched = self._compared(variant, x, y)
-        except FedzoError as error:
+            kept = feed.copy()
+            try:
+                single, batched = self._compared(variant, x, y)
+            finally:
+                np.copyto(feed, kept)
+        except Exception as error:  # also when no memory is left: single queries need less
+            self._engine.close()
             if self._forced:
                 raise
-            _log.info("one query a run: %s", error.message)
-            self._variant = None
-            return
+            _log.info("one query a run: %s", error.message if isinstance(error, FedzoError) else repr(error))
+            return None
         name, samples = variant.file.name, len(x)
         _log.info(
             "%s: a query of %d samples takes %.3f ms alone, %.3f ms as one of %d in a run",
             *(name, samples, 1e3 * single, 1e3 * batched, variant.queries),
         )
         if not self._forced and batched > (1 - LEAST_GAIN) * single:
-            self._variant = None
             self._engine.close()
+            return None
+        return variant
 
     def _compared(self, variant: GraphVariant, x: NDArray[np.float32], y: NDArray[np.int64]) -> tuple[float, float]:
         """Seconds of a query alone and of one in a run of several, after a look at whether the losses agree."""
@@ -159,12 +169,14 @@ class QueryBatches:
         return single, self._seconds(lambda: engine.loss_sums(graph, x, y)) / variant.queries
 
     def _seconds(self, run: Callable[[], Any]) -> float:
-        """Shortest time of a run: what else the machine does only makes it longer."""
+        """Shortest time of a few runs: what else the machine does only makes it longer.
+
+        The comparison of the losses before it has warmed up the graph.
+        """
         clock = time.thread_time if self._engine.threads == 1 else time.perf_counter
-        for _ in range(WARM_UP_RUNS):
-            run()
-        times = []
-        for _ in range(TIMED_RUNS):
+        times: list[float] = []
+        end = time.perf_counter() + TIMED_S
+        while len(times) < TIMED_RUNS and (not times or time.perf_counter() < end):
             start = clock()
             run()
             times.append(clock() - start)

@@ -145,8 +145,56 @@ def test_the_quicker_form_is_chosen(
 def test_it_is_really_measured(artifact: Artifact, mask: Mask, batch: Batch) -> None:
     with Engine(artifact, mask) as engine:
         assert engine.query_batches.chosen(batch.x, batch.y) in (1, 4)
-        runs = 2 * (query_batches.WARM_UP_RUNS + query_batches.TIMED_RUNS)
-        assert engine.sample_passes >= len(batch.x) * runs
+        least, most = 4 * 3 + 1, 4 * (2 + query_batches.TIMED_RUNS) + query_batches.TIMED_RUNS
+        # Single queries of the check, those that are timed, and four in each run of the other graph.
+        assert least <= engine.sample_passes / len(batch.x) <= most
+
+
+def test_a_slow_board_is_not_held_up(
+    artifact: Artifact, mask: Mask, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(query_batches, "TIMED_S", 0.0)
+    with Engine(artifact, mask) as engine:
+        assert engine.query_batches.chosen(batch.x, batch.y) in (1, 4)
+        # Four single queries and one timed, four in a run and four timed.
+        assert engine.sample_passes == len(batch.x) * 13
+
+
+@pytest.mark.parametrize("queries", ["auto", 4])
+def test_weights_in_the_feed_survive_the_measurement(
+    artifact: Artifact, mask: Mask, batch: Batch, queries: Any
+) -> None:
+    (weights,) = some_weights(artifact, mask, 1)
+    with Engine(artifact, mask, queries=queries) as engine, Engine(artifact, mask, queries=1) as one:
+        np.copyto(engine.weights_feed, weights)
+        (found,) = engine.losses(engine.weights_feed[np.newaxis], batch.x, batch.y)
+        assert found == pytest.approx(one.loss(weights, batch.x, batch.y), rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a broken wheel")])
+@pytest.mark.parametrize("where", ["open_variant", "loss_sums"])
+def test_no_graph_is_used_that_was_not_compared(
+    artifact: Artifact, mask: Mask, batch: Batch, error: Exception, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = some_weights(artifact, mask, 4)
+
+    def fails(*_: object) -> Any:
+        raise error
+
+    with Engine(artifact, mask) as engine, Engine(artifact, mask, queries=1) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, where, fails)
+            assert engine.query_batches.chosen(batch.x, batch.y) == 1
+        assert engine.query_batches.chosen(batch.x, batch.y) == 1
+        np.testing.assert_array_equal(engine.losses(weights, batch.x, batch.y), one.losses(weights, batch.x, batch.y))
+    with Engine(artifact, mask, queries=4) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, where, fails)
+            for _ in range(2):
+                with pytest.raises(type(error)):
+                    engine.losses(weights, batch.x, batch.y)
+        engine.losses(weights, batch.x, batch.y)
+        assert engine.query_batches.chosen(batch.x, batch.y) == 4  # compared after all
 
 
 def broken(folder: Path, to: Path, how: str) -> Path:
