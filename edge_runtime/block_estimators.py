@@ -1,12 +1,12 @@
 """Device halves of the estimators, one block of scalars for each block of the weights.
 
-========  ==========================================  ==================================================
-name      in front of the cut                         behind it
-========  ==========================================  ==================================================
-``stein``  differences of losses along directions of all weights
+=========  =========================================  ==================================================
+name       in front of the cut                        behind it
+=========  =========================================  ==================================================
+``stein``  differences of losses, whole passes        the same: directions move all weights
 ``split``  differences of losses, whole passes        differences of losses, passes from stored features
 ``node``   differences of losses, whole passes        a sketch of the gradient that node perturbation gives
-========  ==========================================  ==================================================
+=========  =========================================  ==================================================
 
 Only ``node`` has a state between rounds: what its sketches have not carried yet.
 """
@@ -30,6 +30,7 @@ from ..protocol.sketch import GradientSketch
 from .data import Batch
 from .engine import Engine
 from .estimators import Cancelled, Scalars, SteinEstimator, never
+from .loss import NonFiniteLossError
 from .loss_source import SuffixLosses, WholeLosses
 from .suffix import Suffix
 from .tail import tail_gradient
@@ -201,7 +202,10 @@ class NodeBlocks:
             index=request.index,
             before_pass=before_pass,
         )
-        scalars = self._sketch.encode(tail.values, request.positions[1])
+        try:
+            scalars = self._sketch.encode(tail.values, request.positions[1])
+        except ProtocolError as error:
+            raise NonFiniteLossError(f"round {request.round}: {error.message}", hint=error.hint) from error
         mean_loss = float(tail.losses.mean())
         return BlockScalars((front.values, scalars), mean_loss, front.queries + tail.passes + 1)
 

@@ -24,14 +24,15 @@ class CutWeights:
         cut: Where its network is cut.
 
     Attributes:
+        index: ``int32[n_survivors]``, the engine's feed.
+        counts: ``int64[n_parameters]``, the engine's feed.
         first: Survivors in front of the cut; those behind it are ``weights[first:]``.
     """
 
     def __init__(self, engine: Engine, cut: Cut) -> None:
         self._engine, self._cut = engine, cut
-        self._index = np.ascontiguousarray(engine.mask.index(), dtype=np.int32)
-        self._counts = np.ascontiguousarray(engine.mask.counts(), dtype=np.int64)
-        self.first = int(self._counts[: cut.first_parameter].sum())
+        self.index, self.counts = engine.feeds["index"], engine.feeds["counts"]
+        self.first = int(self.counts[: cut.first_parameter].sum())
 
     @property
     def behind(self) -> NDArray[np.float32]:
@@ -79,8 +80,8 @@ class CutWeights:
     def _bind(self, session: Any, binding: Any, survivors: slice, parameters: slice) -> None:
         feeds: dict[str, NDArray[Any]] = {
             "w": self._engine.weights_feed[survivors],
-            "index": self._index[survivors],
-            "counts": self._counts[parameters],
+            "index": self.index[survivors],
+            "counts": self.counts[parameters],
         }
         for entry in session.get_inputs():
             if entry.name in feeds:

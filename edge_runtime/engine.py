@@ -41,8 +41,7 @@ class Engine:
     """Evaluates one artifact under one mask.
 
     At most one graph is loaded at a time: asking for another one closes the first, so the memory of a phase is that of
-    its own graph. Making a session takes milliseconds. Not safe for use from two threads at once; engines are
-    independent of each other.
+    its own graph. Making a session takes milliseconds. Not safe for use from two threads at once.
 
     Attributes:
         artifact: What is evaluated.
@@ -52,6 +51,7 @@ class Engine:
         query_batches: Evaluates several sets of weights in one run.
         weights_feed: ``float32[n_survivors]``, the buffer that the graphs read. A caller may compute perturbed weights
             straight into it and pass it back as ``weights``, which saves a copy. Owned by the engine.
+        feeds: It, ``index int32[n_survivors]`` and ``counts int64[n_parameters]`` by name of the graphs' input.
         sample_passes: Samples sent through a graph so far; a part of the network counts by its multiplications.
     """
 
@@ -104,7 +104,7 @@ class Engine:
         self._providers = tuple(providers)
         self._strict = strict_providers
         self.weights_feed = aligned_zeros(mask.n_survivors)
-        self._feeds: dict[str, NDArray[Any]] = {
+        self.feeds: dict[str, NDArray[Any]] = {
             "w": self.weights_feed,
             "index": np.ascontiguousarray(mask.index(), dtype=np.int32),
             "counts": np.ascontiguousarray(mask.counts(), dtype=np.int64),
@@ -335,9 +335,9 @@ class Engine:
         manifest = self.artifact.manifest
         session = self.open_session(variant.file.name if variant else name)
         if variant is None:
-            return BoundGraph(name, session, self._feeds, manifest.n_moments)
+            return BoundGraph(name, session, self.feeds, manifest.n_moments)
         weights = BlockedWeights.of_session(session, manifest.layout, self.mask, variant.queries)
-        return BoundGraph(name, session, self._feeds, manifest.n_moments, weights, variant.queries)
+        return BoundGraph(name, session, self.feeds, manifest.n_moments, weights, variant.queries)
 
     def loss_sums(self, graph: BoundGraph, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
         """Sums over a batch under the weights that ``graph`` holds: ``float64[]``, or ``float64[queries]``."""

@@ -44,6 +44,7 @@ class Fence:
         Returns:
             The limit in MiB; 0.0 if the system has none or refuses it, which is logged, or had a smaller one.
         """
+        self.lift()  # a limit of before was made for another plan
         now = _data_mib()
         if not sys.platform.startswith("linux") or now <= 0:
             return 0.0
@@ -52,9 +53,8 @@ class Fence:
         limit_mib = now + growth_mib + SLACK_MIB + THREAD_MIB * (threads - 1)
         limit = math.ceil(limit_mib * _MIB)
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if self._before is None:
-            self._before = soft, hard
-        if any(bound != resource.RLIM_INFINITY and bound <= limit for bound in (self._before[0], hard)):
+        self._before = soft, hard
+        if any(bound != resource.RLIM_INFINITY and bound <= limit for bound in (soft, hard)):
             return 0.0
         try:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

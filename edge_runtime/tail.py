@@ -117,7 +117,7 @@ def tail_gradient(
         session.close()
     engine.sample_passes += len(y) * passes * tail.cut.suffix_share
     deltas = [hidden, _last_delta(logits, y)]
-    values = _weight_gradient(engine, cut, tail.layers, shapes, deltas, [features, inputs])
+    values = _weight_gradient(cut, tail.layers, shapes, deltas, [features, inputs])
     return TailGradient(values, cut.first, losses, passes)
 
 
@@ -130,7 +130,6 @@ def _last_delta(logits: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np
 
 
 def _weight_gradient(
-    engine: Engine,
     cut: CutWeights,
     layers: tuple[DenseLayer, ...],
     shapes: tuple[tuple[int, int], ...],
@@ -140,8 +139,7 @@ def _weight_gradient(
     """Mean over the batch of the gradient with respect to the survivors of the tail, layer by layer.
 
     Args:
-        engine: Its mask tells the survivors.
-        cut: Where the tail begins.
+        cut: Where the tail begins, and its survivors.
         layers: Of the tail.
         shapes: ``(n_units, n_inputs)`` of every layer.
         deltas: Gradients at the pre-activations of all layers, a row a sample, in any number of pieces.
@@ -149,7 +147,7 @@ def _weight_gradient(
     """
     joined, entered = np.concatenate(deltas, axis=1), np.concatenate(inputs, axis=1)
     joined /= np.float32(len(joined))
-    counts, index = engine.mask.counts(), engine.mask.index()[cut.first :]
+    counts, index = cut.counts, cut.index[cut.first :]
     ends = np.cumsum(counts) - cut.first
     gradient = np.empty(index.size, np.float32)
     unit = entry = 0

@@ -32,7 +32,7 @@ from ..protocol.device_events import (
     Task,
 )
 from ..protocol.documents import RunDocument
-from ..protocol.errors import DataError, FedzoError, MemoryBudgetError
+from ..protocol.errors import DataError, FedzoError, MemoryBudgetError, ProtocolError
 from ..protocol.messages import Decline, ReportKind
 from ..protocol.run_files import needed_graphs
 from ..protocol.saliency import gaussian_inputs
@@ -45,7 +45,7 @@ from .fence import Fence
 from .memory import MemoryPlan, peak_rss_mib
 from .ort import release_arena, runtime
 from .providers import CPU
-from .residual_file import ResidualFile
+from .residual_file import Residual, ResidualFile, residual_key
 from .run_plan import Limits, plan_run
 from .saliency import UnitShiftScorer
 
@@ -75,7 +75,7 @@ class _Prepared:
     run: RunDocument
     engine: Engine
     estimator: BlockEstimator
-    mask_sha256: str
+    residual_key: bytes
     scorer: UnitShiftScorer
 
 
@@ -115,6 +115,7 @@ class Worker:
         self._fence = Fence()
         self._dataset: tuple[tuple[int, ...], int, Dataset] | None = None
         self._prepared: _Prepared | None = None
+        self._residual: Residual | None = None
         self._arena_bytes = 0
         self._is_lowered = False
         self._has_batches = False
@@ -230,10 +231,11 @@ class Worker:
         training, saliency, seed = run.training, run.saliency, run.settings.seed
         # Directions of its own: those of the machine's replica cache rows and belong to the other thread.
         estimator = make_estimator(training, blocks_of(training, manifest, command.mask), seed)
-        if self._residuals is not None and (state := self._residuals.load(run.run, command.mask_sha256)):
-            estimator.restore(state)
+        key = residual_key(run, command.mask_sha256)
+        if self._residual is None or self._residual.key != key:
+            self._residual = self._residuals.load(key) if self._residuals is not None else None
         scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
-        self._prepared = _Prepared(run, engine, estimator, command.mask_sha256, scorer)
+        self._prepared = _Prepared(run, engine, estimator, key, scorer)
         return Prepared(run.run, command.mask_sha256)
 
     def _outcome(self, task: Task) -> Outcome | None:
@@ -253,6 +255,7 @@ class Worker:
                 decline, detail = Decline.OVER_BUDGET, over.message
                 if self._prepared is not None:
                     self._prepared.engine.close()
+                release_arena()  # also of a graph that no engine holds
             elif isinstance(error, FedzoError):
                 detail = error.message
             else:
@@ -297,12 +300,25 @@ class Worker:
         settings, train = prepared.run.training, dataset.train
         seed = prepared.run.settings.seed
         batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
+        before = self._restored(prepared, task.round)
         request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions)
         result = prepared.estimator.probe(prepared.engine, request, cancelled)
         self.layout = prepared.engine.layout
-        if self._residuals is not None and (state := prepared.estimator.state()):
-            self._residuals.save(prepared.run.run, prepared.mask_sha256, state)
+        if after := prepared.estimator.state():
+            self._residual = Residual(prepared.residual_key, task.round, before, after)
+            if self._residuals is not None:
+                self._residuals.save(self._residual)
         return _Measured(result.blocks, len(batch), result.mean_loss, result.queries)
+
+    def _restored(self, prepared: _Prepared, round_: int) -> bytes:
+        """Put the estimator into the state from which a round is measured, also when it is measured again."""
+        if self._residual is not None and (state := self._residual.state_for(round_)):
+            try:
+                prepared.estimator.restore(state)
+            except ProtocolError as error:
+                _log.warning("what had not been sent is dropped: %s", error.message)
+                self._residual = None
+        return prepared.estimator.state()
 
     def _evaluate(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
         if len(dataset.test) == 0:

@@ -60,7 +60,7 @@ def cut_points(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) -> 
             behind = _needed(logits, value, producers)
             front = {position[name] for name in _needed(value, "", producers) if name in position}
             after = {position[name] for name in behind if name in position}
-            if "x" in behind or not front or not after or max(front) > min(after):
+            if "x" in behind or not front or not after or max(front) >= min(after):
                 continue
             suffix = sum(cost for name, cost in costs.items() if name in behind)
             if suffix < total:

@@ -54,16 +54,19 @@ def find_dense_tail(model: ModelProto, layout: Layout, units: Sequence[UnitNode]
         bias = position.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
         if bias is None:
             bias = _added_bias(model, unit, position)
+        if bias is not None and layout.parameters[bias].shape != (unit.layer.n_units,):
+            bias = None
         dense[weight] = unit, DenseLayer(weight, bias)
     best: TailPoint | None = None
     for point in cut_points(model, layout, units):
         first = point.cut.first_parameter
         layers = [entry for weight, entry in sorted(dense.items()) if weight >= first]
-        covered = {p for _, layer in layers for p in (layer.weight, layer.bias) if p is not None}
+        covered = sorted(p for _, layer in layers for p in (layer.weight, layer.bias) if p is not None)
         if (
-            covered == set(range(first, len(layout.parameters)))
+            covered == list(range(first, len(layout.parameters)))
             and len(point.cut.feature_shape) == 1
             and layers[-1][0].layer.is_output
+            and [unit.input for unit, _ in layers].count(point.value) == 1
             and layers[0][0].input == point.value
             and (best is None or first < best.tail.cut.first_parameter)
         ):

@@ -316,22 +316,24 @@ class Coordinator:
         elif current.all_answered():
             if any(member.name not in current.participants for member in self.roster.ready()):
                 self._open(self.head.phase, now)  # Others have come since, and may be able to compute.
-            elif current.is_short_of_memory():
+            elif current.is_lowered() or (current.is_short_of_memory() and self._has_patience()):
                 self._gather(now)
             else:
                 self._stop(current.nobody_could(quorum))
         elif over:
             self._miss_quorum(current, now)
 
-    def _miss_quorum(self, current: OpenRound, now: float) -> None:
+    def _has_patience(self) -> bool:
         self._failures += 1
-        quorum = self._settings.quorum
-        if self._failures >= self._settings.patience:
-            self._stop(current.too_few(quorum, self._failures))
+        return self._failures < self._settings.patience
+
+    def _miss_quorum(self, current: OpenRound, now: float) -> None:
+        if not self._has_patience():
+            self._stop(current.too_few(self._settings.quorum, self._failures))
             return
         current.deadline = now + self._settings.deadline_s
         current.silence()
-        if self.roster.count_ready() >= quorum:
+        if self.roster.count_ready() >= self._settings.quorum:
             self._open(self.head.phase, now)
 
     def _close(self, current: OpenRound, now: float) -> None:

@@ -53,7 +53,7 @@ class ReportKind(enum.IntEnum):
     """What the scalars of a report are."""
 
     SALIENCY = 1  # blocks: sensitivities, moments, layer totals
-    PROBE = 2  # one block: directional derivatives, one per position
+    PROBE = 2  # one block for each block of the weights: slopes, or coordinates of a sketch
     EVALUATE = 3  # one block: loss sum, correct, samples
 
 
@@ -101,7 +101,7 @@ class Report:
         queries: Forward passes spent.
         elapsed_ms: Time spent.
         peak_rss_kib: Peak of the device's process.
-        blocks: Read-only arrays ``float32[n]``, one per basis.
+        blocks: Read-only arrays ``float32[n]``; of a probe one per block of the weights.
         decline: Why there are no blocks, if there are none.
         micro_batch: Samples of one run of a graph in the device's plan, at most 65535; 0 if it has none.
     """

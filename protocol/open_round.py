@@ -90,10 +90,12 @@ class OpenRound:
         """Whether nobody is left who could answer later."""
         return bool(self.participants) and not self._unanswered
 
+    def is_lowered(self) -> bool:
+        """Whether somebody's plan did not hold in this round; its micro-batch ends at 1, so this ends too."""
+        return any(report.decline is Decline.OVER_BUDGET for report in self.reports.values())
+
     def is_short_of_memory(self) -> bool:
-        """Whether somebody's plan did not hold: it plans with a smaller micro-batch, or the others go on without it."""
-        if any(report.decline is Decline.OVER_BUDGET for report in self.reports.values()):
-            return True
+        """Whether somebody who is not back yet has to plan with a smaller micro-batch."""
         return any(member.is_over_limit and member.is_alive for member in self._roster.members.values())
 
     def too_few(self, quorum: int, deadlines: int) -> QuorumError:

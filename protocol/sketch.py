@@ -57,12 +57,19 @@ class GradientSketch:
 
         Returns:
             ``float32[n]``: coefficient times direction, summed over the positions, is what this round carries.
+
+        Raises:
+            ProtocolError: A coefficient or the rest would not be finite. Nothing has changed then.
         """
-        total = np.multiply(self.residual, self._decay)
-        np.add(total, gradient, out=total)
-        products = self._directions.project(BASIS_ROUND, positions, total)
-        coefficients = np.divide(products, self._directions.padded).astype(np.float32)
-        np.subtract(total, self._directions.combine(BASIS_ROUND, positions, coefficients), out=self.residual)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.multiply(self.residual, self._decay)
+            np.add(total, gradient, out=total)
+            products = self._directions.project(BASIS_ROUND, positions, total)
+            coefficients = np.divide(products, self._directions.padded).astype(np.float32)
+            np.subtract(total, self._directions.combine(BASIS_ROUND, positions, coefficients), out=total)
+        if not (np.isfinite(coefficients).all() and np.isfinite(total).all()):
+            raise ProtocolError("a gradient is too large to be sketched", hint="use a smaller learning_rate")
+        np.copyto(self.residual, total)
         return coefficients
 
     def state(self) -> bytes:

@@ -1,43 +1,57 @@
-"""residual_file: a state comes back for its run and mask, and for nothing else."""
+"""residual_file: a state comes back for its run, its mask and its round, and for nothing else."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime.residual_file import ResidualFile
+from fedzo.edge_runtime.residual_file import Residual, ResidualFile, residual_key
+from fedzo.protocol.documents import RunDocument
+from fedzo.protocol.settings import RunSettings
+
+RUN = RunDocument("run-1", "ab" * 32, 1_000, RunSettings())
+KEY = residual_key(RUN, "cd")
+RESIDUAL = Residual(KEY, 7, b"before", b"after it")
 
 
-def test_a_state_comes_back_for_its_run_and_mask(tmp_path: Path) -> None:
+def test_a_residual_comes_back_for_its_run_and_mask(tmp_path: Path) -> None:
     file = ResidualFile(tmp_path / "residual")
-    assert file.load("run-1", "ab") == b""
-    file.save("run-1", "ab", b"first")
-    file.save("run-1", "ab", b"second")
-    assert ResidualFile(tmp_path / "residual").load("run-1", "ab") == b"second"
-    assert file.load("run-2", "ab") == file.load("run-1", "cd") == b""
+    assert file.load(KEY) is None
+    file.save(dataclasses.replace(RESIDUAL, round=6))
+    file.save(RESIDUAL)
+    assert ResidualFile(tmp_path / "residual").load(KEY) == RESIDUAL
+    other_seed = dataclasses.replace(RUN, settings=dataclasses.replace(RUN.settings, seed=2))
+    for key in (residual_key(RUN, ""), residual_key(other_seed, "cd")):
+        assert file.load(key) is None
+
+
+@pytest.mark.parametrize(("round_", "state"), [(6, b""), (7, b"before"), (8, b"after it"), (100, b"after it")])
+def test_a_round_that_is_measured_again_begins_where_it_began(round_: int, state: bytes) -> None:
+    """Nothing of a gradient counts twice; and the same run begun anew begins with nothing."""
+    assert RESIDUAL.state_for(round_) == state
 
 
 @pytest.mark.parametrize("damage", [b"", b"FZR1", b"FZO1" + bytes(100), None])
 def test_a_damaged_file_is_dropped(tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
     file = ResidualFile(tmp_path / "residual")
-    file.save("run-1", "ab", b"state")
+    file.save(RESIDUAL)
     data = bytearray(file.path.read_bytes())
     data[-1] ^= 1
     file.path.write_bytes(bytes(data) if damage is None else damage)
     with caplog.at_level(logging.WARNING, logger="fedzo"):
-        assert file.load("run-1", "ab") == b""
+        assert file.load(KEY) is None
     assert "damaged" in caplog.text
-    file.save("run-1", "ab", b"again")
-    assert file.load("run-1", "ab") == b"again"
+    file.save(RESIDUAL)
+    assert file.load(KEY) == RESIDUAL
 
 
 def test_a_file_that_cannot_be_written_or_read_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = ResidualFile(tmp_path / "folder" / "residual")
     with caplog.at_level(logging.WARNING, logger="fedzo"):
-        file.save("run-1", "ab", b"state")
+        ResidualFile(tmp_path / "folder" / "residual").save(RESIDUAL)
         (tmp_path / "taken").mkdir()
-        assert ResidualFile(tmp_path / "taken").load("run-1", "ab") == b""
+        assert ResidualFile(tmp_path / "taken").load(KEY) is None
     assert "cannot be written" in caplog.text
     assert "cannot be read" in caplog.text

@@ -69,6 +69,32 @@ def test_the_cut_is_where_it_saves_most(text: str, value: str, first: int, prefi
     assert (point.cut.prefix_multiply_accumulates, point.cut.suffix_multiply_accumulates) == (prefix, suffix)
 
 
+SHARED = """
+shared (float[batch, 3] x, float[3, 3] a_weight, float[3] slope, float[4, 3] b_weight, float[2, 4] c_weight)
+    => (float[batch, 2] logits) {
+    a = Gemm <transB = 1> (x, a_weight)
+    a_act = PRelu (a, slope)
+    b = Gemm <transB = 1> (a_act, b_weight)
+    b_sum = ReduceMean <axes = [1], keepdims = 1> (b)
+    b_act = PRelu (b_sum, slope)
+    b_all = Add (b, b_act)
+    logits = Gemm <transB = 1> (b_all, c_weight)
+}
+"""
+
+
+def test_a_parameter_is_not_cut_in_two() -> None:
+    model = parse(SHARED.replace("float[3] slope", "float[1] slope"))
+    layout = layout_of(model)
+    point = find_cut(model, layout, find_units(model, layout))
+    assert point is not None
+    front, behind = point.cut.split(layout)
+    passes = (KeepPrefix(point.value, point.cut.feature_shape), KeepSuffix(point.value, point.cut.feature_shape))
+    inputs = [set(signature(step(model).model)) for step in passes]
+    assert {p.name for p in front.parameters} <= inputs[0]
+    assert {p.name for p in behind.parameters} == inputs[1] - {"features", "logits"}
+
+
 @pytest.mark.parametrize("text", [LINEAR, AROUND, TIED])
 def test_layers_that_cannot_be_separated_have_no_cut(text: str) -> None:
     model = parse(text)

@@ -54,12 +54,52 @@ def test_the_tail_begins_behind_the_last_convolution() -> None:
     assert point.tail.shapes(layout) == ((6, 3), (5, 6), (4, 5))
 
 
+BRANCHES = """
+branches (float[batch, 2, 5, 4] x, float[3, 2, 3, 2] conv_weight, float[6, 3] a_weight, float[6, 3] b_weight,
+          float[4, 6] c_weight) => (float[batch, 4] logits) {
+    conv = Conv (x, conv_weight)
+    pool = GlobalAveragePool (conv)
+    flat = Flatten (pool)
+    a = Gemm <transB = 1> (flat, a_weight)
+    b = Gemm <transB = 1> (flat, b_weight)
+    sum = Add (a, b)
+    logits = Gemm <transB = 1> (sum, c_weight)
+}
+"""
+
+
+def test_a_number_that_is_added_is_no_bias() -> None:
+    text = TOWER.replace("float[5] b_bias", "float[1] b_bias")
+    model = parse(text)
+    layout = layout_of(model)
+    point = find_dense_tail(model, layout, find_units(model, layout))
+    assert point is not None
+    assert point.tail.layers == (DenseLayer(5, None),)
+
+
+def test_layers_that_share_a_bias_are_no_tail() -> None:
+    text = TOWER.replace("float[5] b_bias, float[4, 5]", "float[6] unused, float[4, 6]").replace("b_bias)", "a_bias)")
+    model = parse(text.replace("float[5, 6] b_weight", "float[6, 6] b_weight").replace(", float[6] unused", ""))
+    layout = layout_of(model)
+    point = find_dense_tail(model, layout, find_units(model, layout))
+    assert point is not None
+    assert point.tail.layers == (DenseLayer(4, None),)
+
+
 @pytest.mark.parametrize("text", [LINEAR, SCALED])
 def test_other_networks_have_none(text: str) -> None:
     """A network that begins with its tail has nothing in front; a trained scale behind the layers is no bias."""
     model = parse(text)
     layout = layout_of(model)
     assert find_dense_tail(model, layout, find_units(model, layout)) is None
+
+
+def test_a_tail_that_branches_begins_behind_the_branches() -> None:
+    model = parse(BRANCHES)
+    layout = layout_of(model)
+    point = find_dense_tail(model, layout, find_units(model, layout))
+    assert point is not None
+    assert (point.value, len(point.units)) == ("sum", 1)
 
 
 def test_noise_inputs_and_losses() -> None:

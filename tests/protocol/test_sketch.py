@@ -79,6 +79,16 @@ def test_a_state_that_cannot_be_is_refused() -> None:
     assert not sketch.residual.any()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_gradient_that_cannot_be_sketched_leaves_the_residual(value: float) -> None:
+    sketch = GradientSketch(Directions("hadamard", 5, 120), 0.9)
+    sketch.encode(normal(120), np.arange(8))
+    before = sketch.state()
+    with pytest.raises(ProtocolError, match="too large"):
+        sketch.encode(np.full(120, value, np.float32), np.arange(8))
+    assert sketch.state() == before
+
+
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 def test_other_families_are_refused(family: str) -> None:
     with pytest.raises(ConfigError, match="orthogonal"):
