@@ -118,6 +118,7 @@ def rig_device(rig: str) -> None:
     from fedzo.edge_runtime.engine import Engine
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
+    from fedzo.edge_runtime.residual_file import ResidualFile
 
     if rig == "hasty":
         be_hasty()
@@ -137,6 +138,8 @@ def rig_device(rig: str) -> None:
 
     if when == "computing":
         wrap(SteinEstimator, "measure", count, None)
+    elif when == "residual":
+        wrap(ResidualFile, "save", None, count)
     elif when == "saved":
         wrap(Outbox, "save", None, count)
     else:

@@ -12,13 +12,13 @@ from fedzo.protocol.messages import Report, ReportKind
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 
-RIGS = ("computing:2", "saved:4", "received:5")
+RIGS = {"split": ("computing:2", "saved:4", "received:5"), "node": ("residual:1", "saved:4", "residual:4")}
 SETTINGS = ("--k", 3, "--tail-k", 48, "--repeats", 4)
 
 
 @pytest.mark.parametrize("estimator", ["split", "node"])
 def test_killed_devices_go_on_to_the_same_weights(estimator: str, fleets: MakeFleet) -> None:
-    """What a sketch has not carried yet comes back from the disk, bit for bit."""
+    """What a sketch has not carried yet comes back from the disk, bit for bit, also between residual and outbox."""
     quiet = fleets()
     server = quiet.serve("--estimator", estimator, *SETTINGS)
     boards = quiet.devices()
@@ -32,7 +32,7 @@ def test_killed_devices_go_on_to_the_same_weights(estimator: str, fleets: MakeFl
 
     fleet = fleets()
     server = fleet.serve("--estimator", estimator, *SETTINGS)
-    dying = [fleet.device(number, rig=rig) for number, rig in enumerate(RIGS)]
+    dying = [fleet.device(number, rig=rig) for number, rig in enumerate(RIGS[estimator])]
     again = []
     for number, board in enumerate(dying):
         assert board.wait() == -signal.SIGKILL, (board.name, board.stderr)

@@ -329,6 +329,16 @@ def test_others_that_cannot_compute_stop_the_run_all_the_same() -> None:
     assert isinstance(desk.finish().error, QuorumError)
 
 
+def test_a_device_that_never_plans_again_does_not_keep_a_hopeless_run_alive() -> None:
+    desk = Desk().connect().join()
+    over(desk, "a", 8)
+    for _ in range(2 * SETTINGS.patience):
+        if not desk.machine.finished:
+            desk.decline("b", "c", "d")
+    assert desk.machine.finished
+    assert desk.head.round <= SETTINGS.patience + 2
+
+
 def test_devices_that_do_not_come_back_are_waited_for_as_long_as_any() -> None:
     desk = Desk(change(SETTINGS, quorum=4)).connect().join()
     over(desk, "a", 8)
