@@ -47,10 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     """The demo's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="device processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=400, help="updates (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=600, help="updates (default: %(default)s)")
     parser.add_argument("--estimator", default="node", help="stein, split or node (default: %(default)s)")
-    parser.add_argument("--k", type=int, default=16, help="directions per device and round (default: %(default)s)")
-    parser.add_argument("--tail-k", type=int, default=960, help="scalars for the dense layers (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=8, help="directions per device and round (default: %(default)s)")
+    parser.add_argument("--tail-k", type=int, default=896, help="scalars for the dense layers (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8, help="weights to prune (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="Dirichlet skew of the labels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, split and run (default: %(default)s)")
