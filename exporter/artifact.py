@@ -28,6 +28,7 @@ from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
 from .blocked_layout import BlockedProbe
+from .folder_replacement import flush_folder, replace_folder
 from .graph_work import graph_work
 from .graphs import ArtifactGraphs, build_graphs
 from .live_set import live_envelope, measured_sizes
@@ -251,22 +252,10 @@ def _write_folder(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _flush_folder(fresh)
+        flush_folder(fresh)
         verify_artifact(fresh)
         _check_target(out, overwrite)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            out.rename(old / out.name)
-            try:
-                fresh.rename(out)
-            except OSError:
-                (old / out.name).rename(out)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            fresh.rename(out)
-        _flush_folder(out.parent)
+        replace_folder(fresh, out)
     except OSError as error:
         raise ConfigError(
             f"the artifact cannot be written to {out}: {error.strerror or error}",
@@ -275,13 +264,3 @@ def _write_folder(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
     finally:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # Windows cannot open a folder
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

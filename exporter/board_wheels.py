@@ -1,8 +1,8 @@
 """The wheels that a board of another kind needs, fetched by pip on this machine.
 
 pip takes tags of a foreign platform, but judges the environment markers of dependencies (``python_version < "3.11"``)
-by the interpreter that runs it. So what pip fetched is walked with the board's own markers, what is missing is fetched
-by name, and what the board does not need is dropped.
+by the interpreter that runs it. So what pip fetched is walked with the board's own markers, what is missing or of a
+version that does not fit is fetched by name, and what the board does not need is dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from ..protocol.errors import ConfigError
@@ -108,20 +109,30 @@ def fetch_wheels(board: Board, wheel: Path, folder: Path, *, without: Iterable[s
         ConfigError: pip is not there or cannot reach its index, or there is no such wheel for that board.
     """
     left_out: set[str] = {canonicalize_name(name) for name in without}
-    wanted = {"pip": "pip", **_missing(board, [wheel], left_out)}
+    own = _name(wheel)
+    limits = _needed(board, [wheel], own, left_out)
     for _ in range(_ROUNDS):
-        _download(board, wanted.values(), folder)
+        _download(board, ["pip", *(f"{name}{limit}" for name, limit in limits.items() if name != own)], folder)
         found = sorted(folder.glob("*.whl"))
-        missing = _missing(board, found, left_out)
-        if not missing:
-            return _kept(board, found, wheel, left_out)
-        wanted |= missing
-    raise ConfigError(f"pip does not fetch {', '.join(wanted)} together, whatever it is asked")
+        limits = _needed(board, found, own, left_out)
+        if limits.keys() <= {_name(path) for path in found} and all(_fits(path, limits) for path in found):
+            return _kept(found, {"pip", *limits})
+        for path in found:  # all of them, or another version may join one that is there
+            if path.name != wheel.name:
+                path.unlink()
+    raise ConfigError(
+        f"pip does not fetch {', '.join(f'{name}{limit}' for name, limit in limits.items())} together",
+        hint="give another wheel of fedzo with --wheel, or another --python",
+    )
 
 
-def _kept(board: Board, found: list[Path], wheel: Path, left_out: set[str]) -> list[Path]:
+def _fits(wheel: Path, limits: dict[str, SpecifierSet]) -> bool:
+    name, version, _, _ = parse_wheel_filename(wheel.name)
+    return name not in limits or limits[name].contains(version, prereleases=True)
+
+
+def _kept(found: list[Path], needed: set[str]) -> list[Path]:
     """What is left when everything that the board does not need is deleted."""
-    needed = {"pip"} | _closure(board, found, _name(wheel), left_out)
     for path in found:
         if _name(path) not in needed:
             path.unlink()
@@ -183,26 +194,17 @@ def _requirements(wheel: Path, board: Board) -> list[Requirement]:
     return [line for line in lines if line.marker is None or line.marker.evaluate(board.markers)]
 
 
-def _missing(board: Board, wheels: Iterable[Path], left_out: set[str]) -> dict[str, str]:
-    """Requirements of these wheels that none of them is, by name."""
-    wheels = list(wheels)
-    there = {_name(wheel) for wheel in wheels} | left_out
-    missing: dict[str, list[str]] = {}
-    for wheel in wheels:
-        if _name(wheel) not in left_out:
-            for line in _requirements(wheel, board):
-                if canonicalize_name(line.name) not in there:
-                    missing.setdefault(canonicalize_name(line.name), []).append(str(line.specifier))
-    return {name: name + ",".join(filter(None, limits)) for name, limits in missing.items()}
-
-
-def _closure(board: Board, wheels: Iterable[Path], start: str, left_out: set[str]) -> set[str]:
+def _needed(board: Board, wheels: Iterable[Path], start: str, left_out: set[str]) -> dict[str, SpecifierSet]:
+    """What a distribution needs there, to any depth as far as the wheels tell, and the versions asked for."""
     by_name = {_name(wheel): wheel for wheel in wheels}
-    found: set[str] = set()
+    limits: dict[str, SpecifierSet] = {start: SpecifierSet()}
     waiting = [start]
     while waiting:
-        name = waiting.pop()
-        if name not in found and name not in left_out:
-            found.add(name)
-            waiting += [canonicalize_name(line.name) for line in _requirements(by_name[name], board)]
-    return found
+        wheel = by_name.get(waiting.pop())
+        for line in () if wheel is None else _requirements(wheel, board):
+            name = canonicalize_name(line.name)
+            if name not in left_out:
+                if name not in limits:
+                    waiting.append(name)
+                limits[name] = limits.get(name, SpecifierSet()) & line.specifier
+    return limits

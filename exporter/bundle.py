@@ -14,13 +14,17 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from ..protocol.errors import ConfigError
 from .board_wheels import SYSTEM_PACKAGES, Board, fetch_wheels
-from .install_script import install_script
+from .folder_replacement import flush_folder, replace_folder
+from .install_script import check_wheel_name, install_script
 from .own_wheel import write_own_wheel
 
 __all__ = ["Bundle", "make_bundle"]
 
 DESCRIPTION: Final = "bundle.json"
 SUMS: Final = "SHA256SUMS"
+SCRIPT: Final = "install.sh"
+_ALWAYS: Final = {DESCRIPTION, SUMS, SCRIPT}
+_PARTS: Final = _ALWAYS | {"wheels", "artifact"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def make_bundle(
         artifact: Folder of `fedzo export`, for the check at the end of the installation.
         wheel: Of fedzo; by default one is made of the fedzo that runs.
         system_packages: The board takes numpy and onnxruntime from its distribution.
-        overwrite: Replace ``out`` if it is a bundle.
+        overwrite: Replace ``out`` when it is a bundle or empty; any other folder is never touched.
 
     Raises:
         ConfigError: The folder is in the way or cannot be written, or a wheel cannot be had.
@@ -74,9 +78,9 @@ def make_bundle(
         try:
             fresh.chmod(0o755)
             bundle = _fill(fresh, board, artifact, wheel, system_packages)
-            if out.exists():
-                shutil.rmtree(out)
-            fresh.rename(out)
+            flush_folder(fresh, files=True)
+            _check_target(out, overwrite)
+            replace_folder(fresh, out)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     except OSError as error:
@@ -85,10 +89,21 @@ def make_bundle(
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but a bundle to be replaced."""
     if not out.exists() and not out.is_symlink():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / DESCRIPTION).is_file()):
+    if out.is_symlink() or not out.is_dir():
+        raise ConfigError(f"{out} exists and is no folder", hint="choose another --out")
+    try:
+        names = {path.name for path in out.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error
+    if names and not names >= _ALWAYS:
         raise ConfigError(f"{out} exists and is no bundle", hint="choose another --out")
+    if names - _PARTS:
+        raise ConfigError(
+            f"{out} holds {min(names - _PARTS)!r}, which is no part of a bundle", hint="choose another --out"
+        )
     if not overwrite:
         raise ConfigError(f"the folder {out} exists", hint="give --overwrite to replace the bundle in it")
 
@@ -99,7 +114,7 @@ def _fill(folder: Path, board: Board, artifact: Path | None, wheel: Path | None,
     without = SYSTEM_PACKAGES if system_packages else frozenset()
     wheels = tuple(path.name for path in fetch_wheels(board, own, folder / "wheels", without=without))
     model = None if artifact is None else _copy_artifact(artifact, folder / "artifact")
-    script = folder / "install.sh"
+    script = folder / SCRIPT
     script.write_text(
         install_script(board, wheels, artifact=artifact is not None, system_packages=sorted(without)), encoding="utf-8"
     )
@@ -126,6 +141,7 @@ def _own_wheel(folder: Path, wheel: Path | None) -> Path:
     try:
         if parse_wheel_filename(wheel.name)[0] != "fedzo":
             raise ConfigError(f"{wheel} is no wheel of fedzo")
+        check_wheel_name(wheel.name)
         return Path(shutil.copy(wheel, folder))
     except InvalidWheelFilename:
         raise ConfigError(f"{wheel} is no wheel", hint="such as fedzo-0.1.0-py3-none-any.whl") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from fedzo.cli.main import main
 from fedzo.exporter import board_wheels
@@ -29,12 +30,13 @@ THIS = Board(platform.machine(), f"3.{sys.version_info.minor}")
 PIP = "pip-1-py3-none-any.whl"
 
 
-def fake_wheel(folder: Path, name: str, *requires: str) -> Path:
+def fake_wheel(folder: Path, name: str, *requires: str, version: str = "1") -> Path:
     """A wheel of metadata alone."""
-    path = folder / f"{name}-1-py3-none-any.whl"
-    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1", *(f"Requires-Dist: {line}" for line in requires)]
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {line}" for line in requires]
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{name}-1.dist-info/METADATA", "\n".join(lines) + "\n\n")
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines) + "\n\n")
     return path
 
 
@@ -45,8 +47,9 @@ def index(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, ...]]:
 
     def download(board: Board, requirements: Any, folder: Path) -> None:
         for line in requirements:
-            name = line.split(">")[0].split("<")[0]
-            fake_wheel(folder, name, *known[name])
+            asked = Requirement(line)
+            version = next(asked.specifier.filter(["1", "0", "2"]))
+            fake_wheel(folder, asked.name, *known[asked.name], version=version)
 
     monkeypatch.setattr(board_wheels, "_download", download)
     return known
@@ -74,6 +77,26 @@ def test_the_markers_are_the_boards(index: dict[str, tuple[str, ...]], tmp_path:
         ("x86_64", "3.12"): ["fedzo", "new", "pip"],
         ("aarch64", "3.12"): ["arm", "deep", "fedzo", "new", "pip"],
     }
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("<1", "0"), (">=1", "1"), ("~=2.0", "2"), ("==1,>=0", "1")])
+def test_versions_are_what_the_board_is_asked_for(
+    index: dict[str, tuple[str, ...]], tmp_path: Path, limit: str, kept: str
+) -> None:
+    """pip passes over what is asked under a marker of another Python, here by a dependency of a dependency."""
+    index |= {"a": (f"b{limit}; python_version < '3.11'", "b<9"), "b": ("c",), "c": ()}
+    found = fetch_wheels(Board("aarch64", "3.10"), fake_wheel(tmp_path, "fedzo", "a", "b"), tmp_path)
+    assert [path.name.rsplit("-", 3)[0] for path in found] == ["a-1", f"b-{kept}", "c-1", "fedzo-1", "pip-1"]
+    assert sorted(tmp_path.iterdir()) == found
+
+
+def test_what_never_fits_is_told(
+    index: dict[str, tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index |= {"a": ("b<1",), "b": ()}
+    monkeypatch.setattr(board_wheels, "_download", lambda *_: [fake_wheel(tmp_path, n, *index[n]) for n in index])
+    with pytest.raises(ConfigError, match=r"does not fetch .*b<1 together"):
+        fetch_wheels(THIS, fake_wheel(tmp_path, "fedzo", "a"), tmp_path)
 
 
 def test_what_the_board_has_is_left_out_with_what_only_that_needs(
@@ -152,7 +175,47 @@ def test_the_folder_is_complete_or_not_there(tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("")
     with pytest.raises(ConfigError, match="is no bundle"):
         make_bundle(THIS, tmp_path / "mine", wheel=own, overwrite=True)
-    assert not list(tmp_path.glob(".*.new"))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("index")
+@pytest.mark.parametrize("what", ["no script", "no sums", "a file more", "a link"])
+def test_only_a_bundle_is_replaced(tmp_path: Path, what: str) -> None:
+    own = fake_wheel(tmp_path, "fedzo")
+    out = tmp_path / "out"
+    make_bundle(THIS, out, wheel=own)
+    if what == "a file more":
+        (out / "letter.txt").write_text("mine")
+    elif what == "a link":
+        out = tmp_path / "link"
+        out.symlink_to("out")
+    else:
+        (out / {"no script": "install.sh", "no sums": "SHA256SUMS"}[what]).unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"is no bundle|which is no part of a bundle|is no folder"):
+        make_bundle(THIS, out, wheel=own, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("index")
+def test_a_bundle_that_cannot_take_its_place_leaves_the_former_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = fake_wheel(tmp_path, "fedzo")
+    out = tmp_path / "out"
+    make_bundle(Board("aarch64", "3.11"), out, wheel=own)
+    rename = Path.rename
+
+    def fails(path: Path, to: Path) -> Path:
+        if path.suffix == ".new":
+            raise OSError(5, "the disk is gone")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(ConfigError, match="the disk is gone"):
+        make_bundle(Board("aarch64", "3.12"), out, wheel=own, overwrite=True)
+    assert json.loads((out / "bundle.json").read_text())["python"] == "3.11"
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +229,7 @@ def test_the_folder_is_complete_or_not_there(tmp_path: Path) -> None:
         (["--wheel", "letter.txt"], "is no wheel", ".whl"),
         (["--wheel", PIP], "is no wheel of fedzo", ""),
         (["--wheel", "fedzo-9-py3-none-any.whl"], "cannot be read", ""),
+        (["--wheel", "fedzo-9-py3-none-any;reboot.whl"], "a shell might misread", "letters, digits"),
     ],
 )
 def test_what_cannot_be_made(
@@ -254,6 +318,7 @@ def test_it_refuses_what_is_wrong(made: Path, tmp_path: Path, what: str) -> None
         environ["PYTHON"] = "python3.99"
     elif what == "folder in the way":
         target.mkdir()
+        (target / "letter.txt").write_text("")
     else:
         environ["XDG_STATE_HOME"] = os.devnull  # nowhere to keep a state
     done = install(folder, target, **environ)
@@ -261,7 +326,7 @@ def test_it_refuses_what_is_wrong(made: Path, tmp_path: Path, what: str) -> None
         "damaged": (3, "this bundle is damaged: wheels/numpy"),
         "other Python": (3, "this is Python 3.9 on x86_64, the bundle is for"),
         "no Python": (3, "there is no python3.99"),
-        "folder in the way": (3, "exists and is no virtual environment"),
+        "folder in the way": (3, "is neither empty nor an installation"),
         "failed check": (7, "this machine does not pass every check"),
     }[what]
     assert (done.returncode, expected[1] in done.stderr) == (expected[0], True), done.stdout + done.stderr
