@@ -266,9 +266,9 @@ class Engine:
 
     def _check_variant(self) -> None:
         """Drop the variant unless it gives the known answer."""
-        self._variant_checked = True
         with self._without_mask("blocked") as dense:
             wrong = wrong_answer(dense)
+        self._variant_checked = True  # not if that raises: what was not checked is not used
         if wrong is not None:
             if self._variant_required:
                 raise wrong

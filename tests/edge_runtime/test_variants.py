@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from fedzo.edge_runtime import engine as engine_of_board
 from fedzo.edge_runtime import variants
 from fedzo.edge_runtime.artifact import Artifact, BlobStore, load_artifact
 from fedzo.edge_runtime.engine import Engine
@@ -212,6 +213,23 @@ def test_a_variant_with_another_answer_is_dropped(
     required = Engine(load_artifact(folder), tiny.half, layout="blocked")
     with required as engine, pytest.raises((SelfTestError, ArtifactError)):
         engine.loss(weights, tiny.x, tiny.y)
+
+
+def test_a_variant_that_could_not_be_checked_is_not_used(
+    tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: Engine) -> None:
+        raise MemoryError
+
+    add_variant(folder, b"no graph")
+    weights = tiny.survivors(tiny.half)
+    with Engine(load_artifact(folder), tiny.half) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_of_board, "wrong_answer", fails)
+            for _ in range(2):
+                with pytest.raises(MemoryError):
+                    engine.loss(weights, tiny.x, tiny.y)
+        assert np.isfinite(engine.loss(weights, tiny.x, tiny.y))  # checked after all, and dropped
 
 
 def test_the_plan_counts_a_variant(tiny: Tiny, folder: Path) -> None:
