@@ -10,6 +10,7 @@ from pathlib import Path
 __all__ = ["installed_versions"]
 
 _DISTRIBUTIONS = ("fedzo", "numpy", "onnxruntime", "paho-mqtt")
+_OTHER_BUILDS = {"onnxruntime": ("onnxruntime-gpu",)}  # the same release, with more providers (Jetson)
 _SUFFIX = ".dist-info"
 
 
@@ -20,18 +21,22 @@ def installed_versions(*more: str) -> dict[str, str]:
 
 def _version(name: str) -> str:
     """Read from ``NAME-VERSION.dist-info``: ``importlib.metadata`` pulls in ``email`` and 1 MiB for the same answer."""
+    names = (name, *_OTHER_BUILDS.get(name, ()))
+    found: dict[str, str] = {}
     for folder in sys.path:
         with contextlib.suppress(OSError):
             for entry in Path(folder).glob(f"*{_SUFFIX}"):
                 package, _, version = entry.name.removesuffix(_SUFFIX).rpartition("-")
-                if _normal(package) == _normal(name):
-                    return version
+                found.setdefault(_normal(package), version)
+    for build in names:
+        if _normal(build) in found:
+            return found[_normal(build)]
     from importlib import metadata  # other ways to install, such as those of a Linux distribution
 
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "missing"
+    for build in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(build)
+    return "missing"
 
 
 def _normal(name: str) -> str:

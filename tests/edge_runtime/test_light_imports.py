@@ -93,5 +93,13 @@ def test_versions_are_those_of_the_metadata(name: str) -> None:
     assert installed_versions(name)[name] == metadata.version(name)
 
 
+def test_the_onnxruntime_of_a_jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime_gpu-1.27.0.dist-info").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert installed_versions()["onnxruntime"] == "1.27.0"
+    (tmp_path / "onnxruntime-1.26.0.dist-info").mkdir()
+    assert installed_versions()["onnxruntime"] == "1.26.0"
+
+
 def test_what_is_not_installed_is_missing() -> None:
     assert installed_versions("no-such-package")["no-such-package"] == "missing"
