@@ -98,6 +98,8 @@ class Golden:
             ValueError: One is out of range.
         """
         batch = _whole(raw["batch"], MAX_GOLDEN_BATCH)
+        if batch < 1:
+            raise ValueError("the golden batch has no sample")
         predictions = None
         if "predictions" in raw:
             entry = raw["predictions"]

@@ -38,6 +38,7 @@ __all__ = [
 
 FORMAT = 1
 GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
+NEEDED_GRAPHS = GRAPHS[:2]  # without layers that have units there are no others
 CUT_GRAPHS = ("prefix.onnx", "suffix.onnx")
 TAIL_GRAPHS = ("body.onnx", "tail.onnx")
 GRAPH_NAMES = (*GRAPHS, *CUT_GRAPHS, *TAIL_GRAPHS)
@@ -152,6 +153,8 @@ class Manifest:
         if len(set(names)) < len(names) or not planned.issuperset(names):
             raise ArtifactError(f"of the variants {names}, two share a name or one has no memory plan")
         files = {graph.name for graph in self.graphs}
+        if lacking := set(NEEDED_GRAPHS) - files:
+            raise ArtifactError(f"the manifest lists no {' and no '.join(sorted(lacking))}")
         if self.cut is not None and not files.issuperset(CUT_GRAPHS):
             raise ArtifactError("the manifest has a cut without its graphs")
         if self.tail is not None and not files.issuperset(self.tail_graphs):
