@@ -12,6 +12,12 @@ from .update import Replica
 __all__ = ["LogFollower"]
 
 REQUEST_RECORDS = 1024
+REQUEST_ENTRIES = 1 << 26
+"""Weights that the records of one request may touch, counted once a record.
+
+An answer is applied in one go, and nothing else of the device runs meanwhile, nor is a watchdog fed: large models ask
+for fewer records at a time, from 65,537 survivors on.
+"""
 
 
 class LogFollower:
@@ -100,7 +106,8 @@ class LogFollower:
         if missing < 1 or not self._question.is_due(now):
             return None
         self._is_expecting = True
-        return LogRequest(self.replica.index, min(REQUEST_RECORDS, missing))
+        at_once = max(1, REQUEST_ENTRIES // self.replica.weights.size)
+        return LogRequest(self.replica.index, min(REQUEST_RECORDS, at_once, missing))
 
     def _apply(self, record: UpdateRecord) -> bool:
         try:

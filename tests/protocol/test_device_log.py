@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from fedzo.protocol import log_follower
 from fedzo.protocol.device_events import (
     Compute,
     Finish,
@@ -32,6 +35,25 @@ def test_missing_records_are_asked_for_and_replayed() -> None:
     assert bench.device.replica is not None
     assert bench.device.replica.digest == bench.server.digest
     assert bench.sent(LogRequest) == []
+
+
+@pytest.mark.parametrize(("entries", "count"), [(0, 1), (1.0, 1), (2.9, 2), (3.0, 3), (100.0, 5)])
+def test_a_large_model_asks_for_few_records_at_a_time(
+    entries: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+    for round_ in range(1, 6):
+        bench.update(round_)
+    bench.plan()
+    monkeypatch.setattr(log_follower, "REQUEST_ENTRIES", int(entries * bench.server.weights.size))
+    bench.announce(round_=6)
+    done = 0
+    while done < 5:
+        asked = min(count, 5 - done)
+        assert bench.sent(LogRequest) == [LogRequest(done, asked)]
+        bench.hear(Channel.BLOCK, LogSlice(done, tuple(bench.log[done : done + asked])))
+        done += asked
+    assert bench.device.stage == "computing"
 
 
 def test_updates_are_replayed_as_they_come() -> None:
