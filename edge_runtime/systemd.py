@@ -5,6 +5,7 @@ A watchdog restarts a device whose loop hangs. A long forward pass is no reason:
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -28,9 +29,13 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_@:,./=+-]+")
 # A wrong setting, a budget that is too small, a damaged artifact or a failed self-test do not heal by themselves.
 _NO_RESTART: Final = "2 3 4 6 7"
 
-# The loop applies what a device missed in slices of up to 1,024 updates, which may take a minute on a slow board.
+# The loop applies what a device missed in slices, see REQUEST_ENTRIES in protocol/log_follower.py, which may take a
+# minute on a slow board.
 WATCHDOG_S: Final = 300
 _START_S: Final = 300
+
+CGROUP_EXTRA_MIB: Final = 8
+"""A budget is planned as resident memory; a control group also counts page tables, sockets and the page cache."""
 
 _HARDENING: Final = """\
 NoNewPrivileges=yes
@@ -66,7 +71,7 @@ class UnitSettings:
         profile: Hardware profile: budget and threads.
         federation: Name of the federation; also part of the unit's name and of the state folder's.
         id: Device id.
-        ram_budget_mib: Instead of the profile's; one of both is needed, it becomes ``MemoryMax``.
+        ram_budget_mib: Instead of the profile's; one of both is needed, ``MemoryMax`` follows it.
         username: MQTT user.
         password_file: Read by systemd as root, so that it need not be readable for the service's user.
         ca: Certificates that may sign the broker's.
@@ -115,9 +120,9 @@ class UnitSettings:
             raise ConfigError(f"{self.user[:60]!r} is no user name")
 
     @property
-    def budget_mib(self) -> int:
-        """What the service may use."""
-        return int(self.ram_budget_mib or load_profile(self.profile).ram_budget_mib)
+    def memory_max_mib(self) -> int:
+        """Limit of the control group: the budget and what is charged beside the resident set."""
+        return math.ceil(self.ram_budget_mib or load_profile(self.profile).ram_budget_mib) + CGROUP_EXTRA_MIB
 
 
 def unit_name(settings: UnitSettings) -> str:
@@ -147,7 +152,8 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
         f"StateDirectory={state}",
         "StateDirectoryMode=0700",
         "Environment=MALLOC_ARENA_MAX=1 OPENBLAS_NUM_THREADS=1 ORT_DISABLE_TELEMETRY=1 PYTHONDONTWRITEBYTECODE=1",
-        f"MemoryMax={settings.budget_mib}M",
+        f"# The budget, and {CGROUP_EXTRA_MIB} MiB for what is charged beside it, as page tables and sockets.",
+        f"MemoryMax={settings.memory_max_mib}M",
         "TasksMax=64",
         "Nice=10",
         "Restart=on-failure",

@@ -39,7 +39,7 @@ def test_the_unit(data: Path, tmp_path: Path) -> None:
         key=files["key"],
     )  # fmt: skip
     unit = values(unit_text(settings, python="/opt/fedzo/bin/python"))
-    assert unit["MemoryMax"] == f"{load_profile('rpi-zero-2w').ram_budget_mib}M"
+    assert unit["MemoryMax"] == f"{load_profile('rpi-zero-2w').ram_budget_mib + systemd.CGROUP_EXTRA_MIB}M"
     assert unit["DynamicUser"] == unit["NoNewPrivileges"] == "yes"
     assert unit["StateDirectory"] == "fedzo/default"
     assert unit["PrivateDevices"] == "yes"
@@ -63,7 +63,7 @@ def test_a_budget_and_a_user_of_ones_own(data: Path) -> None:
         URL, data, ram_budget_mib=96.5, user="pi", federation="home", providers=("cuda", "cpu"), strict_providers=True
     )
     unit = values(unit_text(settings))
-    assert unit["MemoryMax"] == "96M"
+    assert unit["MemoryMax"] == f"{97 + systemd.CGROUP_EXTRA_MIB}M"  # never below the budget
     assert unit["User"] == "pi"
     assert "DynamicUser" not in unit
     assert unit["ExecStart"].startswith(f"{sys.executable} -m fedzo.edge_runtime join {URL}")
