@@ -320,7 +320,10 @@ def reset_peak() -> bool:
 
 
 def total_mib() -> float:
-    """Memory that this process could get, in MiB: the machine's, or the limit of its control group.
+    """Memory that this process could get, in MiB: the machine's, or a limit of a container.
+
+    That is the limit at the root of ``/sys/fs/cgroup``, where a container sees its own control group. The limit of a
+    service's group, such as systemd's ``MemoryMax``, is not looked for: the unit names the budget as well.
 
     Returns:
         0.0 where the system does not tell.
