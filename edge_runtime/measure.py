@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object], int]:
-    from ..protocol.errors import FedzoError, MemoryBudgetError
+    from ..protocol.errors import ConfigError, FedzoError, MemoryBudgetError
     from .artifact import load_artifact
     from .board_plan import RunSizes
     from .phases import measure
@@ -61,8 +61,13 @@ def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object
             variants=wanted_variants(artifact.manifest, portable=not options.variant),
         )
         return measure(artifact, options.budget_mib, sizes, watch, tensors=options.tensors), 0
-    except (FedzoError, MemoryError) as error:
-        failure = error if isinstance(error, FedzoError) else MemoryBudgetError(f"no memory left: {error}")
+    except (FedzoError, MemoryError, OSError) as error:
+        if isinstance(error, FedzoError):
+            failure = error
+        elif isinstance(error, MemoryError):
+            failure = MemoryBudgetError(f"no memory left: {error}")
+        else:
+            failure = ConfigError(f"nothing can be measured here: {error}", hint="measure on a Linux with /proc")
         told = {"message": failure.message, "hint": failure.hint, "exit_code": failure.exit_code}
         return {"error": told}, failure.exit_code
 

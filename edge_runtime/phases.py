@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..protocol.blocks import whole_block
 from ..protocol.directions import Directions
-from ..protocol.errors import FedzoError
+from ..protocol.errors import FedzoError, SelfTestError
 from ..protocol.layout import initial_weights
 from ..protocol.manifest import Manifest, golden_batch
 from ..protocol.mask import Mask, threshold
@@ -198,16 +198,20 @@ def removed_by_magnitude(artifact: Artifact, sparsity: float) -> Mask:
     source, target = os.pipe()
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             scores = np.abs(initial_weights(layout, artifact.manifest.seed))
             with os.fdopen(target, "wb") as pipe:
                 pipe.write(threshold(layout, scores, sparsity).encode())
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     os.close(target)
     with os.fdopen(source, "rb") as pipe:
         data = pipe.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SelfTestError(f"the child process that makes the mask ended with status {status}")
     return Mask.decode(data, layout)
 
 

@@ -19,7 +19,7 @@ from fedzo.edge_runtime.child import answer_of
 from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
 from fedzo.edge_runtime.ort import arena_limit_holds, runtime_version
 from fedzo.hardware_profiles import list_profiles, load_profile
-from fedzo.protocol.errors import FedzoError, MemoryBudgetError
+from fedzo.protocol.errors import FedzoError, MemoryBudgetError, SelfTestError
 from fedzo.protocol.manifest import GraphMemory
 from fedzo.protocol.settings import RunSettings
 
@@ -171,6 +171,26 @@ def test_a_budget_that_is_too_small_runs_nothing(artifact: Path, capsys: pytest.
     code, refused = answer(capsys, "profile", artifact, "--profile", "rpi-zero-2w", "--budget-mib", 40)
     assert code == 4
     assert "the budget is 40 MiB" in refused["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "message"),
+    [
+        ("peaks._watch = fails", 3, "nothing can be measured here"),  # a system without /proc
+        ("phases.threshold = fails", SelfTestError.exit_code, "makes the mask ended with status"),
+    ],
+)
+@needs_proc
+def test_a_measurement_that_cannot_be_made(artifact: Path, script: str, code: int, message: str) -> None:
+    text = (
+        "import sys\nfrom fedzo.edge_runtime import measure, peaks, phases\n"
+        "def fails(*_): raise FileNotFoundError('/proc')\n"
+        f"{script}\nsys.exit(measure.main())"
+    )
+    command = [sys.executable, "-c", text, str(artifact), "--budget-mib", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert message in json.loads(done.stdout)["error"]["message"]
+    assert done.returncode == code
 
 
 def test_a_child_says_what_went_wrong(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
