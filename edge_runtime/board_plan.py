@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from ..protocol.errors import MemoryBudgetError
 from ..protocol.manifest import GraphVariant, Manifest
 from ..protocol.settings import RunSettings
 from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, plan
+from .variant_plan import best_plan
 
 __all__ = ["BoardPlan", "Phase", "PhasePlan", "RunSizes", "plan_board"]
 
 Phase = Literal["scoring", "training"]
 _NO_LIMIT_MIB: Final = 1e9
-_GOOD_MICRO_BATCH: Final = 8  # as in the worker: a smaller one costs more than a variant saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +143,8 @@ def _phase(
         )
 
     try:
-        memory = under(budget_mib, sizes.micro_batch)
-        for variants in (sizes.variants, tuple(v for v in sizes.variants if v.queries == 1)):
-            if phase == "scoring" or not variants:
-                continue
-            with contextlib.suppress(MemoryBudgetError):
-                faster = under(budget_mib, sizes.micro_batch, tuple(v.file.name for v in variants))
-                if faster.micro_batch >= min(memory.micro_batch, _GOOD_MICRO_BATCH):
-                    return PhasePlan(phase, faster, n_survivors)
+        wanted = sizes.variants if phase == "training" else ()
+        memory, _ = best_plan(wanted, lambda variants: under(budget_mib, sizes.micro_batch, variants))
         return PhasePlan(phase, memory, n_survivors)
     except MemoryBudgetError as error:
         needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)

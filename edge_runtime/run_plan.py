@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..protocol.errors import MemoryBudgetError
 from ..protocol.graph_files import GraphFile
 from ..protocol.manifest import Manifest
 from ..protocol.run_files import needed_graphs
@@ -15,11 +13,10 @@ from .block_estimators import estimator_bytes
 from .data import Dataset
 from .memory import SCORING_GRAPHS, MemoryPlan, plan, tls_bytes
 from .providers import CPU
+from .variant_plan import best_plan
 from .variants import wanted_variants
 
 __all__ = ["Limits", "plan_run", "plan_with_variants"]
-
-_GOOD_MICRO_BATCH = 8  # smaller ones cost more than a variant saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +97,5 @@ def plan_with_variants(
         The plan, and the files of the variants that it counts: all, or only the one for single queries. The engine
         takes one if it is there, fits under the plan's limit and gives the known answer.
     """
-    portable = phase(())
-    wanted = wanted_variants(manifest)
-    for variants in (wanted, tuple(v for v in wanted if v.queries == 1)):
-        with contextlib.suppress(MemoryBudgetError):
-            planned = phase(tuple(v.file.name for v in variants))
-            if variants and planned.micro_batch >= min(portable.micro_batch, _GOOD_MICRO_BATCH):
-                return planned, tuple(v.file for v in variants)
-    return portable, ()
+    planned, variants = best_plan(wanted_variants(manifest), phase)
+    return planned, tuple(variant.file for variant in variants)
