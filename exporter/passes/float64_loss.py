@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from ..forward import BATCH
 from .editing import add_constant, input_names, new_node
 from .infrastructure import GraphPass
 
-__all__ = ["Float64Loss"]
+__all__ = ["Float64Loss", "add_log_likelihoods"]
+
+
+def add_log_likelihoods(graph: GraphProto) -> tuple[str, str]:
+    """Add the input ``y int64[batch]`` and the log-likelihood of every sample, in double precision.
+
+    Returns:
+        Names of ``float64[batch, 1]`` and of the constant ``int64[1]`` that holds its last axis.
+    """
+    graph.input.append(helper.make_tensor_value_info("y", TensorProto.INT64, [BATCH]))
+    axis = add_constant(graph, "fedzo.axis1", np.array([1], np.int64))
+    graph.node.extend(
+        [
+            new_node("Cast", ["logits"], ["fedzo.logits64"], to=TensorProto.DOUBLE),
+            new_node("LogSoftmax", ["fedzo.logits64"], ["fedzo.log_softmax"], axis=1),
+            new_node("Unsqueeze", ["y", axis], ["fedzo.label"]),
+            new_node("GatherElements", ["fedzo.log_softmax", "fedzo.label"], ["fedzo.log_likelihood"], axis=1),
+        ]
+    )
+    return "fedzo.log_likelihood", axis
 
 
 class Float64Loss(GraphPass):
@@ -31,15 +50,10 @@ class Float64Loss(GraphPass):
     def transform(self, model: ModelProto) -> bool:
         """Add the tail behind the logits."""
         graph = model.graph
-        graph.input.append(helper.make_tensor_value_info("y", TensorProto.INT64, [BATCH]))
-        axis = add_constant(graph, "fedzo.axis1", np.array([1], np.int64))
+        likelihoods, _ = add_log_likelihoods(graph)
         graph.node.extend(
             [
-                new_node("Cast", ["logits"], ["fedzo.logits64"], to=TensorProto.DOUBLE),
-                new_node("LogSoftmax", ["fedzo.logits64"], ["fedzo.log_softmax"], axis=1),
-                new_node("Unsqueeze", ["y", axis], ["fedzo.label"]),
-                new_node("GatherElements", ["fedzo.log_softmax", "fedzo.label"], ["fedzo.log_likelihood"], axis=1),
-                new_node("ReduceSum", ["fedzo.log_likelihood"], ["fedzo.log_likelihood_sum"], keepdims=0),
+                new_node("ReduceSum", [likelihoods], ["fedzo.log_likelihood_sum"], keepdims=0),
                 new_node("Neg", ["fedzo.log_likelihood_sum"], ["loss_sum"]),
             ]
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from ..forward import BATCH
-from .editing import add_constant, input_names, new_node
+from .editing import input_names, new_node
+from .float64_loss import add_log_likelihoods
 from .infrastructure import GraphPass
 
 __all__ = ["SampleLosses"]
@@ -27,15 +27,10 @@ class SampleLosses(GraphPass):
     def transform(self, model: ModelProto) -> bool:
         """Add the tail behind the logits."""
         graph = model.graph
-        graph.input.append(helper.make_tensor_value_info("y", TensorProto.INT64, [BATCH]))
-        axis = add_constant(graph, "fedzo.axis1", np.array([1], np.int64))
+        likelihoods, axis = add_log_likelihoods(graph)
         graph.node.extend(
             [
-                new_node("Cast", ["logits"], ["fedzo.logits64"], to=TensorProto.DOUBLE),
-                new_node("LogSoftmax", ["fedzo.logits64"], ["fedzo.log_softmax"], axis=1),
-                new_node("Unsqueeze", ["y", axis], ["fedzo.label"]),
-                new_node("GatherElements", ["fedzo.log_softmax", "fedzo.label"], ["fedzo.log_likelihoods"], axis=1),
-                new_node("Neg", ["fedzo.log_likelihoods"], ["fedzo.losses"]),
+                new_node("Neg", [likelihoods], ["fedzo.losses"]),
                 new_node("Squeeze", ["fedzo.losses", axis], ["losses"]),
             ]
         )
