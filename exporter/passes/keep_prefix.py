@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from onnx import ModelProto, TensorProto, helper
 
 from ..forward import BATCH
+from .at_cut import AtCut
 from .editing import drop_inputs, input_names, keep_live_nodes
-from .infrastructure import GraphPass
 
 __all__ = ["KeepPrefix"]
 
 
-class KeepPrefix(GraphPass):
-    """Makes one value the only output, under the name ``features``, and removes what it does not need.
-
-    Args:
-        value: The value that crosses the cut.
-        feature_shape: Its shape without the batch axis.
-    """
-
-    def __init__(self, value: str, feature_shape: Sequence[int]) -> None:
-        self._value = value
-        self._shape = tuple(feature_shape)
-
-    def requires(self, model: ModelProto) -> None:
-        """The graph computes the value."""
-        made = {name for node in model.graph.node for name in node.output}
-        self.check(self._value in made, f"the graph does not compute {self._value!r}")
+class KeepPrefix(AtCut):
+    """Makes one value the only output, under the name ``features``, and removes what it does not need."""
 
     def ensures(self, model: ModelProto) -> None:
         """The only output is ``features``, and ``x`` is needed for it."""
