@@ -17,10 +17,12 @@ from .coordinator_events import ServerEvaluated
 from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
 from .errors import FedzoError, ProtocolError
 from .manifest import Manifest
-from .mask import Mask, threshold
+from .layer_densities import read_mask
+from .mask import Mask
+from .mask_choice import check_pruning, federated_mask, mask_from_seed
 from .messages import Report, UpdateRecord
 from .roster import Member
-from .saliency import diagonal_scores
+from .streams import Purpose, uint64s
 from .update import Replica
 
 __all__ = ["EvaluationRecord", "RunProgress"]
@@ -35,6 +37,9 @@ class RunProgress:
         run: Run id, artifact and settings.
         manifest: The artifact.
 
+    Raises:
+        ConfigError: The artifact cannot be pruned like this.
+
     Attributes:
         mask: The survivors.
         mask_sha256: Hex hash of the encoded mask; empty for the dense mask.
@@ -48,6 +53,7 @@ class RunProgress:
         self._scored = 0
         self._evaluated_at = -1
         self.evaluations: list[EvaluationRecord] = []
+        check_pruning(manifest, run.settings)
         self._set_mask(Mask.dense(manifest.layout), b"")
 
     def _set_mask(self, mask: Mask, encoded: bytes) -> None:
@@ -59,10 +65,15 @@ class RunProgress:
             manifest.layout, mask, manifest.seed, self._run.settings.seed, blocks, training.optimiser
         )
 
+    @property
+    def is_federated(self) -> bool:
+        """Whether masks come out of devices' reports; else out of :meth:`own_mask`, or out of the server's engine."""
+        return self._run.saliency.is_federated
+
     def next_phase(self) -> Phase:
         """What the next round is for."""
         settings, length = self._run.settings, self.replica.index
-        if settings.sparsity > 0 and self._scored < settings.saliency.steps:
+        if settings.sparsity > 0 and self._scored < (settings.saliency.n_steps if self.is_federated else 1):
             return "saliency"
         every = settings.evaluate_every
         due = length == settings.training.rounds or (every > 0 and length > 0 and length % every == 0)
@@ -79,7 +90,7 @@ class RunProgress:
             ready: Devices that it can count on, in the order of ordinals. Above :data:`~.aggregation.MAX_PARTICIPANTS`
                 they take turns; the fewer the more blocks there are.
         """
-        members, most = list(ready), MAX_PARTICIPANTS // len(self.replica.blocks)
+        members, most = self._drawn(round_, ready), MAX_PARTICIPANTS // len(self.replica.blocks)
         if len(members) > most:
             start = round_ * most % len(members)
             members = (members + members)[start : start + most]
@@ -97,6 +108,18 @@ class RunProgress:
             deadline_s=self._run.settings.deadline_s,
         )
 
+    def _drawn(self, round_: int, ready: Sequence[Member]) -> list[Member]:
+        """The devices that a round asks: all, or those with the smallest of seeded words, one an ordinal.
+
+        Who is drawn depends on the seed, the round and who is ready, not on when a server was started.
+        """
+        wanted = self._run.settings.participants
+        if not 0 < wanted < len(ready):
+            return list(ready)
+        ordinals = np.array([member.ordinal for member in ready], dtype=np.int64)
+        words = uint64s(self._run.settings.seed, Purpose.PARTICIPANTS, round_, 0, int(ordinals.max()) + 1)[ordinals]
+        return [ready[i] for i in sorted(np.argsort(words, kind="stable")[:wanted].tolist())]
+
     def deals(self, head: Announcement) -> tuple[Deal, ...]:
         """The positions that an announced round hands out; none unless weights are trained."""
         if head.phase != "train":
@@ -109,13 +132,14 @@ class RunProgress:
     def choose_mask(self, reports: Sequence[Report]) -> bytes:
         """The encoded mask of the next sparsity step; still to be adopted."""
         blocks = [block.astype(np.float32) for block in average_blocks(reports)]
-        layout = self._manifest.layout
-        dense = np.zeros(layout.size, dtype=np.float32)
-        dense[self.mask.kept] = self.replica.weights
-        scores = diagonal_scores(self._manifest, dense, blocks[0], blocks[1], blocks[2] if len(blocks) > 2 else None)
-        part = (self._scored + 1) / self._run.saliency.steps
-        sparsity = 1.0 - (1.0 - self._run.settings.sparsity) ** part
-        return threshold(layout, scores, sparsity, within=self.mask).encode()
+        return federated_mask(
+            self._manifest, self._run.settings, self.mask, self.replica.weights, blocks, self._scored + 1
+        )
+
+    def own_mask(self) -> bytes | None:
+        """The encoded mask of a method that needs no forward pass; None if it needs some. Still to be adopted."""
+        method = self._run.saliency.method
+        return None if method == "synflow" else mask_from_seed(self._manifest, self._run.settings)
 
     def make_update(self, head: Announcement, reports: Sequence[tuple[int, Report]]) -> UpdateRecord:
         """The next update, applied.
@@ -158,7 +182,7 @@ class RunProgress:
         Raises:
             ProtocolError: It is no mask of this artifact.
         """
-        self._set_mask(Mask.decode(encoded, self._manifest.layout), encoded)
+        self._set_mask(read_mask(encoded, self._manifest.layout, self._run.settings.fill), encoded)
         self._scored += 1
 
     def adopt_update(self, record: UpdateRecord) -> None:

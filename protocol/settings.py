@@ -125,6 +125,7 @@ class RunSettings:
         saliency: Scoring.
         training: Training.
         devices: Devices to wait for before the first round.
+        participants: Devices that a round asks, drawn anew for each from those that are ready; 0 for all of them.
         quorum: Reports that a round needs.
         deadline_s: Time that a round may take.
         enrol_deadline_s: Time to wait for ``devices``; then ``quorum`` devices are enough.
@@ -138,6 +139,7 @@ class RunSettings:
     saliency: SaliencySettings = field(default_factory=SaliencySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     devices: int = 8
+    participants: int = 0
     quorum: int = 4
     deadline_s: float = 60.0
     enrol_deadline_s: float = 300.0
@@ -149,7 +151,14 @@ class RunSettings:
         _check(0 <= self.seed < 1 << 64, "seed", self.seed, "an unsigned 64-bit number")
         _check(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "at least 0 and below 1")
         _check(1 <= self.devices <= 100_000, "devices", self.devices, "1 to 100000")
-        _check(1 <= self.quorum <= self.devices, "quorum", self.quorum, f"1 to the number of devices, {self.devices}")
+        _check(
+            0 <= self.participants <= self.devices,
+            "participants",
+            self.participants,
+            f"0 to the number of devices, {self.devices}",
+        )
+        most = self.participants or self.devices
+        _check(1 <= self.quorum <= most, "quorum", self.quorum, f"1 to the number of devices that a round asks, {most}")
         _check(0.01 <= self.deadline_s <= 1e7, "deadline", self.deadline_s, "0.01 s or more")
         _check(0.01 <= self.enrol_deadline_s <= 1e7, "enrol deadline", self.enrol_deadline_s, "0.01 s or more")
         _check(1 <= self.patience <= 1_000_000, "patience", self.patience, "1 or more")

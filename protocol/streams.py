@@ -34,6 +34,8 @@ class Purpose(enum.IntEnum):
     GOLDEN = 10
     HOLDOUT = 11
     NODE_NOISE = 12
+    PARTICIPANTS = 13
+    CHANCE = 14
 
 
 def uint64s(seed: int, purpose: Purpose, round_: int, index: int, count: int) -> NDArray[np.uint64]:
