@@ -1,4 +1,4 @@
-"""Files of an artifact: the portable graphs, and variants of them for particular machines or several queries."""
+"""Files of an artifact: the portable graphs, their memory, and variants for particular machines or several queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .errors import ArtifactError
 from .query_layout import MAX_QUERIES
 
-__all__ = ["GraphFile", "GraphVariant"]
+__all__ = ["GraphFile", "GraphMemory", "GraphVariant"]
 
 _MAX_WEIGHT_BYTES = 4 << 30
 
@@ -26,6 +26,26 @@ class GraphFile:
     name: str
     sha256: bytes
     size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """Live tensor bytes of one graph in execution order.
+
+    At batch ``B`` the largest live set is ``max(fixed + per_sample * B for fixed, per_sample in envelope)``, without
+    the feeds and without the copies of the surviving weights and their indices.
+
+    Attributes:
+        name: The graph.
+        envelope: Pairs ``(fixed_bytes, bytes_per_sample)``.
+    """
+
+    name: str
+    envelope: tuple[tuple[int, int], ...]
+
+    def live_bytes(self, batch: int) -> int:
+        """Largest live set at ``batch`` samples."""
+        return max(fixed + per_sample * batch for fixed, per_sample in self.envelope)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,11 @@ from .cut import Cut
 from .dense_tail import DenseTail
 from .errors import ArtifactError
 from .golden_answer import Golden, golden_batch
-from .graph_files import GraphFile, GraphVariant
+from .graph_files import GraphFile, GraphMemory, GraphVariant
 from .graph_work import GraphWork
 from .layout import Layout
+from .stages import Stage, check_stages, is_stage_graph, stages_from_json
+from .structure import Structure
 
 __all__ = [
     "CUT_GRAPHS",
@@ -44,26 +46,6 @@ TAIL_GRAPHS = ("body.onnx", "tail.onnx")
 GRAPH_NAMES = (*GRAPHS, *CUT_GRAPHS, *TAIL_GRAPHS)
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_GRAPH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class GraphMemory:
-    """Live tensor bytes of one graph in execution order.
-
-    At batch ``B`` the largest live set is ``max(fixed + per_sample * B for fixed, per_sample in envelope)``, without
-    the feeds and without the copies of the surviving weights and their indices.
-
-    Attributes:
-        name: The graph.
-        envelope: Pairs ``(fixed_bytes, bytes_per_sample)``.
-    """
-
-    name: str
-    envelope: tuple[tuple[int, int], ...]
-
-    def live_bytes(self, batch: int) -> int:
-        """Largest live set at ``batch`` samples."""
-        return max(fixed + per_sample * batch for fixed, per_sample in self.envelope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +91,8 @@ class Manifest:
         cut: Where ``prefix.onnx`` ends and ``suffix.onnx`` begins; None if the model has no such place.
         tail: The fully connected layers of ``tail.onnx``; None if the model does not end with any.
         work: What ``probe.onnx`` computes and moves; None in artifacts of older versions.
+        stages: The layers of a network that is one chain; nothing for any other.
+        structure: The whole network, if channels were removed from it before the export.
     """
 
     model: str
@@ -126,6 +110,8 @@ class Manifest:
     cut: Cut | None = None
     tail: DenseTail | None = None
     work: GraphWork | None = None
+    stages: tuple[Stage, ...] = ()
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -164,6 +150,9 @@ class Manifest:
         if self.tail is not None:
             self.tail.cut.split(self.layout)
             self.tail.shapes(self.layout)
+        check_stages(self.stages, self.layout, self.input_shape, self.n_classes, files)
+        if self.structure is not None:
+            self.structure.check(self.layout, {unit.parameter: unit.n_units for unit in self.units})
 
     @property
     def tail_graphs(self) -> tuple[str, ...]:
@@ -201,7 +190,7 @@ class Manifest:
         raise ArtifactError(f"the artifact has no memory plan for {name}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. What is absent (variants, cut, tail, work) has no key, so older artifacts keep their bytes."""
+        """Plain data. What is absent (variants, cut, tail, ...) has no key, so older artifacts keep their bytes."""
         data: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -248,6 +237,10 @@ class Manifest:
             data["tail"] = self.tail.to_json()
         if self.work is not None:
             data["work"] = self.work.to_json()
+        if self.stages:
+            data["stages"] = [stage.to_json() for stage in self.stages]
+        if self.structure is not None:
+            data["structure"] = self.structure.to_json()
         return data
 
     def encode(self) -> bytes:
@@ -330,7 +323,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
     graphs = []
     for name, entry in raw["graphs"].items():
         size = _count(entry["size"])
-        if name not in GRAPH_NAMES or not 0 < size <= MAX_GRAPH_BYTES:
+        if not (name in GRAPH_NAMES or is_stage_graph(name)) or not 0 < size <= MAX_GRAPH_BYTES:
             raise ValueError(f"graph {name!r} of {size} bytes")
         graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
     memory = tuple(
@@ -371,4 +364,6 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         cut=Cut.from_json(raw["cut"]) if "cut" in raw else None,
         tail=DenseTail.from_json(raw["tail"]) if "tail" in raw else None,
         work=GraphWork.from_json(raw["work"]) if "work" in raw else None,
+        stages=stages_from_json(raw.get("stages", [])),
+        structure=Structure.from_json(raw["structure"]) if "structure" in raw else None,
     )
