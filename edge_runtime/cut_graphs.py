@@ -24,28 +24,35 @@ class CutWeights:
         cut: Where its network is cut.
 
     Attributes:
-        index: ``int32[n_survivors]``, the engine's feed.
-        counts: ``int64[n_parameters]``, the engine's feed.
+        index: ``int32[n_survivors]``, each survivor's place inside its own parameter.
+        counts: ``int64[n_parameters]``, survivors of each.
         first: Survivors in front of the cut; those behind it are ``weights[first:]``.
     """
 
     def __init__(self, engine: Engine, cut: Cut) -> None:
         self._engine, self._cut = engine, cut
-        self.index, self.counts = engine.feeds["index"], engine.feeds["counts"]
+        inputs, mask = engine.feeds.inputs, engine.mask
+        is_filled = engine.feeds.filled is not None
+        self.index, self.counts = (mask.index(), mask.counts()) if is_filled else (inputs["index"], inputs["counts"])
         self.first = int(self.counts[: cut.first_parameter].sum())
+        self._first_fed = int(inputs["counts"][: cut.first_parameter].sum())
 
     @property
     def behind(self) -> NDArray[np.float32]:
-        """``float32[n_survivors - first]``: the engine's buffer behind the cut."""
+        """``float32[n_survivors - first]``: the engine's buffer behind the cut; see :meth:`show_behind`."""
         return self._engine.weights_feed[self.first :]
+
+    def show_behind(self) -> None:
+        """Let the graph behind the cut see what was written to :attr:`behind`."""
+        self._engine.feeds.show(self.first)
 
     def bind_front(self, session: Any, binding: Any) -> None:
         """Let a graph in front of the cut read its part."""
-        self._bind(session, binding, slice(0, self.first), slice(0, self._cut.first_parameter))
+        self._bind(session, binding, slice(0, self._first_fed), slice(0, self._cut.first_parameter))
 
     def bind_behind(self, session: Any, binding: Any) -> None:
         """Let a graph behind the cut read its part."""
-        self._bind(session, binding, slice(self.first, None), slice(self._cut.first_parameter, None))
+        self._bind(session, binding, slice(self._first_fed, None), slice(self._cut.first_parameter, None))
 
     def features(self, file_name: str, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
         """What crosses the cut; a graph that the engine has loaded is closed.
@@ -62,7 +69,7 @@ class CutWeights:
             MemoryBudgetError: The tensors do not fit under the engine's limit.
         """
         engine = self._engine
-        np.copyto(engine.weights_feed, weights)
+        engine.feeds.write(weights)
         out: NDArray[np.float32] = np.empty((len(x), *self._cut.feature_shape), np.float32)
         session = engine.open_session(file_name)
         binding: Any = None
@@ -77,11 +84,12 @@ class CutWeights:
         release_arena()
         return out
 
-    def _bind(self, session: Any, binding: Any, survivors: slice, parameters: slice) -> None:
+    def _bind(self, session: Any, binding: Any, entries: slice, parameters: slice) -> None:
+        inputs = self._engine.feeds.inputs
         feeds: dict[str, NDArray[Any]] = {
-            "w": self._engine.weights_feed[survivors],
-            "index": self.index[survivors],
-            "counts": self.counts[parameters],
+            "w": inputs["w"][entries],
+            "index": inputs["index"][entries],
+            "counts": inputs["counts"][parameters],
         }
         for entry in session.get_inputs():
             if entry.name in feeds:

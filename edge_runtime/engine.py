@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.buffers import aligned_zeros
 from ..protocol.errors import ArtifactError, ConfigError, DataError
 from ..protocol.graph_files import GraphVariant
 from ..protocol.mask import Mask
@@ -28,6 +27,7 @@ from .memory import arena_bytes_of
 from .ort import CPU, open_session, release_arena
 from .query_batches import QueriesChoice, QueryBatches
 from .variants import BlockedWeights
+from .weight_feeds import WeightFeeds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,9 +49,9 @@ class Engine:
         micro_batch: Largest number of samples of one run of a graph.
         threads: Threads within an operator.
         query_batches: Evaluates several sets of weights in one run.
-        weights_feed: ``float32[n_survivors]``, the buffer that the graphs read. A caller may compute perturbed weights
-            straight into it and pass it back as ``weights``, which saves a copy. Owned by the engine.
-        feeds: It, ``index int32[n_survivors]`` and ``counts int64[n_parameters]`` by name of the graphs' input.
+        feeds: What the graphs read; filled from the survivors by whoever runs one.
+        weights_feed: Its ``float32[n_survivors]``. A caller may compute perturbed weights straight into it and pass it
+            back as ``weights``, which saves a copy. Owned by the engine.
         sample_passes: Samples sent through a graph so far; a part of the network counts by its multiplications.
     """
 
@@ -103,12 +103,8 @@ class Engine:
         self._arena_bytes = arena_bytes
         self._providers = tuple(providers)
         self._strict = strict_providers
-        self.weights_feed = aligned_zeros(mask.n_survivors)
-        self.feeds: dict[str, NDArray[Any]] = {
-            "w": self.weights_feed,
-            "index": np.ascontiguousarray(mask.index(), dtype=np.int32),
-            "counts": np.ascontiguousarray(mask.counts(), dtype=np.int64),
-        }
+        self.feeds = WeightFeeds(mask, artifact.manifest.seed)
+        self.weights_feed = self.feeds.survivors
         self._graph: BoundGraph | None = None
         self._variant = chosen_variant(self, layout)
         self._variant_required = layout == "blocked"
@@ -249,7 +245,7 @@ class Engine:
     def _without_mask(self, layout: LayoutChoice) -> Engine:
         """The same engine without a mask, for known answers; what this one had loaded is closed."""
         self.close()
-        extra = 8 * (self.artifact.manifest.layout.size - self.n_survivors)
+        extra = 8 * (self.artifact.manifest.layout.size - self.feeds.n_fed)
         dense = Engine(
             self.artifact,
             Mask.dense(self.artifact.manifest.layout),
@@ -312,7 +308,7 @@ class Engine:
 
     def fits(self, variant: GraphVariant) -> bool:
         """Whether the tensors of ``variant`` fit under ``arena_bytes``."""
-        sizes = (self.n_survivors, self.micro_batch, self.threads)
+        sizes = (self.feeds.n_fed, self.micro_batch, self.threads)
         needed = arena_bytes_of(self.artifact.manifest, (variant.file.name,), *sizes)
         return self._arena_bytes is None or needed <= self._arena_bytes
 
@@ -335,9 +331,11 @@ class Engine:
         manifest = self.artifact.manifest
         session = self.open_session(variant.file.name if variant else name)
         if variant is None:
-            return BoundGraph(name, session, self.feeds, manifest.n_moments)
-        weights = BlockedWeights.of_session(session, manifest.layout, self.mask, variant.queries)
-        return BoundGraph(name, session, self.feeds, manifest.n_moments, weights, variant.queries)
+            return BoundGraph(name, session, self.feeds.inputs, manifest.n_moments)
+        weights = BlockedWeights.of_session(
+            session, manifest.layout, self.mask, variant.queries, filled=self.feeds.filled
+        )
+        return BoundGraph(name, session, self.feeds.inputs, manifest.n_moments, weights, variant.queries)
 
     def loss_sums(self, graph: BoundGraph, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
         """Sums over a batch under the weights that ``graph`` holds: ``float64[]``, or ``float64[queries]``."""
@@ -373,14 +371,11 @@ class Engine:
         return out
 
     def _set_weights(self, graph: BoundGraph, weights: NDArray[np.float32]) -> None:
-        if weights.shape != self.weights_feed.shape or weights.dtype != np.float32:
-            raise ArtifactError(
-                f"weights are {weights.dtype}{list(weights.shape)}, this mask needs float32[{self.n_survivors}]"
-            )
+        self.feeds.check(weights)
         if graph.blocked is not None:
             graph.blocked.write(weights)
-        elif weights is not self.weights_feed:
-            np.copyto(self.weights_feed, weights)
+        else:
+            self.feeds.write(weights)
 
     def checked_batch(self, x: NDArray[Any], y: NDArray[Any] | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """A batch as the graphs take it; copied only if it has another type or order in memory.

@@ -29,6 +29,7 @@ from typing import Final
 
 from ..protocol.errors import ConfigError, MemoryBudgetError
 from ..protocol.manifest import Manifest
+from .weight_feeds import fed_bytes
 
 __all__ = [
     "PROCESS_FLOOR_MIB",
@@ -142,6 +143,7 @@ def plan(
     micro_batch: int | None = None,
     threads: int = 1,
     dataset_bytes: int = 0,
+    n_fed: int | None = None,
 ) -> MemoryPlan:
     """Choose the micro-batch and plan the peak of one phase.
 
@@ -159,6 +161,7 @@ def plan(
         micro_batch: Fixed by the user; ``None`` to choose.
         threads: Threads within an operator.
         dataset_bytes: Resident samples, see :attr:`~.data.Dataset.resident_bytes`.
+        n_fed: Weights that the graphs read, if they are more than the survivors: removed ones that are not 0.
 
     Raises:
         MemoryBudgetError: Not even one sample a run fits, or the fixed micro-batch does not.
@@ -172,7 +175,9 @@ def plan(
     powers = [32, 16, 8, 4, 2, 1]
     candidates = sorted({size for size in (batch, *powers) if size <= min(batch, _LARGEST_MICRO_BATCH)}, reverse=True)
     plans = {
-        size: _planned(manifest, n_survivors, budget_mib, graphs, batch, size, threads, dataset_bytes)
+        size: _planned(
+            manifest, (n_survivors, n_fed or n_survivors), budget_mib, graphs, batch, size, threads, dataset_bytes
+        )
         for size in (*candidates, *([] if micro_batch is None else [micro_batch]))
     }
     fitting = [size for size in candidates if plans[size].fits]
@@ -202,7 +207,7 @@ def plan(
 
 def _planned(
     manifest: Manifest,
-    n_survivors: int,
+    sizes: tuple[int, int],
     budget_mib: float,
     graphs: Sequence[str],
     batch: int,
@@ -210,14 +215,18 @@ def _planned(
     threads: int,
     dataset_bytes: int,
 ) -> MemoryPlan:
-    tensors, spare = _arena(manifest, graphs, n_survivors, min(micro_batch, batch), threads)
+    n_survivors, n_fed = sizes
+    tensors, spare = _arena(manifest, graphs, n_fed, min(micro_batch, batch), threads)
     variants = [variant for variant in manifest.variants if variant.file.name in graphs]
     files = [*manifest.graphs, *(variant.file for variant in variants)]
     graph_bytes = max(file.size for file in files if file.name in graphs)
     feeds = _batch_bytes(manifest, batch)
     if variants:
         # The weight tensors of a variant, the place of each survivor there, and the weights of several queries.
-        feeds += max(v.weight_bytes + (8 if v.queries == 1 else 12) * v.queries * n_survivors for v in variants)
+        filling = 12 * n_fed if n_fed != n_survivors else 0  # places and values, while the tensors are made
+        feeds += max(
+            v.weight_bytes + v.queries * ((8 if v.queries == 1 else 12) * n_survivors + filling) for v in variants
+        )
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
     else:
@@ -226,7 +235,7 @@ def _planned(
     # The known answer is computed before all that, on the dense initial weights.
     feeds += max(0, math.ceil(_golden_bytes(manifest, micro_batch, threads) - feeds - tensors - spare))
     # The engine's weights and indices, and the caller's weights.
-    feeds += 12 * n_survivors + 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
+    feeds += fed_bytes(n_survivors, n_fed) + 4 * n_survivors + 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
     # While a graph is loaded there is more code and there are no tensors.
     code_mib = max(RUNNING_CODE_MIB, LOADING_CODE_MIB - (tensors + spare) / _MIB)
     return MemoryPlan(

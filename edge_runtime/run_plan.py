@@ -69,6 +69,7 @@ def plan_run(
             micro_batch=micro_batch,
             threads=limits.threads,
             dataset_bytes=resident_bytes,
+            n_fed=layout.size if settings.fill == "init" else None,
         )
 
     survivors = layout.size - round(settings.sparsity * layout.maskable_size)

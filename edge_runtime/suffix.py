@@ -79,6 +79,7 @@ class Suffix:
         """
         if weights is not self.weights_feed:
             np.copyto(self.weights_feed, weights)
+        self._weights.show_behind()
         total = 0.0
         for binding in self._bindings:
             run_bound(self._session, binding, "suffix.onnx")

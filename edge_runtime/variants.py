@@ -79,7 +79,8 @@ def matching_variant(manifest: Manifest, graph: str) -> GraphVariant | None:
 class BlockedWeights:
     """Every weight tensor of a variant, in one buffer that the graph reads in place.
 
-    Entries that the mask removed, and padding, are zeros for good; survivors are written straight to their places.
+    Entries that the mask removed are what they are for good, padding is 0; survivors are written straight to their
+    places.
 
     Args:
         inputs: Inputs of the graph by name; those that are no parameters are left out.
@@ -87,6 +88,7 @@ class BlockedWeights:
         layout: Of the artifact.
         mask: Which entries survive.
         queries: Sets of weights, see :mod:`fedzo.protocol.query_layout`.
+        filled: ``float32[layout.size]``, what removed entries are; None for zeros.
 
     Raises:
         ArtifactError: An input has not the size that its parameter needs, or a parameter has no input.
@@ -102,6 +104,7 @@ class BlockedWeights:
         layout: Layout,
         mask: Mask,
         queries: int = 1,
+        filled: NDArray[np.float32] | None = None,
     ) -> None:
         joint = {p.name for p in layout.parameters if queries > 1 and p.name in inputs}
         tensors = query_layout(layout, queries, joint)
@@ -118,28 +121,44 @@ class BlockedWeights:
             shapes[tensor.name], starts[tensor.name] = shape, total
             total += -(-math.prod(shape) * 4 // CACHE_LINE) * CACHE_LINE // 4
         self._buffer = aligned_zeros(total)
-        self._places = np.empty(queries * mask.n_survivors, np.intp)
-        index, done = mask.index(), 0
         sizes = {tensor.name: tensor.shape for tensor in tensors.parameters}
-        for parameter, count in zip(layout.parameters, mask.counts().tolist(), strict=True):
-            for query in range(queries):
-                name, part = parameter.name, index[done : done + count]
-                if name in joint:
-                    part = part + np.int32(query * parameter.size)
-                elif queries > 1:
-                    name = query_name(name, query)
-                if name in rules:
-                    part = rules[name].positions(sizes[name], part)
-                first = query * mask.n_survivors + done
-                np.add(part, starts[name], out=self._places[first : first + count], casting="unsafe")
-            done += count
+
+        def places(mask: Mask) -> NDArray[np.intp]:
+            """Where the kept entries of every query lie in the buffer."""
+            out = np.empty(queries * mask.n_survivors, np.intp)
+            index, done = mask.index(), 0
+            for parameter, count in zip(layout.parameters, mask.counts().tolist(), strict=True):
+                for query in range(queries):
+                    name, part = parameter.name, index[done : done + count]
+                    if name in joint:
+                        part = part + np.int32(query * parameter.size)
+                    elif queries > 1:
+                        name = query_name(name, query)
+                    if name in rules:
+                        part = rules[name].positions(sizes[name], part)
+                    first = query * mask.n_survivors + done
+                    np.add(part, starts[name], out=out[first : first + count], casting="unsafe")
+                done += count
+            return out
+
+        if filled is not None:
+            self._buffer[places(Mask.dense(layout))] = np.tile(filled, queries)
+        self._places = places(mask)
         self.feeds: dict[str, NDArray[np.float32]] = {
             name: self._buffer[start : start + math.prod(shapes[name])].reshape(shapes[name])
             for name, start in starts.items()
         }
 
     @classmethod
-    def of_session(cls, session: Any, layout: Layout, mask: Mask, queries: int = 1) -> BlockedWeights:
+    def of_session(
+        cls,
+        session: Any,
+        layout: Layout,
+        mask: Mask,
+        queries: int = 1,
+        *,
+        filled: NDArray[np.float32] | None = None,
+    ) -> BlockedWeights:
         """For a loaded variant.
 
         Raises:
@@ -147,7 +166,7 @@ class BlockedWeights:
         """
         properties = session.get_modelmeta().custom_metadata_map
         shapes = {value.name: value.shape for value in session.get_inputs()}
-        return cls(shapes, properties.get(PLACEMENTS_KEY, ""), layout, mask, queries)
+        return cls(shapes, properties.get(PLACEMENTS_KEY, ""), layout, mask, queries, filled)
 
     def write(self, weights: NDArray[np.float32]) -> None:
         """Put ``weights``, contiguous, into the tensors.

@@ -1,6 +1,7 @@
 """The last step of a run: a plain inference model with the trained weights inside.
 
-It needs nothing of fedzo: one input ``x``, one output, weights as constants with zeros where the mask pruned.
+It needs nothing of fedzo: one input ``x``, one output, weights as constants. What the mask removed is 0, or its initial
+value if the run trained that way.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class DeployReport:
         sha256: Its hash, 32 bytes.
         output: Whether it yields logits or probabilities.
         parameters: Trainable entries of the dense model.
-        nonzero: Survivors among them that are not zero.
+        nonzero: How many of them are not zero.
         largest_difference: Between the outputs of the model and those of the artifact's ``predict.onnx`` with the
             same weights, on the golden batch; the model ran as onnxruntime runs it by default.
         tolerance: What the difference was compared with.
@@ -107,8 +108,7 @@ def deploy(
         raise ConfigError(f"{out} exists", hint="choose another file, or give --overwrite")
 
     predict = _read_predict(artifact_dir, manifest)
-    dense = np.zeros(manifest.layout.size, np.float32)
-    dense[mask.survivors()] = weights
+    dense = mask.filled(weights, manifest.seed)
     model = Sequential([FoldWeights(manifest.layout, dense), FoldConstants()])(predict).model
     if output == "softmax":
         _append_softmax(model, manifest.n_classes)
@@ -126,7 +126,7 @@ def deploy(
     helper.set_model_props(model, dict(sorted(properties.items())))
     onnx.checker.check_model(model, full_check=True)
     data = bytes(model.SerializeToString(deterministic=True))
-    difference, tolerance = _compare(data, predict, manifest, mask, weights, output)
+    difference, tolerance = _compare(data, predict, manifest, dense, output)
     if not difference <= tolerance:
         raise ArtifactError(
             f"the model differs from the artifact by {difference:.3g}, the tolerance is {tolerance:.3g}",
@@ -139,7 +139,7 @@ def deploy(
         sha256=hashlib.sha256(data).digest(),
         output=output,
         parameters=manifest.layout.size,
-        nonzero=int(np.count_nonzero(weights)),
+        nonzero=int(np.count_nonzero(dense)),
         largest_difference=difference,
         tolerance=tolerance,
     )
@@ -163,12 +163,13 @@ def _append_softmax(model: ModelProto, n_classes: int) -> None:
 
 
 def _compare(
-    data: bytes, predict: ModelProto, manifest: Manifest, mask: Mask, weights: NDArray[np.float32], output: str
+    data: bytes, predict: ModelProto, manifest: Manifest, weights: NDArray[np.float32], output: str
 ) -> tuple[float, float]:
     """Largest difference of the outputs on the golden batch, and the largest allowed one."""
     golden = manifest.golden
     x, _ = golden_batch(manifest.input_shape, manifest.n_classes, golden.seed, golden.batch)
-    feeds: dict[str, NDArray[np.generic]] = {"w": weights, "index": mask.index(), "counts": mask.counts(), "x": x}
+    every = Mask.dense(manifest.layout)
+    feeds: dict[str, NDArray[np.generic]] = {"w": weights, "index": every.index(), "counts": every.counts(), "x": x}
     expected = run_graph(predict, feeds)["logits"].astype(np.float64)
     if output == "softmax":
         expected = np.exp(expected - expected.max(axis=1, keepdims=True))

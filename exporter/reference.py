@@ -18,7 +18,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 from .models.resnet import GROUPS
 
-__all__ = ["exact_scores", "forward", "network"]
+__all__ = ["exact_kernel_scores", "exact_scores", "forward", "network"]
 
 Parameters = Mapping[str, Tensor]
 
@@ -125,3 +125,44 @@ def exact_scores(
     with torch.no_grad():
         scores = [(value**2 * square / len(inputs)).reshape(-1) for value, square in zip(leaves, squares, strict=True)]
     return np.asarray(torch.cat(scores).numpy(), np.float64)
+
+
+def exact_kernel_scores(
+    model: str, layout: Layout, weights: NDArray[np.float32], x: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """NTK-SAP's score without its random perturbation: ``|2 G_j + theta_j dTr/dtheta_j|`` of every maskable weight.
+
+    ``G_j = mean_x sum_c (df_c / dtheta_j)**2`` and ``Tr`` is its sum over the maskable weights: the derivative of
+    ``E||f((theta + d) m) - f(theta m)||**2`` for a small ``d`` (arXiv 2304.02840, Eq. 7) with respect to the mask ``m``.
+    Two backward passes a sample and class, in double precision.
+
+    Args:
+        model: Name of a built-in model.
+        layout: Its parameters.
+        weights: ``float32[layout.size]``, dense.
+        x: ``float32[batch, *input_shape]``.
+
+    Returns:
+        ``float64[layout.size]``, owned by the caller; 0 where nothing is maskable.
+    """
+    logits_of = network(model)
+    parameters = _split(layout, weights, torch.float64)
+    leaves = [parameters[p.name].requires_grad_() for p in layout.parameters if p.maskable]
+    squares = [torch.zeros_like(value) for value in leaves]
+    slopes = [torch.zeros_like(value) for value in leaves]
+    for sample in torch.from_numpy(x).double():
+        for output in logits_of(parameters, sample[None])[0]:
+            gradients = torch.autograd.grad(output, leaves, create_graph=True)
+            trace = sum(((gradient**2).sum() for gradient in gradients), torch.zeros(()))
+            for square, gradient in zip(squares, gradients, strict=True):
+                square.addcmul_(gradient.detach(), gradient.detach())
+            for slope, second in zip(slopes, torch.autograd.grad(trace, leaves, retain_graph=True), strict=True):
+                slope.add_(second)
+    scores = np.zeros(layout.size, np.float64)
+    found = iter(zip(leaves, squares, slopes, strict=True))
+    for position, parameter in enumerate(layout.parameters):
+        if parameter.maskable:
+            value, square, slope = next(found)
+            exact = (2.0 * square + value.detach() * slope).abs() / len(x)
+            scores[layout.slice_of(position)] = exact.numpy().ravel()
+    return scores

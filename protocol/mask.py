@@ -7,14 +7,18 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArtifactError, ConfigError, ProtocolError
-from .layout import Layout
+from .layout import Layout, initial_weights
 
-__all__ = ["Mask", "threshold"]
+__all__ = ["Fill", "Mask", "threshold"]
+
+Fill = Literal["zero", "init"]
+"""What a removed weight is: 0, or its initial value for good, so that the network stays dense and trains sparsely."""
 
 _HEADER = struct.Struct("<4sI16s")
 _MAGIC = b"FZM1"
@@ -29,6 +33,7 @@ class Mask:
     Attributes:
         layout: The flat vector.
         kept: ``bool[layout.size]``, copied at construction and read-only.
+        fill: What the removed entries are. It does not travel with the mask: the run's settings say it.
 
     Raises:
         ArtifactError: ``kept`` has the wrong shape or type, removes an entry that is not maskable, or leaves a
@@ -37,6 +42,7 @@ class Mask:
 
     layout: Layout
     kept: NDArray[np.bool_]
+    fill: Fill = "zero"
 
     def __post_init__(self) -> None:
         kept = np.array(self.kept, copy=True)
@@ -85,6 +91,23 @@ class Mask:
         slices = (self.layout.slice_of(k) for k in range(len(self.layout.parameters)))
         return np.array([np.count_nonzero(self.kept[s]) for s in slices], dtype=np.int64)
 
+    def filled(self, weights: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
+        """The dense vector that the network computes with.
+
+        Args:
+            weights: ``float32[n_survivors]``.
+            seed: Of the initial weights, from the manifest.
+
+        Returns:
+            ``float32[layout.size]``, owned by the caller.
+        """
+        if self.fill == "init":
+            dense = initial_weights(self.layout, seed)
+        else:
+            dense = np.zeros(self.layout.size, dtype=np.float32)
+        dense[self.kept] = weights
+        return dense
+
     def _packed(self) -> bytes:
         return np.packbits(self.kept, bitorder="little").tobytes()
 
@@ -96,7 +119,7 @@ class Mask:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
-        return self.layout == other.layout and self.digest == other.digest
+        return (self.layout, self.fill, self.digest) == (other.layout, other.fill, other.digest)
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -111,7 +134,7 @@ class Mask:
         return header + zlib.compress(self._packed(), 9)
 
     @classmethod
-    def decode(cls, data: bytes, layout: Layout) -> Mask:
+    def decode(cls, data: bytes, layout: Layout, fill: Fill = "zero") -> Mask:
         """Inverse of :meth:`encode`. Never inflates more than the layout needs, whatever ``data`` says.
 
         Raises:
@@ -136,7 +159,7 @@ class Mask:
         if bits[layout.size :].any():
             raise ProtocolError("the mask's padding bits are not zero")
         try:
-            return cls(layout, bits[: layout.size].astype(np.bool_))
+            return cls(layout, bits[: layout.size].astype(np.bool_), fill)
         except ArtifactError as error:
             raise ProtocolError(error.message, hint=error.hint) from None
 

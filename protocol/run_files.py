@@ -9,6 +9,7 @@ from .device_events import BlobFound, DeviceCommand
 from .documents import Announcement, RunDocument
 from .errors import ProtocolError
 from .graph_files import GraphFile
+from .layer_densities import read_mask
 from .layout import Layout
 from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
@@ -25,7 +26,7 @@ def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile,
         ArtifactError: The artifact lacks one.
     """
     names = ["probe.onnx", "predict.onnx"]
-    if settings.sparsity > 0:
+    if settings.sparsity > 0 and settings.saliency.is_federated:
         names += [graph.name for graph in manifest.graphs if graph.name in ("saliency.onnx", "moments.onnx")]
     if settings.training.estimator == "split":
         names += CUT_GRAPHS
@@ -108,10 +109,11 @@ class RunFiles:
         if not head.mask_sha256:
             return Mask.dense(layout)
         if self._wanted_mask != head.mask_sha256:
-            largest = layout.size // 7 + 1024  # one bit an entry, and what zlib adds when it gains nothing
+            # One bit an entry and what zlib adds when it gains nothing, or a number a layer.
+            largest = layout.size // 7 + 4 * len(layout.parameters) + 1024
             if head.mask_size > largest:
                 raise ProtocolError(f"the announced mask of {head.mask_size} bytes is over the limit of {largest}")
             self._wanted_mask, self._mask_data = head.mask_sha256, b""
         if not self._mask_data:
             return self._blobs.fetch(bytes.fromhex(head.mask_sha256), head.mask_size, now, read=True)
-        return Mask.decode(self._mask_data, layout)
+        return read_mask(self._mask_data, layout, self._run.settings.fill)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from .directions import random_signs
 from .errors import ArtifactError, ProtocolError
-from .manifest import Manifest
+from .manifest import Manifest, UnitLayer
 from .quantiles import gaussian_table
 from .streams import Purpose, uint16s
 
-__all__ = ["diagonal_scores", "gaussian_inputs", "layer_draw"]
+__all__ = ["diagonal_scores", "gaussian_inputs", "kernel_scores", "layer_draw"]
 
 
 def gaussian_inputs(manifest: Manifest, seed: int, round_: int, index: int, samples: int) -> NDArray[np.float32]:
@@ -87,9 +87,7 @@ def diagonal_scores(
         ArtifactError: A maskable parameter is in no unit layer.
     """
     layout = manifest.layout
-    _check("weights", np.square(weights, dtype=np.float64), layout.size)
-    _check("sensitivities", sensitivities, manifest.n_units)
-    _check("moments", moments, manifest.n_moments)
+    _check_measured(manifest, weights, sensitivities, moments)
     if layer_totals is not None:
         _check("layer totals", layer_totals, len(manifest.units))
     uncovered = {p.name for p in layout.parameters if p.maskable} - {unit.parameter for unit in manifest.units}
@@ -100,21 +98,88 @@ def diagonal_scores(
     for number, unit in enumerate(manifest.units):
         part = layout.slice_of(layout.position_of(unit.parameter))
         # In float64, as squares of small weights times small moments would underflow float32.
-        theta = weights[part].astype(np.float64).reshape(unit.groups, unit.n_units // unit.groups, -1)
-        sensitivity = sensitivities[unit.shift_offset : unit.shift_offset + unit.n_units].astype(np.float64)
-        if unit.is_output:
-            sensitivity = np.ones_like(sensitivity)
-        moment = moments[unit.moment_offset : unit.moment_offset + unit.n_moments].astype(np.float64)
+        theta = weights[part].astype(np.float64)
         layer = np.multiply(theta, theta)
-        np.multiply(layer, sensitivity.reshape(unit.groups, -1, 1), out=layer)
-        np.multiply(layer, moment.reshape(unit.groups, 1, -1), out=layer)
+        np.multiply(layer, _derivatives(unit, sensitivities, moments), out=layer)
         if layer_totals is not None:
             total = math.fsum(layer.ravel().tolist())
             if total > 0.0:
                 np.multiply(layer, float(layer_totals[number]) / total, out=layer)
         np.minimum(layer, float(np.finfo(np.float32).max), out=layer)
-        scores[part] = layer.ravel()
+        scores[part] = layer
     return scores
+
+
+def kernel_scores(
+    manifest: Manifest,
+    weights: NDArray[np.float32],
+    sensitivities: NDArray[np.float32],
+    moments: NDArray[np.float32],
+    kept: NDArray[np.bool_],
+) -> NDArray[np.float32]:
+    """NTK-SAP's score: how fast the kernel's trace changes when a weight's mask entry does, from the same passes.
+
+    For small perturbations that is ``|2 G_j + theta_j dTr/dtheta_j|`` with ``G_j = E||df/dtheta_j||**2`` and ``Tr`` the
+    sum of ``G`` over the survivors. In a chain of layers and ReLUs without offsets the logits are proportional to the
+    weights of every layer, so over layer ``l`` the second term sums to twice the trace of all other layers (Euler's
+    identity). This sum is shared out like ``theta**2 G``. The identity does not hold where a normalisation follows a
+    layer or branches run in parallel.
+
+    Args:
+        manifest: Gives the layers.
+        weights: ``float32[layout.size]``, dense; a weight that is already removed is 0.
+        sensitivities: See :func:`diagonal_scores`.
+        moments: See :func:`diagonal_scores`.
+        kept: ``bool[layout.size]``, the survivors; all others score 0.
+
+    Returns:
+        ``float32[layout.size]``, owned by the caller; 0 outside the layers of ``manifest.units``.
+
+    Raises:
+        ProtocolError: See :func:`diagonal_scores`.
+    """
+    layout = manifest.layout
+    _check_measured(manifest, weights, sensitivities, moments)
+    parts = [layout.slice_of(layout.position_of(unit.parameter)) for unit in manifest.units]
+    derivatives = [
+        np.where(kept[part], _derivatives(unit, sensitivities, moments), 0.0)
+        for unit, part in zip(manifest.units, parts, strict=True)
+    ]
+    traces = [math.fsum(values.tolist()) for values in derivatives]
+    trace = math.fsum(traces)
+    scores = np.zeros(layout.size, dtype=np.float32)
+    for part, values, own in zip(parts, derivatives, traces, strict=True):
+        shares = np.square(weights[part], dtype=np.float64) * values
+        total = math.fsum(shares.tolist())
+        if total > 0.0:
+            np.multiply(shares, (trace - own) / total, out=shares)
+        np.add(shares, values, out=shares)
+        np.multiply(shares, 2.0, out=shares)
+        scores[part] = np.minimum(shares, float(np.finfo(np.float32).max))
+    return scores
+
+
+def _derivatives(
+    unit: UnitLayer, sensitivities: NDArray[np.float32], moments: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """``E||df/dtheta||**2`` of a layer's weights, as the product of its parts: ``float64[size of the weight]``."""
+    sensitivity = sensitivities[unit.shift_offset : unit.shift_offset + unit.n_units].astype(np.float64)
+    if unit.is_output:
+        sensitivity = np.ones_like(sensitivity)
+    moment = moments[unit.moment_offset : unit.moment_offset + unit.n_moments].astype(np.float64)
+    product: NDArray[np.float64] = sensitivity.reshape(unit.groups, -1, 1) * moment.reshape(unit.groups, 1, -1)
+    return product.ravel()
+
+
+def _check_measured(
+    manifest: Manifest,
+    weights: NDArray[np.float32],
+    sensitivities: NDArray[np.float32],
+    moments: NDArray[np.float32],
+) -> None:
+    _check("weights", np.square(weights, dtype=np.float64), manifest.layout.size)
+    _check("sensitivities", sensitivities, manifest.n_units)
+    _check("moments", moments, manifest.n_moments)
 
 
 def _check(name: str, values: NDArray[np.float32] | NDArray[np.float64], size: int) -> None:
