@@ -5,19 +5,12 @@ Commands are carried out one after another, in the order in which they were give
 
 from __future__ import annotations
 
-import errno
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..protocol.blocks import blocks_of
 from ..protocol.device_events import (
     Compute,
     Computed,
@@ -31,52 +24,24 @@ from ..protocol.device_events import (
     Prepared,
     Task,
 )
-from ..protocol.documents import RunDocument
-from ..protocol.errors import DataError, FedzoError, MemoryBudgetError, ProtocolError
+from ..protocol.errors import FedzoError
 from ..protocol.messages import Decline, ReportKind
 from ..protocol.run_files import needed_graphs
-from ..protocol.saliency import gaussian_inputs
 from .artifact import Artifact, BlobStore
-from .block_estimators import BlockEstimator, ProbeRequest, make_estimator
-from .data import Dataset, batch_indices
-from .engine import Engine, NonFiniteLossError
+from .data import Dataset
+from .engine import Engine
 from .estimators import Cancelled
 from .fence import Fence
 from .memory import MemoryPlan, peak_rss_mib
 from .ort import release_arena, runtime
 from .providers import CPU
-from .residual_file import Residual, ResidualFile, residual_key
+from .residual_file import Residual, ResidualFile
+from .round_work import Measured, RoundWork, as_over_budget, decline_of
 from .run_plan import Limits, plan_run
-from .saliency import UnitShiftScorer
 
 __all__ = ["Limits", "Worker"]
 
 _log = logging.getLogger(__name__)
-
-
-class NoSamplesError(DataError):
-    """The task needs samples that this device does not hold."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """The good end of a task."""
-
-    blocks: tuple[NDArray[np.float32], ...]
-    samples: int
-    mean_loss: float
-    queries: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """What tasks are computed with."""
-
-    run: RunDocument
-    engine: Engine
-    estimator: BlockEstimator
-    residual_key: bytes
-    scorer: UnitShiftScorer
 
 
 class Worker:
@@ -114,7 +79,7 @@ class Worker:
         # Of the thread alone:
         self._fence = Fence()
         self._dataset: tuple[tuple[int, ...], int, Dataset] | None = None
-        self._prepared: _Prepared | None = None
+        self._work: RoundWork | None = None
         self._residual: Residual | None = None
         self._arena_bytes = 0
         self._is_lowered = False
@@ -162,7 +127,7 @@ class Worker:
 
     def _failure(self, command: Plan | Prepare, error: Exception) -> DeviceEvent:
         """The answer to what failed; an engine that needs too much memory may still fit with a smaller micro-batch."""
-        run, over = command.run.run, _as_over_budget(error)
+        run, over = command.run.run, as_over_budget(error)
         if over is not None and isinstance(command, Prepare):
             release_arena()
             return OverBudget(run, over.message)
@@ -174,9 +139,9 @@ class Worker:
         return Failed(FedzoError(f"unexpected {type(error).__name__}: {error}"), run)
 
     def _release(self) -> None:
-        if self._prepared is not None:
-            self._prepared.engine.close()
-            self._prepared = None
+        if self._work is not None:
+            self._work.engine.close()
+            self._work = None
 
     def _data(self, input_shape: tuple[int, ...], n_classes: int) -> Dataset:
         if self._dataset is None or self._dataset[:2] != (input_shape, n_classes):
@@ -228,14 +193,9 @@ class Worker:
         if artifact.digest not in self._tested:
             engine.check_golden()
             self._tested.add(artifact.digest)
-        training, saliency, seed = run.training, run.saliency, run.settings.seed
-        # Directions of its own: those of the machine's replica cache rows and belong to the other thread.
-        estimator = make_estimator(training, blocks_of(training, manifest, command.mask), seed)
-        key = residual_key(run, command.mask_sha256)
-        if self._residual is None or self._residual.key != key:
-            self._residual = self._residuals.load(key) if self._residuals is not None else None
-        scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
-        self._prepared = _Prepared(run, engine, estimator, key, scorer)
+        self._work = RoundWork(run, engine, command.mask_sha256)
+        if self._residual is None or self._residual.key != self._work.key:
+            self._residual = self._residuals.load(self._work.key) if self._residuals is not None else None
         return Prepared(run.run, command.mask_sha256)
 
     def _outcome(self, task: Task) -> Outcome | None:
@@ -245,22 +205,12 @@ class Worker:
             measured = self._measure(task)
         except Cancelled:
             return None
-        except NonFiniteLossError as error:
-            decline, detail = Decline.NON_FINITE, error.message
-        except NoSamplesError as error:
-            decline, detail = Decline.NO_DATA, error.message
         except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
-            over = _as_over_budget(error)
-            if over is not None:
-                decline, detail = Decline.OVER_BUDGET, over.message
-                if self._prepared is not None:
-                    self._prepared.engine.close()
+            decline, detail = decline_of(error, task.round)
+            if decline is Decline.OVER_BUDGET:
+                if self._work is not None:
+                    self._work.engine.close()
                 release_arena()  # also of a graph that no engine holds
-            elif isinstance(error, FedzoError):
-                detail = error.message
-            else:
-                _log.exception("round %d failed", task.round)
-                detail = f"unexpected {type(error).__name__}: {error}"
         elapsed_ms = min(round(1e3 * (time.monotonic() - started)), 0xFFFFFFFF)
         peak_rss_kib = round(1024 * peak_rss_mib())
         if measured is None:
@@ -269,77 +219,20 @@ class Worker:
             measured.blocks, measured.samples, measured.mean_loss, measured.queries, elapsed_ms, peak_rss_kib
         )
 
-    def _measure(self, task: Task) -> _Measured:
+    def _measure(self, task: Task) -> Measured:
         def cancelled() -> bool:
             return task.number <= self._cancelled
 
-        prepared = self._prepared
+        work = self._work
         if cancelled():
             raise Cancelled(f"round {task.round} was cancelled")
-        if prepared is None or self._dataset is None:
+        if work is None or self._dataset is None:
             raise FedzoError(f"round {task.round} has no engine")
-        dataset = self._dataset[2]
-        if task.kind is ReportKind.SALIENCY:
-            return self._score(prepared, task, dataset, cancelled)
+        result = work.measure(task, self._dataset[2], self._residual, cancelled)
         if task.kind is ReportKind.PROBE:
-            return self._probe(prepared, task, dataset, cancelled)
-        return self._evaluate(prepared, task, dataset, cancelled)
-
-    def _score(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
-        settings, seed = prepared.run.saliency, prepared.run.settings.seed
-        if settings.inputs == "data":
-            x = dataset.train.batch(
-                batch_indices(seed, task.round, task.ordinal, len(dataset.train), settings.samples)
-            ).x
-        else:
-            x = gaussian_inputs(prepared.engine.artifact.manifest, seed, task.round, task.ordinal, settings.samples)
-        result = prepared.scorer.score(prepared.engine, task.weights, x, task.round, cancelled)
-        return _Measured(result.blocks, len(x), 0.0, result.passes)
-
-    def _probe(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
-        settings, train = prepared.run.training, dataset.train
-        seed = prepared.run.settings.seed
-        batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
-        before = self._restored(prepared, task.round)
-        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions)
-        result = prepared.estimator.probe(prepared.engine, request, cancelled)
-        self.layout = prepared.engine.layout
-        if after := prepared.estimator.state():
-            self._residual = Residual(prepared.residual_key, task.round, before, after)
+            self.layout = work.engine.layout
+        if result.residual is not None:
+            self._residual = result.residual
             if self._residuals is not None:
                 self._residuals.save(self._residual)
-        return _Measured(result.blocks, len(batch), result.mean_loss, result.queries)
-
-    def _restored(self, prepared: _Prepared, round_: int) -> bytes:
-        """Put the estimator into the state from which a round is measured, also when it is measured again."""
-        if self._residual is not None and (state := self._residual.state_for(round_)):
-            try:
-                prepared.estimator.restore(state)
-            except ProtocolError as error:
-                _log.warning("what had not been sent is dropped: %s", error.message)
-                self._residual = None
-        return prepared.estimator.state()
-
-    def _evaluate(self, prepared: _Prepared, task: Task, dataset: Dataset, cancelled: Callable[[], bool]) -> _Measured:
-        if len(dataset.test) == 0:
-            raise NoSamplesError("this device holds no samples out", hint="start it with --holdout 0.2")
-        engine, loss_sum, correct, count, queries = prepared.engine, 0.0, 0, 0, 0
-        for batch in dataset.test.batches(engine.micro_batch):
-            if cancelled():
-                raise Cancelled(f"the evaluation of round {task.round} was cancelled")
-            part = engine.evaluate(task.weights, batch.x, batch.y)
-            loss_sum, correct, count, queries = loss_sum + part[0], correct + part[1], count + part[2], queries + 1
-        with np.errstate(over="ignore"):
-            block = np.array([loss_sum, correct, count], dtype=np.float32)
-        if not math.isfinite(float(block[0])):
-            raise NonFiniteLossError(f"the loss of {count} samples is {loss_sum}: the weights have diverged")
-        return _Measured((block,), count, loss_sum / count, queries)
-
-
-def _as_over_budget(error: Exception) -> MemoryBudgetError | None:
-    """The error, if it says that memory ran out: under the arena's limit, the address space's, or the machine's."""
-    if isinstance(error, MemoryBudgetError):
-        return error
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-        return MemoryBudgetError(f"no memory left: {error}".rstrip(": "))
-    return None
+        return result

@@ -283,11 +283,11 @@ def test_a_variant_is_asked_for_and_used_when_its_file_was_fetched(
         desk.store.put((artifact / variant.file.name).read_bytes(), expected=variant.file.sha256)
     desk.ask(Prepare(run, manifest, mask, "ab"), Prepared)
     assert desk.worker.layout == ""
-    assert desk.worker._prepared is not None
+    assert desk.worker._work is not None
     outcome = desk.compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask)))
     assert outcome is not None
     assert outcome.decline is Decline.NONE
-    assert desk.worker._prepared.engine.layout == desk.worker.layout == layout
+    assert desk.worker._work.engine.layout == desk.worker.layout == layout
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_tensors_over_the_cap_are_declined(
     desk: Desk, run: RunDocument, manifest: Manifest, mask: Mask, kind: ReportKind
 ) -> None:
     desk.ready(run, manifest, mask)
-    engine = desk.worker._prepared.engine  # type: ignore[union-attr]
+    engine = desk.worker._work.engine  # type: ignore[union-attr]
     engine.close()
     full, engine._arena_bytes = engine._arena_bytes, 100_000
     outcome = desk.compute(desk.task(kind, weights_of(manifest, mask)))
