@@ -122,8 +122,8 @@ def test_a_plan_keeps_to_the_servers_limit(
     assert desk.worker._arena_bytes == arena_bytes
     assert planned.files == (free.files if micro_batch == 8 else ())
     desk.ask(Prepare(run, manifest, Mask.dense(manifest.layout), ""), Prepared)
-    assert desk.worker._prepared is not None
-    assert desk.worker._prepared.engine.micro_batch == micro_batch
+    assert desk.worker._work is not None
+    assert desk.worker._work.engine.micro_batch == micro_batch
     outcome = desk.probe(manifest)
     assert (outcome.decline, outcome.samples) == (Decline.NONE, BATCH)
     assert desk.worker.layout == ("portable" if micro_batch < 8 or not free.files else "blocked")
