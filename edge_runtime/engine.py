@@ -24,7 +24,7 @@ from .known_answer import golden_difference, wrong_answer
 from .layout_choice import LayoutChoice, chosen_variant
 from .loss import NonFiniteLossError, mean_loss, scored
 from .memory import arena_bytes_of
-from .ort import CPU, open_session, release_arena
+from .ort import CPU, open_session, release_arena, sessions_stay
 from .query_batches import QueriesChoice, QueryBatches
 from .variants import BlockedWeights
 from .weight_feeds import WeightFeeds
@@ -106,6 +106,7 @@ class Engine:
         self.feeds = WeightFeeds(mask, artifact.manifest.seed)
         self.weights_feed = self.feeds.survivors
         self._graph: BoundGraph | None = None
+        self._kept: dict[tuple[str, GraphVariant | None], BoundGraph] = {}
         self._variant = chosen_variant(self, layout)
         self._variant_required = layout == "blocked"
         self._variant_checked = False
@@ -328,14 +329,17 @@ class Engine:
         return self._graph
 
     def _bound(self, name: str, variant: GraphVariant | None) -> BoundGraph:
-        manifest = self.artifact.manifest
+        if sessions_stay() and (name, variant) in self._kept:
+            return self._kept[name, variant]
         session = self.open_session(variant.file.name if variant else name)
-        if variant is None:
-            return BoundGraph(name, session, self.feeds.inputs, manifest.n_moments)
-        weights = BlockedWeights.of_session(
-            session, manifest.layout, self.mask, variant.queries, filled=self.feeds.filled
-        )
-        return BoundGraph(name, session, self.feeds.inputs, manifest.n_moments, weights, variant.queries)
+        manifest, feeds, weights, queries = self.artifact.manifest, self.feeds, None, 1
+        if variant is not None:
+            queries = variant.queries
+            weights = BlockedWeights.of_session(session, manifest.layout, self.mask, queries, filled=feeds.filled)
+        graph = BoundGraph(name, session, feeds.inputs, manifest.n_moments, weights, queries)
+        if sessions_stay():
+            self._kept[name, variant] = graph
+        return graph
 
     def loss_sums(self, graph: BoundGraph, x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.float64]:
         """Sums over a batch under the weights that ``graph`` holds: ``float64[]``, or ``float64[queries]``."""

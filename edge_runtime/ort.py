@@ -21,7 +21,8 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..protocol.errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError
@@ -41,6 +42,8 @@ __all__ = [
     "release_arena",
     "runtime",
     "runtime_version",
+    "sessions_kept",
+    "sessions_stay",
 ]
 
 _log = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ _AS_REQUESTED = 1
 _FATAL = 4
 _lock = threading.Lock()
 _in_use = ""
+_kept: dict[tuple[bytes, str, int, int | None, tuple[str, ...], bool], Any] | None = None
+_wrap: Callable[[Any], Any] = lambda session: session
 _OUT_OF_MEMORY = ("available memory of", "bad_alloc", "failed to allocate memory", "out of memory")
 
 
@@ -109,6 +114,9 @@ def open_session(
         ConfigError: A provider is unknown, or ``strict_providers`` and the first provider did not start.
         MemoryBudgetError: There is not enough memory to load the graph.
     """
+    key = (artifact.digest, name, threads, arena_bytes, tuple(providers), strict_providers)
+    if _kept is not None and key in _kept:
+        return _kept[key]
     ort = runtime()
     release_code()  # of the imports, or of the graph before
     model = artifact.read_graph(name)
@@ -139,11 +147,39 @@ def open_session(
     _check_layout(session, artifact, name)
     del model
     release_code()  # what loads a graph is not what runs it
+    if _kept is not None:
+        session = _kept[key] = _wrap(session)
     return session
+
+
+@contextmanager
+def sessions_kept(wrap: Callable[[Any], Any] = _wrap) -> Iterator[None]:
+    """Inside, sessions stay loaded and are handed out again, to whoever asks for the same graph with the same limits.
+
+    A board loads one graph at a time to save memory. A process that computes for many devices in turn would load the
+    same graphs again and again. Of the process, like the arena; not to be nested.
+
+    Args:
+        wrap: Gets every new session and returns what takes its place, for example to measure the time in it.
+    """
+    global _kept, _wrap  # noqa: PLW0603 (of the process, as the arena is)
+    _kept, _wrap = {}, wrap
+    try:
+        yield
+    finally:
+        _kept = None
+        release_arena()
+
+
+def sessions_stay() -> bool:
+    """Whether sessions stay loaded, see :func:`sessions_kept`."""
+    return _kept is not None
 
 
 def release_arena() -> None:
     """Drop the registered arena, so that the memory of closed sessions goes back to the system."""
+    if _kept is not None:
+        return
     with _lock:
         _register_arena(0)
     trim_heap()
