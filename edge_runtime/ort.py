@@ -55,7 +55,7 @@ _FATAL = 4
 _lock = threading.Lock()
 _in_use = ""
 _kept: dict[tuple[bytes, str, int, int | None, tuple[str, ...], bool], Any] | None = None
-_wrap: Callable[[Any], Any] = lambda session: session
+_wrap: Callable[[Any], Any] | None = None
 _OUT_OF_MEMORY = ("available memory of", "bad_alloc", "failed to allocate memory", "out of memory")
 
 
@@ -148,12 +148,12 @@ def open_session(
     del model
     release_code()  # what loads a graph is not what runs it
     if _kept is not None:
-        session = _kept[key] = _wrap(session)
+        session = _kept[key] = session if _wrap is None else _wrap(session)
     return session
 
 
 @contextmanager
-def sessions_kept(wrap: Callable[[Any], Any] = _wrap) -> Iterator[None]:
+def sessions_kept(wrap: Callable[[Any], Any] | None = None) -> Iterator[None]:
     """Inside, sessions stay loaded and are handed out again, to whoever asks for the same graph with the same limits.
 
     A board loads one graph at a time to save memory. A process that computes for many devices in turn would load the

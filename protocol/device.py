@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from .blocks import blocks_of
 from .delivery import Delivery
 from .device_events import (
     BlobFound,
@@ -51,6 +50,7 @@ from .errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError, P
 from .log_follower import LogFollower
 from .mask import Mask
 from .messages import KINDS, Decline, Receipt, Report, UpdateRecord
+from .parts import Parts
 from .preparation import Preparation
 from .repeater import Repeater
 from .run_files import RunFiles
@@ -63,6 +63,7 @@ __all__ = ["RETRY_S", "Device"]
 
 RETRY_S = 5.0
 PRESENCE_S = 60.0
+_OWN = Parts()
 
 
 class Device:
@@ -72,14 +73,17 @@ class Device:
         hello: How it introduces itself; carries the session.
         outbox: A report that an earlier session could not deliver, with its run id.
         retry_s: Time after which an unanswered request is repeated.
+        parts: Builds manifest, masks and weights; anew for every device unless it is told otherwise.
 
     Attributes:
         stage: What it is doing, a word of the module's table.
         finished: Whether :class:`Finish` was given.
     """
 
-    def __init__(self, hello: Hello, *, outbox: tuple[str, Report] | None = None, retry_s: float = RETRY_S) -> None:
-        self._hello = hello
+    def __init__(
+        self, hello: Hello, *, outbox: tuple[str, Report] | None = None, retry_s: float = RETRY_S, parts: Parts = _OWN
+    ) -> None:
+        self._hello, self._parts = hello, parts
         self._delivery = Delivery(outbox, retry_s=retry_s)
         self._retry_s = retry_s
         self._online = False
@@ -208,7 +212,8 @@ class Device:
         self._cancel()
         self._forget_run()
         self._forget_requests()
-        self._run, self._files, self._preparation = run, RunFiles(run, retry_s=self._retry_s), Preparation(run)
+        self._run, self._preparation = run, Preparation(run)
+        self._files = RunFiles(run, retry_s=self._retry_s, parts=self._parts)
         self._head = next((head for head in heads if head is not None and head.run == run.run), None)
         self._out += self._delivery.start_run(run)
         self._say("joining")
@@ -307,9 +312,7 @@ class Device:
                 self.stage = "fetching"
                 self._out += found
                 return True
-            self._mask, training = found, run.training
-            blocks = blocks_of(training, manifest, found)
-            replica = Replica(manifest.layout, found, manifest.seed, run.settings.seed, blocks, training.optimiser)
+            self._mask, replica = found, self._parts.replica(run, manifest, found)
             self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
         steps = preparation.open(manifest, self._mask, wanted) if head.phase in KINDS else None
         if steps is not None:

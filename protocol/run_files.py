@@ -9,10 +9,10 @@ from .device_events import BlobFound, DeviceCommand
 from .documents import Announcement, RunDocument
 from .errors import ProtocolError
 from .graph_files import GraphFile
-from .layer_densities import read_mask
 from .layout import Layout
 from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
+from .parts import Parts
 from .settings import RunSettings
 from .transfers import BlobBlock
 
@@ -41,14 +41,16 @@ class RunFiles:
     Args:
         run: Names the manifest.
         retry_s: A block that has not come after this time is asked for again.
+        parts: Builds manifest and masks; anew for every device unless it is told otherwise.
 
     Attributes:
         manifest: The artifact's description, once it is there.
     """
 
-    def __init__(self, run: RunDocument, *, retry_s: float) -> None:
+    def __init__(self, run: RunDocument, *, retry_s: float, parts: Parts | None = None) -> None:
         self.manifest: Manifest | None = None
         self._run = run
+        self._parts = parts or Parts()
         self._blobs = BlobFetcher(retry_s=retry_s)
         self._wanted_mask = ""
         self._mask_data = b""
@@ -75,7 +77,7 @@ class RunFiles:
         self._blobs.found(event)
         name = event.sha256.hex()
         if event.present and name == self._run.manifest_sha256:
-            self.manifest = Manifest.decode(event.data)
+            self.manifest = self._parts.manifest(event.data)
         elif event.present and name == self._wanted_mask:
             self._mask_data = event.data
 
@@ -107,7 +109,7 @@ class RunFiles:
             ProtocolError: It is no mask of this layout, or its announced size is none that such a mask can have.
         """
         if not head.mask_sha256:
-            return Mask.dense(layout)
+            return self._parts.mask(self._run, layout, b"")
         if self._wanted_mask != head.mask_sha256:
             # One bit an entry and what zlib adds when it gains nothing, or a number a layer.
             largest = layout.size // 7 + 4 * len(layout.parameters) + 1024
@@ -116,4 +118,4 @@ class RunFiles:
             self._wanted_mask, self._mask_data = head.mask_sha256, b""
         if not self._mask_data:
             return self._blobs.fetch(bytes.fromhex(head.mask_sha256), head.mask_size, now, read=True)
-        return read_mask(self._mask_data, layout, self._run.settings.fill)
+        return self._parts.mask(self._run, layout, self._mask_data)

@@ -1,0 +1,43 @@
+"""What a device's machine builds from bytes: the manifest, the masks and the weights."""
+
+from __future__ import annotations
+
+from .blocks import blocks_of
+from .documents import RunDocument
+from .layer_densities import read_mask
+from .layout import Layout
+from .manifest import Manifest
+from .mask import Mask
+from .update import Replica
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """Builds everything anew, as one device in a process needs it.
+
+    Many machines in one process may share what is equal: a subclass that returns the same objects again saves their
+    memory and their time.
+    """
+
+    def manifest(self, data: bytes) -> Manifest:
+        """The artifact's description.
+
+        Raises:
+            ArtifactError: The bytes are none.
+        """
+        return Manifest.decode(data)
+
+    def mask(self, run: RunDocument, layout: Layout, data: bytes) -> Mask:
+        """The mask of a run; without bytes the one that keeps everything.
+
+        Raises:
+            ProtocolError: The bytes are no mask of this layout.
+        """
+        return read_mask(data, layout, run.settings.fill) if data else Mask.dense(layout)
+
+    def replica(self, run: RunDocument, manifest: Manifest, mask: Mask) -> Replica:
+        """The weights at the start of a run's log."""
+        training = run.training
+        blocks = blocks_of(training, manifest, mask)
+        return Replica(manifest.layout, mask, manifest.seed, run.settings.seed, blocks, training.optimiser)
