@@ -27,6 +27,7 @@ from ..protocol.graph_work import GraphWork
 from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
+from ..protocol.stages import is_stage_graph
 from .blocked_layout import BlockedProbe
 from .folder_replacement import flush_folder, replace_folder
 from .graph_work import graph_work
@@ -118,6 +119,7 @@ def export_artifact(
         cut=built.cut,
         tail=built.tail,
         work=_work(built, input_shape),
+        stages=built.stages,
     )
     _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
     return manifest
@@ -228,7 +230,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     try:
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in (*GRAPH_NAMES, *VARIANTS, MANIFEST))
+        known = (*GRAPH_NAMES, *VARIANTS, MANIFEST)
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not is_stage_graph(p.name))
         empty = not any(out.iterdir())
     except OSError as error:
         raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error

@@ -39,6 +39,12 @@ RESERVED_NAMES = frozenset(
         "loss_sum",
         "losses",
         "moments",
+        "next_features",
+        "cotangent",
+        "gradient",
+        "head",
+        "head_gradient",
+        "pooled",
     }
 )
 """Inputs and outputs of the finished graphs; no parameter may be called so."""

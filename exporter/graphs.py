@@ -13,6 +13,7 @@ from ..protocol.dense_tail import DenseTail
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 from ..protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS
+from ..protocol.stages import Stage, StageGraph, stage_graph
 from .cuts import CutPoint, find_cut
 from .dense_tails import TailPoint, find_dense_tail
 from .forward import ForwardGraph
@@ -20,14 +21,17 @@ from .passes.float64_loss import Float64Loss
 from .passes.infrastructure import GraphPass, Sequential
 from .passes.input_moments import InputMoments
 from .passes.keep_prefix import KeepPrefix
+from .passes.keep_stage import KeepStage
 from .passes.keep_suffix import KeepSuffix
 from .passes.layer_inputs import LayerInputs
 from .passes.node_noise import NodeNoise
 from .passes.sample_losses import SampleLosses
 from .passes.scatter_survivors import ScatterSurvivors
+from .passes.stage_gradient import StageGradient
 from .passes.unit_shifts import UnitShifts
 from .passes.weights_as_inputs import WeightsAsInputs
 from .sessions import dense_feeds
+from .stages import StagePoint, find_stages
 from .units import UnitNode, find_units
 
 __all__ = ["ArtifactGraphs", "build_graphs"]
@@ -45,6 +49,8 @@ class ArtifactGraphs:
             ``body.onnx`` too when the tail begins at the cut.
         cut: Where prefix and suffix meet.
         tail: The fully connected layers at the end.
+        stages: The layers of a network that is one chain; each has a graph ``stage{i}.onnx`` and one
+            ``stage{i}_gradient.onnx``.
     """
 
     layout: Layout
@@ -52,6 +58,7 @@ class ArtifactGraphs:
     graphs: dict[str, ModelProto]
     cut: Cut | None
     tail: DenseTail | None
+    stages: tuple[Stage, ...]
 
     def layout_of(self, name: str) -> Layout:
         """The parameters that graph ``name`` takes."""
@@ -59,6 +66,8 @@ class ArtifactGraphs:
         for cut, names in ((self.cut, CUT_GRAPHS), (tail_cut, TAIL_GRAPHS)):
             if cut is not None and name in names:
                 return cut.split(self.layout)[names.index(name)]
+        if (stage := self._stage_of(name)) is not None:
+            return stage.layout(self.layout)
         return self.layout
 
     def zero_feeds(self, name: str, input_shape: tuple[int, ...], batch: int) -> dict[str, NDArray[np.generic]]:
@@ -74,7 +83,14 @@ class ArtifactGraphs:
             feeds["features"] = np.zeros((batch, *self.tail.cut.feature_shape), np.float32)
             hidden = self.tail.shapes(self.layout)[:-1]
             feeds["noise"] = np.zeros((batch, sum(n_units for n_units, _ in hidden)), np.float32)
+        if (stage := self._stage_of(name)) is not None:
+            feeds["features"] = np.zeros((batch, *stage.feature_shape), np.float32)
+            feeds["cotangent"] = np.zeros((batch, *stage.output_shape), np.float32)
         return feeds
+
+    def _stage_of(self, name: str) -> Stage | None:
+        kinds: tuple[StageGraph, ...] = ("forward", "gradient")
+        return next((s for s in self.stages if name in [stage_graph(s.number, kind) for kind in kinds]), None)
 
 
 def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
@@ -101,17 +117,27 @@ def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
         heads |= {"saliency.onnx": [UnitShifts(units)], "moments.onnx": [InputMoments(units)]}
     passes = {name: [*head, *whole] for name, head in heads.items()}
     point, tail = find_cut(forward.model, layout, units), find_dense_tail(forward.model, layout, units)
+    stages = find_stages(forward.model, layout, units)
     if point is not None:
         passes |= _cut_passes(point, layout)
     if tail is not None:
         passes |= _tail_passes(tail, layout)
         if point is not None and tail.tail.cut == point.cut:
             del passes["body.onnx"]
+    for stage in stages:
+        passes |= _stage_passes(stage, layout)
     graphs = {}
     for name, steps in passes.items():
         graphs[name] = Sequential(steps)(forward.model).model
         graphs[name].graph.name = name.removesuffix(".onnx")
-    return ArtifactGraphs(layout, units, graphs, point.cut if point else None, tail.tail if tail else None)
+    return ArtifactGraphs(
+        layout,
+        units,
+        graphs,
+        point.cut if point else None,
+        tail.tail if tail else None,
+        tuple(stage.stage for stage in stages),
+    )
 
 
 def _weight_passes(layout: Layout) -> list[GraphPass]:
@@ -125,6 +151,16 @@ def _cut_passes(point: CutPoint, layout: Layout) -> dict[str, list[GraphPass]]:
     return {
         "prefix.onnx": [KeepPrefix(*edge), *_weight_passes(front)],
         "suffix.onnx": [KeepSuffix(*edge), Float64Loss(), *_weight_passes(behind)],
+    }
+
+
+def _stage_passes(point: StagePoint, layout: Layout) -> dict[str, list[GraphPass]]:
+    """The stage forwards, and the gradient of its parameters."""
+    stage, own = point.stage, point.stage.layout(layout)
+    keep = KeepStage(point.value, stage.feature_shape, point.output, stage.output_shape)
+    return {
+        stage_graph(stage.number, "forward"): [keep, *_weight_passes(own)],
+        stage_graph(stage.number, "gradient"): [keep, StageGradient(own, stage.output_shape), *_weight_passes(own)],
     }
 
 

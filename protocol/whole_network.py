@@ -37,5 +37,6 @@ def whole_network(manifest: Manifest) -> Manifest:
         cut=None,
         tail=None,
         work=None,
+        stages=(),
         structure=None,
     )
