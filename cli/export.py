@@ -47,6 +47,17 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(help="Fraction of the weights that pruning will remove; 0 for none.")
         ] = 0.8,
         seed: Annotated[int, typer.Option(min=0, help="Seed of the initial weights.")] = 1,
+        keep_channels: Annotated[
+            float, typer.Option(metavar="FRACTION", help="Fraction of the channels and units to keep; 1 for all.")
+        ] = 1.0,
+        channel_scores: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME",
+                help="Which stay: uniform (the same fraction of every layer), or over all layers the best by"
+                " diagonal (forward passes on Gaussian inputs), magnitude or random scores.",
+            ),
+        ] = "uniform",
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     ) -> None:
         """Turn a model into an artifact: ONNX graphs whose weights are inputs, with hashes and a known answer.
@@ -54,12 +65,17 @@ def register(app: typer.Typer) -> None:
         Example:
             $ fedzo export lenet5 --input 1x32x32 --classes 10 --sparsity 0.8 -o artifact
             $ fedzo export my_package.models:build --input 9x128 --classes 6 -o artifact
+            $ fedzo export resnet20 --input 3x32x32 --keep-channels 0.5 -o artifact
         """
         from ..exporter.artifact import export_artifact
+        from ..exporter.narrow import ChannelSelection
 
         shape = parse_shape(input_shape)
+        channels = ChannelSelection.of(keep_channels, channel_scores)
         with output.progress(f"exporting {model}"):
-            manifest = export_artifact(model, shape, classes, sparsity, seed, out, overwrite=overwrite)
+            manifest = export_artifact(
+                model, shape, classes, sparsity, seed, out, channels=channels, overwrite=overwrite
+            )
         size = sum(graph.size for graph in manifest.graphs)
         rows: list[tuple[str, object]] = [
             ("model", manifest.model),
@@ -71,6 +87,21 @@ def register(app: typer.Typer) -> None:
             ("golden loss", f"{manifest.golden.mean_loss:.6f}"),
             ("folder", out),
         ]
+        structure, work = manifest.structure, manifest.work
+        narrowed: dict[str, object] = {}
+        if structure is not None and work is not None:
+            channels_kept = [(len(layer.kept), layer.n_units) for layer in structure.layers]
+            narrowed = {
+                "channels": sum(kept for kept, _ in channels_kept),
+                "whole_channels": sum(whole for _, whole in channels_kept),
+                "whole_parameters": structure.parameters,
+                "work_ratio": work.sample_multiply_accumulates / structure.multiply_accumulates,
+            }
+            rows[1] = ("parameters", f"{manifest.layout.size} of {structure.parameters}")
+            rows[2:2] = [
+                ("channels", f"{narrowed['channels']} of {narrowed['whole_channels']}, {structure.scores}"),
+                ("work", f"{narrowed['work_ratio']:.1%} of the multiplications"),
+            ]
         output.table(("artifact", ""), rows)
         output.result(
             {
@@ -82,5 +113,6 @@ def register(app: typer.Typer) -> None:
                 "graph_bytes": size,
                 "golden_loss": manifest.golden.mean_loss,
                 "graphs": {graph.name: graph.sha256.hex() for graph in manifest.graphs},
+                **narrowed,
             }
         )

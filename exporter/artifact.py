@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
 from ..protocol.stages import is_stage_graph
+from ..protocol.structure import Structure
 from .blocked_layout import BlockedProbe
 from .folder_replacement import flush_folder, replace_folder
+from .forward import ForwardGraph
 from .graph_work import graph_work
 from .graphs import ArtifactGraphs, build_graphs
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
+from .narrow import ChannelSelection, narrow
 from .probe_variants import VARIANTS, probe_variants
 from .sessions import dense_feeds, run_graph
 
@@ -53,6 +57,7 @@ def export_artifact(
     seed: int,
     out: Path,
     *,
+    channels: ChannelSelection | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Export a model.
@@ -67,6 +72,7 @@ def export_artifact(
         sparsity: Target fraction of prunable weights to remove, ``0 <= sparsity < 1``.
         seed: Seed of the initial weights and of the golden batch, ``0 <= seed < 2**64``.
         out: Folder to make.
+        channels: What whole channels to keep; None for all.
         overwrite: Replace ``out`` when it is an artifact or empty; any other folder is never touched.
 
     Returns:
@@ -84,6 +90,35 @@ def export_artifact(
         raise ConfigError(f"the seed {seed} is not an unsigned 64-bit number")
     _check_target(out, overwrite)
     forward = build_forward(model, input_shape, n_classes, seed)
+
+    def portable(forward: ForwardGraph) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
+        return _portable(forward, model, input_shape, n_classes, sparsity, seed)
+
+    structure: Structure | None = None
+    if channels is not None and channels.keep < 1.0:
+        _, whole, whole_files = portable(forward)
+        forward, structure = narrow(forward, whole, whole_files, channels)
+    built, manifest, files = portable(forward)
+    variants: tuple[GraphVariant, ...] = ()
+    memory = manifest.memory
+    for name, probe, queries in probe_variants(forward, built):
+        plan = GraphMemory(name, _variant_envelope(probe, built, input_shape))
+        properties = _properties(name, model, built.layout, seed, sparsity, manifest.units, manifest.golden, plan)
+        properties[PLACEMENTS_KEY] = encode_placements(probe.placements)
+        files[name] = _encode(probe.model, properties)
+        file = GraphFile(name, hashlib.sha256(files[name]).digest(), len(files[name]))
+        kind = (probe.machine, probe.onnxruntime, probe.block, probe.weight_bytes, queries)
+        variants = (*variants, GraphVariant(file, "probe.onnx", *kind))
+        memory = (*memory, plan)
+    manifest = replace(manifest, variants=variants, memory=memory, structure=structure)
+    _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
+    return manifest
+
+
+def _portable(
+    forward: ForwardGraph, model: str, input_shape: tuple[int, ...], n_classes: int, sparsity: float, seed: int
+) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
+    """The graphs for any machine, their description and their bytes."""
     built = build_graphs(forward, sparsity)
     memory = tuple(GraphMemory(name, _envelope(name, built, input_shape)) for name in built.graphs)
     golden = _golden(built, input_shape, n_classes, seed)
@@ -92,17 +127,6 @@ def export_artifact(
         name: _encode(graph, _properties(name, model, built.layout, seed, sparsity, units, golden, plan))
         for (name, graph), plan in zip(built.graphs.items(), memory, strict=True)
     }
-    graphs = tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items())
-    variants: tuple[GraphVariant, ...] = ()
-    for name, probe, queries in probe_variants(forward, built):
-        plan = GraphMemory(name, _variant_envelope(probe, built, input_shape))
-        properties = _properties(name, model, built.layout, seed, sparsity, units, golden, plan)
-        properties[PLACEMENTS_KEY] = encode_placements(probe.placements)
-        files[name] = _encode(probe.model, properties)
-        file = GraphFile(name, hashlib.sha256(files[name]).digest(), len(files[name]))
-        kind = (probe.machine, probe.onnxruntime, probe.block, probe.weight_bytes, queries)
-        variants = (*variants, GraphVariant(file, "probe.onnx", *kind))
-        memory = (*memory, plan)
     manifest = Manifest(
         model=model,
         input_shape=input_shape,
@@ -111,18 +135,16 @@ def export_artifact(
         sparsity=sparsity,
         layout=built.layout,
         units=units,
-        graphs=graphs,
+        graphs=tuple(GraphFile(name, hashlib.sha256(data).digest(), len(data)) for name, data in files.items()),
         memory=memory,
         golden=golden,
         producer=f"fedzo {importlib.metadata.version('fedzo')}",
-        variants=variants,
         cut=built.cut,
         tail=built.tail,
         work=_work(built, input_shape),
         stages=built.stages,
     )
-    _write_folder(out, {**files, MANIFEST: manifest.encode()}, overwrite)
-    return manifest
+    return built, manifest, files
 
 
 def verify_artifact(folder: Path) -> Manifest:

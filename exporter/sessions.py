@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from onnx import ModelProto, ValueInfoProto
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 
-__all__ = ["dense_feeds", "run_every_value", "run_graph"]
+__all__ = ["dense_feeds", "open_graph", "run_every_value", "run_graph"]
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
@@ -30,6 +30,49 @@ def dense_feeds(layout: Layout, weights: NDArray[np.float32]) -> dict[str, NDArr
     return {"w": weights, "index": index, "counts": np.array(sizes, np.int64)}
 
 
+def open_graph(model: ModelProto | bytes, *, optimised: bool = False) -> Callable[[Feeds], dict[str, NDArray[Any]]]:
+    """Load a graph on the CPU; what is returned runs it and yields its outputs by name, owned by the caller.
+
+    Args:
+        model: The graph, or its bytes.
+        optimised: Let onnxruntime rewrite the graph as it does by default.
+
+    Raises:
+        ConfigError: onnxruntime cannot load the graph, or later cannot run it.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when the library is loaded
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    failures = (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail)
+
+    def refused(error: Exception) -> ConfigError:
+        return ConfigError(
+            f"onnxruntime {onnxruntime.__version__} cannot run the graph: {str(error).splitlines()[0]}",
+            hint="the model uses an operator or a shape that the board runtime lacks",
+        )
+
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise refused(error) from error
+    names = [output.name for output in session.get_outputs()]
+    inputs = [value.name for value in session.get_inputs()]
+
+    def run(feeds: Feeds) -> dict[str, NDArray[Any]]:
+        try:
+            return dict(zip(names, session.run(names, {name: feeds[name] for name in inputs}), strict=True))
+        except failures as error:
+            raise refused(error) from error
+
+    return run
+
+
 def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = False) -> dict[str, NDArray[Any]]:
     """Run a graph once on the CPU.
 
@@ -44,25 +87,7 @@ def run_graph(model: ModelProto | bytes, feeds: Feeds, *, optimised: bool = Fals
     Raises:
         ConfigError: onnxruntime cannot load or run the graph.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, when the library is loaded
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
-    data = model if isinstance(model, bytes) else model.SerializeToString()
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        wanted = {value.name: feeds[value.name] for value in session.get_inputs()}
-        return dict(zip(names, session.run(names, wanted), strict=True))
-    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
-        raise ConfigError(
-            f"onnxruntime {onnxruntime.__version__} cannot run the graph: {str(error).splitlines()[0]}",
-            hint="the model uses an operator or a shape that the board runtime lacks",
-        ) from error
+    return open_graph(model, optimised=optimised)(feeds)
 
 
 def run_every_value(model: ModelProto, feeds: Feeds) -> dict[str, NDArray[Any]]:

@@ -52,7 +52,7 @@ class Structure:
         keep: Fraction of the channels to keep that was asked for, ``0 < keep < 1``.
         layers: Every unit layer, in the order of the manifest's ``units``.
         shapes: Shapes of the whole network's parameters, in the order of the layout.
-        memory: Live sets of its graphs.
+        memory: Live sets of its graphs for training and scoring.
         graph_bytes: Their sizes as files, by name.
         multiply_accumulates: Of its unit layers, for one sample.
     """

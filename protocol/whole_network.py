@@ -38,5 +38,6 @@ def whole_network(manifest: Manifest) -> Manifest:
         tail=None,
         work=None,
         stages=(),
+        stages=(),
         structure=None,
     )
