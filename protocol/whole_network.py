@@ -38,6 +38,5 @@ def whole_network(manifest: Manifest) -> Manifest:
         tail=None,
         work=None,
         stages=(),
-        stages=(),
         structure=None,
     )
