@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..edge_runtime.board_plan import BoardPlan, PhasePlan, RunSizes
     from ..hardware_profiles import Profile
     from ..protocol.manifest import Manifest
+    from ..protocol.structure import Structure
 
 __all__ = ["register"]
 
@@ -48,6 +50,9 @@ def plan_boards(
 ) -> None:
     """Say whether an artifact fits on a board, with which micro-batch, and what stays free. Nothing is loaded or run.
 
+    Where channels were removed at the export, RAM saved is that of the portable graphs without micro-batches,
+    against the whole network.
+
     Peaks are those of the whole fedzo-device process. The time is that of one loss of the batch; it comes out of rates
     in the profile, and no board was timed: take it for the order of magnitude. Exit code 4 if the one board that was
     named is too small.
@@ -68,22 +73,30 @@ def plan_boards(
         sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest)
         plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
     times = [_query_s(manifest, board, plan, batch) for board, plan in plans]
+    saved = [_saved_mib(manifest, board, batch, samples, sparsity) for board in boards]
     columns = ("board", "budget MiB", "fits", "micro-batch", "peak MiB", "slack scoring", "slack training", "query ms")
+    if manifest.structure is not None:
+        columns = (*columns, "RAM saved MiB")
     rows = []
-    for (board, plan), seconds in zip(plans, times, strict=True):
+    for (board, plan), seconds, less in zip(plans, times, saved, strict=True):
         slack = {phase.phase: f"{phase.slack_mib:.1f}" for phase in plan.phases}
         peak = f"{plan.peak.memory.planned_peak_mib:.1f}"
         micro = min(phase.memory.micro_batch for phase in plan.phases) if plan.fits else ""
         shown = "" if seconds is None or not plan.fits else f"{1e3 * seconds:.3g}"
-        cells = (slack.get("scoring", ""), slack["training"], shown)
+        cells: tuple[object, ...] = (slack.get("scoring", ""), slack["training"], shown)
+        cells = cells if less is None else (*cells, f"{less:.1f}")
         rows.append((board.name, plan.budget_mib, "yes" if plan.fits else "no", micro, peak, *cells))
     output.table(columns, rows)
-    output.result(
-        {
-            "model": manifest.model,
-            "boards": [_board(*each, seconds) for each, seconds in zip(plans, times, strict=True)],
-        }
-    )
+    described = [_board(*each, seconds) for each, seconds in zip(plans, times, strict=True)]
+    structure: dict[str, Any] | None = None
+    if manifest.structure is not None:
+        described = [{**board, "ram_saved_mib": less} for board, less in zip(described, saved, strict=True)]
+        structure = _structure(manifest.structure, manifest)
+        output.text(
+            f"{structure['channels']} of {structure['whole_channels']} channels ({structure['scores']}),"
+            f" {structure['parameters']} of {structure['whole_parameters']} parameters"
+        )
+    output.result({"model": manifest.model, "boards": described, **({"structure": structure} if structure else {})})
     if profile != _ALL:
         plans[0][1].check()
 
@@ -186,6 +199,33 @@ def _sizes(
     return RunSizes(
         batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch, variants=variants
     )
+
+
+def _saved_mib(
+    manifest: Manifest, board: Profile, batch: int | None, samples: int | None, sparsity: float | None
+) -> float | None:
+    """What the removed channels save at the peak; None if none were removed."""
+    from ..edge_runtime.board_plan import plan_board
+    from ..protocol.whole_network import whole_network
+
+    if manifest.structure is None:
+        return None
+    sizes = dataclasses.replace(_sizes(board, batch, samples, sparsity, None, manifest), variants=())
+    unlimited_mib = 1e6  # so that both take the whole batch at once
+    whole, own = (plan_board(network, unlimited_mib, sizes) for network in (whole_network(manifest), manifest))
+    return whole.peak.memory.planned_peak_mib - own.peak.memory.planned_peak_mib
+
+
+def _structure(structure: Structure, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "scores": structure.scores,
+        "keep": structure.keep,
+        "channels": sum(len(layer.kept) for layer in structure.layers),
+        "whole_channels": sum(layer.n_units for layer in structure.layers),
+        "parameters": manifest.layout.size,
+        "whole_parameters": structure.parameters,
+        "layers": {layer.parameter: [len(layer.kept), layer.n_units] for layer in structure.layers},
+    }
 
 
 def _query_s(manifest: Manifest, board: Profile, plan: BoardPlan, batch: int | None) -> float | None:
