@@ -161,7 +161,7 @@ def plan(
         micro_batch: Fixed by the user; ``None`` to choose.
         threads: Threads within an operator.
         dataset_bytes: Resident samples, see :attr:`~.data.Dataset.resident_bytes`.
-        n_fed: Weights that the graphs read, if they are more than the survivors: removed ones that are not 0.
+        n_fed: Weights that the graphs read where removed ones are not 0; None where they read survivors.
 
     Raises:
         MemoryBudgetError: Not even one sample a run fits, or the fixed micro-batch does not.
@@ -175,9 +175,7 @@ def plan(
     powers = [32, 16, 8, 4, 2, 1]
     candidates = sorted({size for size in (batch, *powers) if size <= min(batch, _LARGEST_MICRO_BATCH)}, reverse=True)
     plans = {
-        size: _planned(
-            manifest, (n_survivors, n_fed or n_survivors), budget_mib, graphs, batch, size, threads, dataset_bytes
-        )
+        size: _planned(manifest, (n_survivors, n_fed), budget_mib, graphs, batch, size, threads, dataset_bytes)
         for size in (*candidates, *([] if micro_batch is None else [micro_batch]))
     }
     fitting = [size for size in candidates if plans[size].fits]
@@ -207,7 +205,7 @@ def plan(
 
 def _planned(
     manifest: Manifest,
-    sizes: tuple[int, int],
+    sizes: tuple[int, int | None],
     budget_mib: float,
     graphs: Sequence[str],
     batch: int,
@@ -216,14 +214,14 @@ def _planned(
     dataset_bytes: int,
 ) -> MemoryPlan:
     n_survivors, n_fed = sizes
-    tensors, spare = _arena(manifest, graphs, n_fed, min(micro_batch, batch), threads)
+    tensors, spare = _arena(manifest, graphs, n_fed or n_survivors, min(micro_batch, batch), threads)
     variants = [variant for variant in manifest.variants if variant.file.name in graphs]
     files = [*manifest.graphs, *(variant.file for variant in variants)]
     graph_bytes = max(file.size for file in files if file.name in graphs)
     feeds = _batch_bytes(manifest, batch)
     if variants:
         # The weight tensors of a variant, the place of each survivor there, and the weights of several queries.
-        filling = 12 * n_fed if n_fed != n_survivors else 0  # places and values, while the tensors are made
+        filling = 12 * (n_fed or 0)  # places and values, while the tensors are made
         feeds += max(
             v.weight_bytes + v.queries * ((8 if v.queries == 1 else 12) * n_survivors + filling) for v in variants
         )
@@ -235,7 +233,8 @@ def _planned(
     # The known answer is computed before all that, on the dense initial weights.
     feeds += max(0, math.ceil(_golden_bytes(manifest, micro_batch, threads) - feeds - tensors - spare))
     # The engine's weights and indices, and the caller's weights.
-    feeds += fed_bytes(n_survivors, n_fed) + 4 * n_survivors + 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
+    feeds += fed_bytes(n_survivors, n_fed) + 4 * n_survivors
+    feeds += 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
     # While a graph is loaded there is more code and there are no tensors.
     code_mib = max(RUNNING_CODE_MIB, LOADING_CODE_MIB - (tensors + spare) / _MIB)
     return MemoryPlan(

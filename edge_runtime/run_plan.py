@@ -80,7 +80,7 @@ def plan_run(
         manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
     )
     plans = [planned]
-    if settings.sparsity > 0:
+    if settings.sparsity > 0 and settings.saliency.is_federated:
         plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))
     return tuple(plans), files
 

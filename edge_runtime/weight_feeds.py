@@ -25,15 +25,16 @@ class WeightFeeds:
     Args:
         mask: Which entries survive, and what the others are.
         seed: Of the initial weights.
+        n_parameters: How many parameters, from the first one on, the graphs read; None for all.
 
     Attributes:
         survivors: ``float32[n_survivors]``, written by callers.
         inputs: ``w float32[n]``, ``index int32[n]`` and ``counts int64[n_parameters]`` by name of the graphs' input;
-            ``n`` is the number of survivors, or of all entries when removed ones are not 0.
+            ``n`` is the number of survivors, or of all entries when removed ones are not 0, of those parameters.
         filled: ``w`` if that is another buffer than ``survivors``, else None.
     """
 
-    def __init__(self, mask: Mask, seed: int) -> None:
+    def __init__(self, mask: Mask, seed: int, n_parameters: int | None = None) -> None:
         self.survivors = aligned_zeros(mask.n_survivors)
         self.filled: NDArray[np.float32] | None = None
         shown = mask
@@ -42,10 +43,12 @@ class WeightFeeds:
             self.filled = aligned_zeros(mask.layout.size)
             np.copyto(self.filled, initial_weights(mask.layout, seed))
             self._places = np.flatnonzero(mask.kept)
+        counts = np.ascontiguousarray(shown.counts(), dtype=np.int64)[:n_parameters]
+        n_fed = int(counts.sum())
         self.inputs: dict[str, NDArray[Any]] = {
-            "w": self.survivors if self.filled is None else self.filled,
-            "index": np.ascontiguousarray(shown.index(), dtype=np.int32),
-            "counts": np.ascontiguousarray(shown.counts(), dtype=np.int64),
+            "w": (self.survivors if self.filled is None else self.filled)[:n_fed],
+            "index": np.ascontiguousarray(shown.index(), dtype=np.int32)[:n_fed],
+            "counts": counts,
         }
 
     @property
@@ -76,11 +79,11 @@ class WeightFeeds:
             self.filled[self._places[first:]] = self.survivors[first:]
 
 
-def fed_bytes(n_survivors: int, n_fed: int) -> int:
+def fed_bytes(n_survivors: int, n_fed: int | None) -> int:
     """What the buffers take.
 
     Args:
         n_survivors: Survivors of the mask.
-        n_fed: Entries that the graphs read: as many, or all of the layout.
+        n_fed: Entries that the graphs read where removed ones are not 0, else None.
     """
-    return 8 * n_survivors if n_fed == n_survivors else 12 * n_survivors + 8 * n_fed
+    return 8 * n_survivors if n_fed is None else 12 * n_survivors + 8 * n_fed

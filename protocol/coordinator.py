@@ -12,9 +12,6 @@ phase         lasts until                                 then
 ``evaluate``  devices and server have counted             training, or the end
 ``done``      every live device has the final weights     leave
 ============  ==========================================  ====================================
-
-A round closes when every participant that is alive has answered and the quorum is met, or at the deadline with the
-quorum. Under the quorum the deadline starts again; participants that cannot come back are replaced by a new round.
 """
 
 from __future__ import annotations
@@ -28,11 +25,13 @@ from .coordinator_events import (
     CoordinatorCommand,
     CoordinatorEvent,
     DeviceSaid,
-    Evaluate,
     Finish,
+    MakeMask,
+    MaskMade,
     OfferBlob,
     Record,
     RecordKind,
+    ScoresChecked,
     Send,
     ServeBlob,
     ServeLog,
@@ -42,21 +41,20 @@ from .documents import Announcement, Hello, Phase, Presence, RunDocument, Server
 from .errors import FedzoError, ProtocolError, QuorumError
 from .gathering import Gathering
 from .manifest import Manifest
-from .mask import Mask
 from .messages import KINDS, Receipt, Report, UpdateRecord, Verdict
 from .open_round import OpenRound
 from .roster import REPLACED, Member, Roster, refusal
-from .run_progress import EvaluationRecord, RunProgress
+from .run_progress import RunProgress
+from .run_view import RunView
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
-from .update import Replica
 
 __all__ = ["Coordinator"]
 
 _DONE = "done"
 
 
-class Coordinator:
+class Coordinator(RunView):
     """One run of one federation.
 
     Args:
@@ -78,7 +76,7 @@ class Coordinator:
         self.finished = False
         self.head = Announcement(run.run, 0, "enrol")
         self._settings = run.settings
-        self._progress = RunProgress(run, manifest)
+        super().__init__(RunProgress(run, manifest))
         self._presence = ServerPresence(True, birth)
         self._has_test_set = has_test_set
         self._round: OpenRound | None = None
@@ -86,21 +84,6 @@ class Coordinator:
         self._gathering = Gathering(self.roster, self._settings)
         self._out: list[CoordinatorCommand] = []
         self._recorded_run = False
-
-    @property
-    def mask(self) -> Mask:
-        """The survivors."""
-        return self._progress.mask
-
-    @property
-    def replica(self) -> Replica:
-        """The weights."""
-        return self._progress.replica
-
-    @property
-    def evaluations(self) -> list[EvaluationRecord]:
-        """What evaluation rounds found, oldest first."""
-        return self._progress.evaluations
 
     # --- the journal ----------------------------------------------------------------------------------------------
 
@@ -135,17 +118,12 @@ class Coordinator:
                     self._round.accept(device, message)
             elif kind == "refusal" and device in self.roster.members:
                 self.roster.members[device].refused_round = round_
-            elif kind == "mask":
-                self._adopt_mask(payload)
-            elif kind == "update":
-                record = decode(payload)
-                assert isinstance(record, UpdateRecord)
-                self._progress.adopt_update(record)
-            elif kind == "evaluation":
-                self._progress.adopt_evaluation(json.loads(payload))
+                if self._round and round_ == self.head.round:
+                    self._round.drop(device)
             elif kind == "phase":
                 self._adopt_end(device, payload)
-            if kind in ("mask", "update", "evaluation"):
+            elif kind in ("mask", "update", "evaluation"):
+                self._adopt(kind, payload)
                 self._round = None
         return self._out
 
@@ -157,7 +135,8 @@ class Coordinator:
     @property
     def wakeup(self) -> float | None:
         """When the next ``Tick`` is due, if nothing else happens before."""
-        return None if self.finished else self._round.deadline if self._round else self._gathering.until
+        is_idle = self.finished or self._progress.awaits_mask
+        return None if is_idle else self._round.deadline if self._round else self._gathering.until
 
     def on(self, event: CoordinatorEvent, now: float) -> list[CoordinatorCommand]:
         """Take one event.
@@ -183,9 +162,14 @@ class Coordinator:
         if isinstance(event, Connected):
             self._out += [Send(Channel.SERVER, self._presence), Send(Channel.RUN, self.run)]
             self._out.append(Send(Channel.HEAD, self.head))
-            self._ask_server_to_evaluate()
+            self._ask_server()
         elif isinstance(event, DeviceSaid):
             self._hear(event)
+        elif isinstance(event, MaskMade) and self._progress.awaits_mask:
+            self._decide_mask(event.encoded)
+        elif isinstance(event, ScoresChecked) and self._round and event.round == self.head.round:
+            if (reason := self._round.judge(event.device, event.difference)) is not None:
+                self._record("refusal", reason.encode(), device=event.device)
         elif isinstance(event, ServerEvaluated) and self._round and event.round == self.head.round:
             self._round.server_result = event
         self._move(now)
@@ -237,21 +221,16 @@ class Coordinator:
             self._out.append(Send(Channel.COMMAND, member.welcome(self.run.run), member.name))
 
     def _take_report(self, member: Member, report: Report) -> None:
-        if self._round is None or report.run_tag != self.run.tag or report.round != self.head.round:
-            verdict = Verdict.LATE
-        elif member.name in self._round.reports:
-            verdict = Verdict.DUPLICATE
-        else:
-            try:
-                self._round.check(member.name, report, self.manifest, self._settings, self.replica.digest)
-                self._record("report", report.encode(), device=member.name)
-                self._round.accept(member.name, report)
-                verdict = Verdict.ACCEPTED
-            except ProtocolError as error:
-                if member.refused_round != report.round:  # Once a round: a device must not fill the disk.
-                    self._record("refusal", error.message.encode(), device=member.name)
-                member.refused_round = report.round
-                verdict = Verdict.REFUSED
+        verdict, reason = Verdict.LATE, ""
+        if self._round is not None and report.run_tag == self.run.tag and report.round == self.head.round:
+            verdict, reason = self._round.take(member.name, report, self.manifest, self._progress.digest_for(self.head.phase))
+        if verdict is Verdict.ACCEPTED:
+            self._record("report", report.encode(), device=member.name)
+            self._ask_server()
+        elif verdict is Verdict.REFUSED:
+            if member.refused_round != report.round:  # Once a round: a device must not fill the disk.
+                self._record("refusal", reason.encode(), device=member.name)
+            member.refused_round = report.round
         self._out.append(Send(Channel.ACK, Receipt(report.run_tag, report.round, verdict), member.name))
         self._lower(member)
 
@@ -261,7 +240,9 @@ class Coordinator:
         """Close the round if it can be closed, open the next one if it can be opened."""
         if self._round is not None:
             self._close_if_due(self._round, now)
-        while self._round is None and not self.finished:
+        while self._round is None and not self.finished and not self._progress.awaits_mask:
+            if (encoded := self._progress.own_mask()) is not None:
+                self._decide_mask(encoded)
             phase = self._progress.next_phase()
             if phase == "done":
                 self._end(now)
@@ -285,7 +266,7 @@ class Coordinator:
         self._out.append(Send(Channel.HEAD, self.head))
 
     def _round_of(self, head: Announcement) -> OpenRound:
-        return OpenRound(head, self.roster, self._progress.deals(head))
+        return OpenRound(head, self.roster, self._settings, self._progress.deals(head))
 
     def _open(self, phase: Phase, now: float) -> OpenRound:
         self._announce(phase)
@@ -293,34 +274,24 @@ class Coordinator:
         self._round.deadline = now + self._settings.deadline_s
         self._gathering.until = None
         self._gathering.expect_quorum()
-        self._ask_server_to_evaluate()
+        self._ask_server()
         return self._round
 
-    def _ask_server_to_evaluate(self) -> None:
-        if self._round and self.head.phase == "evaluate" and self._has_test_set and not self._round.server_result:
-            self._out.append(Evaluate(self.head.round, self.mask, self.replica.weights.copy()))
+    def _ask_server(self) -> None:
+        if self._round:
+            self._out += self._round.questions(self.mask, self.replica.evaluated()[0], self._has_test_set)
+        elif self._progress.awaits_mask:
+            self._out.append(MakeMask())
 
     def _close_if_due(self, current: OpenRound, now: float) -> None:
-        assert current.deadline is not None
-        over, is_waiting, quorum = now >= current.deadline, current.is_waiting(), self._settings.quorum
-        if self.head.phase == "evaluate":
-            over = over or current.is_overdue
-            if self._has_test_set and current.server_result is None:
-                if now >= current.deadline:  # It bounds the devices' answers, not the server's own.
-                    current.is_overdue, current.deadline = True, now + self._settings.deadline_s
-            elif over or not is_waiting:
-                self._close(current, now)
-        elif current.n_usable >= quorum and (over or not is_waiting):
-            self._failures = 0
+        ending = current.ending(now, self._has_test_set)
+        if ending == "close":
             self._close(current, now)
-        elif current.all_answered():
-            if any(member.name not in current.participants for member in self.roster.ready()):
-                self._open(self.head.phase, now)  # Others have come since, and may be able to compute.
-            elif current.is_lowered() or (current.is_short_of_memory() and self._has_patience()):
-                self._gather(now)
-            else:
-                self._stop(current.nobody_could(quorum))
-        elif over:
+        elif ending in ("others", "lowered") or (ending == "short" and self._has_patience()):
+            self._gather(now)
+        elif ending in ("short", "nobody"):
+            self._stop(current.nobody_could(self._settings.quorum), is_diverged=current.is_diverged())
+        elif ending == "missed":
             self._miss_quorum(current, now)
 
     def _has_patience(self) -> bool:
@@ -338,43 +309,56 @@ class Coordinator:
 
     def _close(self, current: OpenRound, now: float) -> None:
         current.silence()
+        self._failures = 0
         if self.head.phase == "saliency":
-            encoded = self._progress.choose_mask([report for _, report in current.usable()])
-            self._record("mask", encoded)
-            self._adopt_mask(encoded)
+            self._decide_mask(self._progress.choose_mask([report for _, report in current.usable()]))
         elif self.head.phase == "train":
             self._update(current)
         else:
             result = self._progress.count([report for _, report in current.usable()], current.server_result)
-            self._record("evaluation", json.dumps(result, sort_keys=True).encode())
-            self._progress.adopt_evaluation(result)
+            payload = json.dumps(result, sort_keys=True).encode()
+            self._record("evaluation", payload)
+            self._adopt("evaluation", payload)
         self._gather(now)
 
     def _gather(self, now: float) -> None:
         self._round = None
         self._gathering.until = now + self._settings.deadline_s * self._settings.patience
 
-    def _adopt_mask(self, encoded: bytes) -> None:
-        self._progress.adopt_mask(encoded)
-        self._out.append(OfferBlob(bytes.fromhex(self._progress.mask_sha256), encoded))
+    def _decide_mask(self, encoded: bytes) -> None:
+        self._record("mask", encoded)
+        self._adopt("mask", encoded)
+
+    def _adopt(self, kind: RecordKind, payload: bytes) -> None:
+        if kind == "mask":
+            self._progress.adopt_mask(payload)
+            self._out.append(OfferBlob(bytes.fromhex(self._progress.mask_sha256), payload))
+        elif kind == "update":
+            record = decode(payload)
+            assert isinstance(record, UpdateRecord)
+            self._progress.adopt_update(record, self.head, self._round.ranked() if self._round else [])
+        else:
+            self._progress.adopt_evaluation(json.loads(payload))
 
     def _update(self, current: OpenRound) -> None:
-        ranks = [(current.rank(name), report) for name, report in current.usable()]
         try:
-            record = self._progress.make_update(self.head, ranks)
+            record = self._progress.make_update(self.head, current.ranked())
         except FedzoError as error:
-            self._stop(error)
+            self._stop(error, is_diverged=True)
             return
         self._record("update", record.encode())
         self._out.append(Send(Channel.LOG, record))
 
     def _end(self, now: float) -> None:
-        """Announce the end, then wait until every live device holds the final weights."""
-        if self.head.phase != "done":
+        """Announce the end, then wait until every live device holds the final weights.
+
+        Nobody leaves after a range test: another run follows, with the rate that was found.
+        """
+        if self.range_test is None and self.head.phase != "done":
             self._announce("done")
             self._gathering.until = now + self._settings.deadline_s
-        assert self._gathering.until is not None
-        if now >= self._gathering.until or self.roster.is_done():
+        until = self._gathering.until
+        if self.range_test is not None or until is None or now >= until or self.roster.is_done():
             self._record("phase", _DONE.encode())
             self._finish(None)
 
@@ -391,7 +375,10 @@ class Coordinator:
             self._gathering.expect_all()
             self.roster.forget_presence()
 
-    def _stop(self, error: FedzoError) -> None:
+    def _stop(self, error: FedzoError, *, is_diverged: bool = False) -> None:
+        if is_diverged and self.range_test is not None:
+            self._end(0.0)  # It went as far as it can.
+            return
         self._record("phase", f"stopped: {error.message}".encode())
         self._finish(error)
 

@@ -16,15 +16,19 @@ from .topics import Channel
 from .transfers import BlobRequest, LogRequest
 
 __all__ = [
+    "CheckScores",
     "Connected",
     "CoordinatorCommand",
     "CoordinatorEvent",
     "DeviceSaid",
     "Evaluate",
     "Finish",
+    "MakeMask",
+    "MaskMade",
     "OfferBlob",
     "Record",
     "RecordKind",
+    "ScoresChecked",
     "Send",
     "ServeBlob",
     "ServeLog",
@@ -80,7 +84,29 @@ class ServerEvaluated:
     samples: int
 
 
-CoordinatorEvent = Connected | Tick | DeviceSaid | ServerEvaluated
+@dataclass(frozen=True, slots=True)
+class MaskMade:
+    """Answer to :class:`MakeMask`: the encoded mask."""
+
+    encoded: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ScoresChecked:
+    """Answer to :class:`CheckScores`.
+
+    Attributes:
+        round: Of the scores.
+        device: Whose they are.
+        difference: See :func:`~.score_checks.largest_difference`.
+    """
+
+    round: int
+    device: str
+    difference: float
+
+
+CoordinatorEvent = Connected | Tick | DeviceSaid | ServerEvaluated | MaskMade | ScoresChecked
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -158,10 +184,36 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeMask:
+    """Make the run's mask by a method that needs forward passes of the server; answer with :class:`MaskMade`."""
+
+
+@dataclass(frozen=True)
+class CheckScores:
+    """Compute a device's scores again, answer with :class:`ScoresChecked`.
+
+    Attributes:
+        round: Of the scores.
+        device: Whose they are.
+        ordinal: The device's number, which decides its inputs.
+        mask: The survivors.
+        weights: ``float32[n_survivors]``, which nobody changes any more.
+        blocks: What it reported.
+    """
+
+    round: int
+    device: str
+    ordinal: int
+    mask: Mask
+    weights: NDArray[np.float32]
+    blocks: tuple[NDArray[np.float32], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Stop serving: the run is done, or ``error`` says why it stopped. A stopped run can be resumed."""
 
     error: FedzoError | None = None
 
 
-CoordinatorCommand = Record | Send | OfferBlob | ServeBlob | ServeLog | Evaluate | Finish
+CoordinatorCommand = Record | Send | OfferBlob | ServeBlob | ServeLog | Evaluate | MakeMask | CheckScores | Finish

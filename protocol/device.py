@@ -278,8 +278,8 @@ class Device:
         if self._artifact_missing(preparation, files, now):
             return
         self.stage = "waiting"
-        if head is None or self._mask_missing(run, files, preparation, head, now):
-            return
+        if head is None or head.phase == "enrol" or self._mask_missing(run, files, preparation, head, now):
+            return  # A replica of the dense weights may never be needed.
         if self._follower is not None and not self._is_behind(self._follower, head, now):
             self._work(run, preparation, head, self._follower.replica)
 

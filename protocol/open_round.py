@@ -1,20 +1,35 @@
-"""One open round: what is announced, who has answered, who may still answer."""
+"""One open round: what is announced, who has answered, who may still answer.
+
+A round closes when every participant that is alive has answered and the quorum is met, or at the deadline with the
+quorum. Under the quorum the deadline starts again; participants that cannot come back are replaced by a new round.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .aggregation import check_report
 from .blocks import Deal
-from .coordinator_events import ServerEvaluated
+from .coordinator_events import CheckScores, CoordinatorCommand, Evaluate, ServerEvaluated
 from .documents import Announcement
 from .errors import ProtocolError, QuorumError
 from .manifest import Manifest
-from .messages import KINDS, Decline, Report
+from .mask import Mask
+from .messages import KINDS, Decline, Report, Verdict
 from .roster import Roster
+from .score_checks import checked_ranks
 from .settings import RunSettings
 
-__all__ = ["OpenRound"]
+__all__ = ["Ending", "OpenRound"]
+
+Ending = Literal["wait", "close", "others", "lowered", "short", "nobody", "missed"]
+"""What a round has come to: it goes on; it can be closed; others who could answer have come; a board plans with less
+memory; one still has to; nobody is left who could answer; the deadline is over without a quorum."""
 
 
 class OpenRound:
@@ -23,6 +38,7 @@ class OpenRound:
     Args:
         head: Its announcement.
         roster: All devices.
+        settings: Of the run.
         deals: The positions that it hands out; none unless weights are trained.
 
     Attributes:
@@ -32,10 +48,14 @@ class OpenRound:
         n_usable: How many of them have scalars.
         server_result: The server's own evaluation.
         is_overdue: The deadline is over and only the server's own evaluation is waited for.
+        unchecked: Devices whose scores the server is to compute again.
     """
 
-    def __init__(self, head: Announcement, roster: Roster, deals: Sequence[Deal] = ()) -> None:
+    def __init__(
+        self, head: Announcement, roster: Roster, settings: RunSettings, deals: Sequence[Deal] = ()
+    ) -> None:
         self._head = head
+        self._settings = settings
         self._deals = tuple(deals)
         self._roster = roster
         self.deadline: float | None = None
@@ -46,10 +66,13 @@ class OpenRound:
         self.reports: dict[str, Report] = {}
         self.server_result: ServerEvaluated | None = None
         self.is_overdue = False
+        self._checked: frozenset[int] = frozenset()
+        if head.phase == "saliency":
+            self._checked = checked_ranks(settings, head.round, len(self.participants))
+        self.unchecked: dict[str, None] = {}
+        self._asked: set[str] = set()
 
-    def check(
-        self, device: str, report: Report, manifest: Manifest, settings: RunSettings, weights_digest: bytes
-    ) -> None:
+    def check(self, device: str, report: Report, manifest: Manifest, weights_digest: bytes) -> None:
         """Whether the report may count.
 
         Raises:
@@ -57,7 +80,22 @@ class OpenRound:
         """
         if device not in self._ranks:
             raise ProtocolError("not a participant of this round")
-        check_report(report, KINDS[self._head.phase], manifest, settings, self._deals, weights_digest)
+        check_report(report, KINDS[self._head.phase], manifest, self._settings, self._deals, weights_digest)
+
+    def take(self, device: str, report: Report, manifest: Manifest, weights_digest: bytes) -> tuple[Verdict, str]:
+        """Check a report, and count it if it may.
+
+        Returns:
+            What it is told, and why not.
+        """
+        if device in self.reports:
+            return Verdict.DUPLICATE, ""
+        try:
+            self.check(device, report, manifest, weights_digest)
+        except ProtocolError as error:
+            return Verdict.REFUSED, error.message
+        self.accept(device, report)
+        return Verdict.ACCEPTED, ""
 
     def rank(self, device: str) -> int:
         """The device's place among the participants."""
@@ -68,23 +106,79 @@ class OpenRound:
         self.reports[device] = report
         self._unanswered.pop(device, None)
         self.n_usable += bool(report.blocks)
+        if report.blocks and self._ranks[device] in self._checked:
+            self.unchecked[device] = None
         self._roster.members[device].take_report(report)
+
+    def judge(self, device: str, difference: float) -> str | None:
+        """Take the outcome of a check.
+
+        Returns:
+            Why the device's scores do not count; None if they do.
+        """
+        limit = self._settings.saliency.check_limit
+        if device not in self.unchecked or difference <= limit:
+            self.unchecked.pop(device, None)
+            return None
+        self.drop(device)
+        return f"its scores differ from the server's by {difference:.2e}, the limit is {limit:.0e}: they do not count"
+
+    def drop(self, device: str) -> None:
+        """A report that was accepted does not count after all."""
+        report = self.reports.get(device)
+        if report is not None and report.blocks:
+            self.reports[device] = dataclasses.replace(report, blocks=(), decline=Decline.FAILED)
+            self.n_usable -= 1
+        self.unchecked.pop(device, None)
+
+    def questions(self, mask: Mask, weights: NDArray[np.float32], has_test_set: bool) -> list[CoordinatorCommand]:
+        """What the server has to compute for this round; scores are given once, an evaluation until it is done."""
+        out: list[CoordinatorCommand] = []
+        if self._head.phase == "evaluate" and has_test_set and self.server_result is None:
+            out.append(Evaluate(self._head.round, mask, weights.copy()))
+        for device in [name for name in self.unchecked if name not in self._asked]:
+            self._asked.add(device)
+            ordinal, blocks = self._roster.members[device].ordinal, self.reports[device].blocks
+            out.append(CheckScores(self._head.round, device, ordinal, mask, weights, blocks))
+        return out
 
     def usable(self) -> list[tuple[str, Report]]:
         """Device ids and reports with scalars, in the order of ordinals."""
         pairs = ((name, self.reports.get(name)) for name in self.participants)
         return [(name, report) for name, report in pairs if report is not None and report.blocks]
 
+    def ranked(self) -> list[tuple[int, Report]]:
+        """:meth:`usable` with the device's place among the participants in place of its id."""
+        return [(self._ranks[name], report) for name, report in self.usable()]
+
     def is_waiting(self) -> bool:
-        """Whether a participant has not answered and may still do."""
+        """Whether a participant has not answered and may still do, or a report has not been checked."""
         members, round_ = self._roster.members, self._head.round
-        return any(members[name].may_answer(round_) for name in self._unanswered)
+        return bool(self.unchecked) or any(members[name].may_answer(round_) for name in self._unanswered)
 
     def silence(self) -> None:
         """Those that could have answered and have not are not waited for again until they are heard of."""
         for name in self._unanswered:
             if self._roster.members[name].may_answer(self._head.round):
                 self._roster.members[name].silent = True
+
+    def ending(self, now: float, has_test_set: bool) -> Ending:
+        """Whether it is over, and how; an evaluation waits for the server's own beyond the deadline."""
+        assert self.deadline is not None
+        over, is_waiting, quorum = now >= self.deadline, self.is_waiting(), self._settings.quorum
+        if self._head.phase == "evaluate":
+            if has_test_set and self.server_result is None:
+                if over:  # It bounds the devices' answers, not the server's own.
+                    self.is_overdue, self.deadline = True, now + self._settings.deadline_s
+                return "wait"
+            return "close" if over or self.is_overdue or not is_waiting else "wait"
+        if self.n_usable >= quorum and (over or not is_waiting):
+            return "close"
+        if self.all_answered() and not self.unchecked:
+            if any(member.name not in self.participants for member in self._roster.ready()):
+                return "others"
+            return "lowered" if self.is_lowered() else "short" if self.is_short_of_memory() else "nobody"
+        return "missed" if over else "wait"
 
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""
@@ -93,6 +187,10 @@ class OpenRound:
     def is_lowered(self) -> bool:
         """Whether somebody's plan did not hold in this round; its micro-batch ends at 1, so this ends too."""
         return any(report.decline is Decline.OVER_BUDGET for report in self.reports.values())
+
+    def is_diverged(self) -> bool:
+        """Whether losses were infinite or NaN somewhere."""
+        return any(report.decline is Decline.NON_FINITE for report in self.reports.values())
 
     def is_short_of_memory(self) -> bool:
         """Whether somebody who is not back yet has to plan with a smaller micro-batch."""

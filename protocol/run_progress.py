@@ -11,16 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .adaptation import Adaptation
 from .aggregation import MAX_PARTICIPANTS, average_blocks, combine_probes, evaluate_reports
 from .blocks import Deal, blocks_of, deal
 from .coordinator_events import ServerEvaluated
 from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
 from .errors import FedzoError, ProtocolError
-from .manifest import Manifest
 from .layer_densities import read_mask
+from .manifest import Manifest
 from .mask import Mask
 from .mask_choice import check_pruning, federated_mask, mask_from_seed
 from .messages import Report, UpdateRecord
+from .rate_finder import RangeTest
 from .roster import Member
 from .streams import Purpose, uint64s
 from .update import Replica
@@ -45,6 +47,7 @@ class RunProgress:
         mask_sha256: Hex hash of the encoded mask; empty for the dense mask.
         replica: The weights.
         evaluations: What evaluation rounds found, oldest first.
+        range_test: What a range test has found so far; None if this is none.
     """
 
     def __init__(self, run: RunDocument, manifest: Manifest) -> None:
@@ -53,6 +56,7 @@ class RunProgress:
         self._scored = 0
         self._evaluated_at = -1
         self.evaluations: list[EvaluationRecord] = []
+        self.range_test = RangeTest() if run.training.schedule == "range" else None
         check_pruning(manifest, run.settings)
         self._set_mask(Mask.dense(manifest.layout), b"")
 
@@ -64,17 +68,20 @@ class RunProgress:
         self.replica = Replica(
             manifest.layout, mask, manifest.seed, self._run.settings.seed, blocks, training.optimiser
         )
+        self._adaptation = Adaptation(training)
 
     @property
-    def is_federated(self) -> bool:
-        """Whether masks come out of devices' reports; else out of :meth:`own_mask`, or out of the server's engine."""
-        return self._run.saliency.is_federated
+    def awaits_mask(self) -> bool:
+        """Whether the next step is a mask that the server's engine has to make."""
+        return self.next_phase() == "saliency" and self._run.saliency.method == "synflow"
 
     def next_phase(self) -> Phase:
         """What the next round is for."""
         settings, length = self._run.settings, self.replica.index
-        if settings.sparsity > 0 and self._scored < (settings.saliency.n_steps if self.is_federated else 1):
+        if settings.sparsity > 0 and self._scored < (settings.saliency.n_steps if settings.saliency.is_federated else 1):
             return "saliency"
+        if self.range_test is not None:
+            return "done" if self.range_test.is_over or length == settings.training.rounds else "train"
         every = settings.evaluate_every
         due = length == settings.training.rounds or (every > 0 and length > 0 and length % every == 0)
         if due and self._evaluated_at != length:
@@ -106,6 +113,8 @@ class RunProgress:
             log_head=self.replica.head.hex() if has_log else "",
             weights_digest=self.replica.digest.hex() if has_log else "",
             deadline_s=self._run.settings.deadline_s,
+            k=self._adaptation.k,
+            sigma=self._adaptation.sigma,
         )
 
     def _drawn(self, round_: int, ready: Sequence[Member]) -> list[Member]:
@@ -124,8 +133,14 @@ class RunProgress:
         """The positions that an announced round hands out; none unless weights are trained."""
         if head.phase != "train":
             return ()
-        n_devices = max(1, unpack_participants(head.participants).size)
-        return deal(self.replica.blocks, self._run.training.assignment, head.log_length, n_devices)
+        n_devices, training = max(1, unpack_participants(head.participants).size), self._run.training
+        return deal(
+            self.replica.blocks, training.assignment, head.log_length, n_devices, k=head.k, k_max=training.k_max
+        )
+
+    def digest_for(self, phase: Phase) -> bytes:
+        """Digest of the weights that a round of this phase is measured with, 16 bytes."""
+        return self.replica.evaluated()[1] if phase == "evaluate" else self.replica.digest
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -137,9 +152,10 @@ class RunProgress:
         )
 
     def own_mask(self) -> bytes | None:
-        """The encoded mask of a method that needs no forward pass; None if it needs some. Still to be adopted."""
-        method = self._run.saliency.method
-        return None if method == "synflow" else mask_from_seed(self._manifest, self._run.settings)
+        """The encoded mask, if the next step is one that needs neither devices nor forward passes; to be adopted."""
+        if self.next_phase() != "saliency" or self._run.saliency.method not in ("magnitude", "erk", "random"):
+            return None
+        return mask_from_seed(self._manifest, self._run.settings)
 
     def make_update(self, head: Announcement, reports: Sequence[tuple[int, Report]]) -> UpdateRecord:
         """The next update, applied.
@@ -157,7 +173,16 @@ class RunProgress:
             record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients)
         except ProtocolError as error:
             raise FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate") from None
+        self._learn(head, reports, record)
         return record
+
+    def _learn(self, head: Announcement, reports: Sequence[tuple[int, Report]], record: UpdateRecord) -> None:
+        """What a round with an update says about the next ones."""
+        self._adaptation.learn(head, self.deals(head), reports, record, self.replica)
+        if self.range_test is not None:
+            samples = sum(report.samples for _, report in reports)
+            loss = sum(report.samples * report.mean_loss for _, report in reports) / samples
+            self.range_test.add(record.learning_rate, loss)
 
     def count(self, reports: Sequence[Report], server: ServerEvaluated | None) -> EvaluationRecord:
         """The result of an evaluation round; still to be adopted."""
@@ -165,6 +190,7 @@ class RunProgress:
         return {
             "log_length": self.replica.index,
             "weights_digest": self.replica.digest.hex(),
+            "weights": "average" if self._run.training.optimiser.ema else "last",
             "devices": len(reports),
             "loss": devices.mean_loss if devices else None,
             "accuracy": devices.accuracy if devices else None,
@@ -185,13 +211,21 @@ class RunProgress:
         self._set_mask(read_mask(encoded, self._manifest.layout, self._run.settings.fill), encoded)
         self._scored += 1
 
-    def adopt_update(self, record: UpdateRecord) -> None:
+    def adopt_update(
+        self, record: UpdateRecord, head: Announcement, reports: Sequence[tuple[int, Report]]
+    ) -> None:
         """Replay a recorded update.
+
+        Args:
+            record: The update.
+            head: Announcement of its round.
+            reports: What :meth:`make_update` got for it.
 
         Raises:
             ProtocolError: It gives other weights.
         """
         self.replica.apply(record)
+        self._learn(head, reports, record)
 
     def adopt_evaluation(self, result: EvaluationRecord) -> None:
         """Note a recorded evaluation."""

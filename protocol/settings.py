@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from .directions import Family
 from .errors import ConfigError
+from .mask import Fill
 from .optimisers import OptimiserConfig
+from .schedules import SCHEDULES, Schedule, rate_factor
 
-__all__ = ["Assignment", "EstimatorName", "Inputs", "RunSettings", "SaliencySettings", "Schedule", "TrainingSettings"]
+__all__ = [
+    "Assignment",
+    "EstimatorName",
+    "Inputs",
+    "PruningMethod",
+    "RunSettings",
+    "SaliencySettings",
+    "Schedule",
+    "TrainingSettings",
+]
 
 Assignment = Literal["shared", "dealt"]
-Schedule = Literal["constant", "cosine"]
 EstimatorName = Literal["stein", "split", "node"]
 Inputs = Literal["gaussian", "data"]
+PruningMethod = Literal["diagonal", "ntk-sap", "synflow", "magnitude", "erk", "random"]
 MAX_DIRECTIONS = 60_000
+MIN_SIGMA, MAX_SIGMA = 1e-8, 10.0
 MAX_REPEATS = 65_535  # what the streams of a device's noise have room for
 MAX_SCALAR = 1e20  # well below the largest coefficient of an update, 2**80
 
@@ -30,28 +41,60 @@ def _check(ok: bool, name: str, value: object, want: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SaliencySettings:
-    """Forward-only diagonal NTK scores (arXiv 2304.02840, Eq. 7, with unit shifts in place of autograd).
+    """Which weights a run keeps.
 
     Attributes:
-        steps: Scoring rounds; after step t of T the density is ``density ** (t / T)``.
+        method: ``diagonal``: every weight's part of the kernel's trace, from the devices' forward passes. ``ntk-sap``:
+            its derivative (arXiv 2304.02840, Eq. 7), from the same passes. The server alone makes the masks of
+            ``synflow`` (arXiv 2006.05467, by forward passes), ``magnitude``, ``erk`` (arXiv 1911.11134) and ``random``.
+        steps: Scoring rounds, or iterations of ``synflow``; after step t of T the density is ``density ** (t / T)``. 0
+            for the method's own number: 100 for ``synflow``, else 1.
+        floor: Least survivors of a layer, as far as it has that many.
         samples: Inputs that every device scores on.
         shift: Size of the constant shift of a unit's pre-activation.
         draws: Whole-layer weight perturbations per layer that calibrate the layer totals; 0 for none.
         inputs: ``gaussian`` (data-free, seeded) or ``data`` (the device's own training samples).
+        checked: Reports a round on Gaussian inputs that the server computes again; devices are drawn when there are
+            more. 0 for none.
+        check_limit: Relative difference above which such a report does not count.
     """
 
-    steps: int = 1
+    method: PruningMethod = "diagonal"
+    steps: int = 0
+    floor: int = 1
     samples: int = 64
     shift: float = 1e-2
     draws: int = 0
     inputs: Inputs = "gaussian"
+    checked: int = 8
+    check_limit: float = 5e-3
 
     def __post_init__(self) -> None:
-        _check(1 <= self.steps <= 1000, "saliency steps", self.steps, "1 to 1000")
+        methods = get_args(PruningMethod)
+        _check(self.method in methods, "pruning", self.method, f"one of {', '.join(methods)}")
+        _check(0 <= self.steps <= 1000, "saliency steps", self.steps, "0 to 1000")
+        _check(1 <= self.floor <= 1 << 28, "floor", self.floor, "1 or more: a layer would collapse")
+        _check(0 <= self.checked <= 100_000, "checked reports", self.checked, "0 to 100000")
+        _check(1e-6 <= self.check_limit <= 1.0, "check limit", self.check_limit, "1e-6 to 1")
         _check(1 <= self.samples <= 1 << 16, "saliency samples", self.samples, "1 to 65536")
         _check(0 < self.shift < 10, "saliency shift", self.shift, "above 0 and below 10")
         _check(0 <= self.draws <= 1024, "saliency draws", self.draws, "0 to 1024")
         _check(self.inputs in ("gaussian", "data"), "saliency inputs", self.inputs, "gaussian or data")
+        _check(self.method == "diagonal" or not self.draws, "saliency draws", self.draws, "0 unless for diagonal")
+
+    @property
+    def is_federated(self) -> bool:
+        """Whether devices score; else the server makes the mask."""
+        return self.method in ("diagonal", "ntk-sap")
+
+    @property
+    def n_steps(self) -> int:
+        """Masks one after another."""
+        return self.steps or (100 if self.method == "synflow" else 1)
+
+    def sparsity_after(self, step: int, sparsity: float) -> float:
+        """Sparsity of the mask of step ``1 <= step <= n_steps`` on the way to ``sparsity``."""
+        return float(1.0 - (1.0 - sparsity) ** (step / self.n_steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +117,15 @@ class TrainingSettings:
         batch: Samples behind one loss.
         optimiser: Server optimiser, replayed on every device.
         learning_rate: Peak learning rate.
-        schedule: How the rate falls over the rounds.
+        schedule: How the rate changes over the rounds, see ``schedules.py``; ``range`` makes the run a range test.
+        warmup: Updates in front of the first one at the peak rate.
+        decay_every: Updates between two steps of the schedule ``step``.
+        decay_factor: What each of them multiplies the rate with.
+        final_rate: Rate at the end of ``cosine`` and ``linear``, at least of ``step``, and at the beginning of
+            ``range``, relative to the peak.
+        k_max: Where above ``k``, the most directions that the server may ask for in place of ``k``, as the reports
+            agree, see ``adaptation.py``; 0 for always ``k``.
+        adapt_sigma: Whether the server chooses sigma for each round, starting from ``sigma``.
     """
 
     rounds: int = 500
@@ -91,6 +142,12 @@ class TrainingSettings:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     learning_rate: float = 1e-2
     schedule: Schedule = "cosine"
+    warmup: int = 0
+    decay_every: int = 100
+    decay_factor: float = 0.5
+    final_rate: float = 0.0
+    k_max: int = 0
+    adapt_sigma: bool = False
 
     def __post_init__(self) -> None:
         _check(0 <= self.rounds <= 1 << 30, "rounds", self.rounds, "0 to 2^30")
@@ -101,18 +158,30 @@ class TrainingSettings:
         _check(1 <= self.tail_k <= MAX_DIRECTIONS, "tail k", self.tail_k, f"1 to {MAX_DIRECTIONS}")
         _check(1 <= self.repeats <= MAX_REPEATS, "repeats", self.repeats, f"1 to {MAX_REPEATS}")
         _check(0.0 <= self.feedback < 1.0, "feedback", self.feedback, "at least 0 and below 1")
-        _check(math.isfinite(self.sigma) and 1e-8 < self.sigma < 10, "sigma", self.sigma, "above 1e-8 and below 10")
+        _check(MIN_SIGMA < self.sigma < MAX_SIGMA, "sigma", self.sigma, f"above {MIN_SIGMA} and below {MAX_SIGMA}")
         object.__setattr__(self, "sigma", float(np.float32(self.sigma)))  # both sides multiply in float32
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 < self.learning_rate < 1e3, "learning rate", self.learning_rate, "above 0 and below 1000")
-        _check(self.schedule in ("constant", "cosine"), "schedule", self.schedule, "constant or cosine")
+        _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        _check(0 <= self.warmup <= 1 << 30, "warmup", self.warmup, "0 to 2^30")
+        _check(1 <= self.decay_every <= 1 << 30, "decay every", self.decay_every, "1 to 2^30")
+        _check(0.0 < self.decay_factor <= 1.0, "decay factor", self.decay_factor, "above 0, at most 1")
+        _check(0.0 <= self.final_rate <= 1.0, "final rate", self.final_rate, "0 to 1, relative to the peak")
+        most = f"0, or k ({self.k}) to {MAX_DIRECTIONS}"
+        _check(self.k_max == 0 or self.k <= self.k_max <= MAX_DIRECTIONS, "k max", self.k_max, most)
 
     def rate(self, step: int) -> float:
         """Learning rate of update ``step``, a float32 value; computed by the server only and sent."""
-        factor = 1.0
-        if self.schedule == "cosine":
-            factor = 0.5 * (1.0 + math.cos(math.pi * step / max(1, self.rounds)))
-        return float(np.float32(max(self.learning_rate * factor, 1e-6 * self.learning_rate)))
+        factor = rate_factor(
+            self.schedule,
+            step,
+            self.rounds,
+            warmup=self.warmup,
+            decay_every=self.decay_every,
+            decay_factor=self.decay_factor,
+            final=self.final_rate,
+        )
+        return float(np.float32(self.learning_rate * factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +191,8 @@ class RunSettings:
     Attributes:
         seed: Run seed of directions, batches and Gaussian inputs.
         sparsity: Fraction of maskable weights that the mask removes; 0 skips the saliency.
+        fill: What removed weights are: ``zero``, or ``init`` for their initial values, which makes a sparse update of
+            a dense network.
         saliency: Scoring.
         training: Training.
         devices: Devices to wait for before the first round.
@@ -132,10 +203,13 @@ class RunSettings:
         patience: Deadlines without quorum in a row after which the run stops (and can be resumed).
         evaluate_every: Updates between evaluations; 0 evaluates at the end only.
         scalar_limit: A report with a larger absolute value is refused.
+        tune_rounds: Updates of a range test, a run of its own before this one that finds its learning rate, see
+            ``rate_finder.py``; 0 for the learning rate that is set.
     """
 
     seed: int = 1
     sparsity: float = 0.8
+    fill: Fill = "zero"
     saliency: SaliencySettings = field(default_factory=SaliencySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     devices: int = 8
@@ -146,10 +220,12 @@ class RunSettings:
     patience: int = 10
     evaluate_every: int = 100
     scalar_limit: float = 1e6
+    tune_rounds: int = 0
 
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 1 << 64, "seed", self.seed, "an unsigned 64-bit number")
         _check(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "at least 0 and below 1")
+        _check(self.fill in ("zero", "init"), "fill", self.fill, "zero or init")
         _check(1 <= self.devices <= 100_000, "devices", self.devices, "1 to 100000")
         _check(
             0 <= self.participants <= self.devices,
@@ -163,4 +239,6 @@ class RunSettings:
         _check(0.01 <= self.enrol_deadline_s <= 1e7, "enrol deadline", self.enrol_deadline_s, "0.01 s or more")
         _check(1 <= self.patience <= 1_000_000, "patience", self.patience, "1 or more")
         _check(0 <= self.evaluate_every <= 1 << 30, "evaluate every", self.evaluate_every, "0 or more")
+        least = "0, or 20 to 100000"
+        _check(self.tune_rounds == 0 or 20 <= self.tune_rounds <= 100_000, "tune rounds", self.tune_rounds, least)
         _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")

@@ -36,6 +36,7 @@ class Purpose(enum.IntEnum):
     NODE_NOISE = 12
     PARTICIPANTS = 13
     CHANCE = 14
+    SCORE_CHECK = 15
 
 
 def uint64s(seed: int, purpose: Purpose, round_: int, index: int, count: int) -> NDArray[np.uint64]:

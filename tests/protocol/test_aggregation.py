@@ -247,13 +247,13 @@ def test_the_update_holds_what_the_device_probed(step: int, assignment: Assignme
     replica = Replica(layout, Mask.dense(layout), 1, 2, blocks, OptimiserConfig())
     settings = RunSettings(training=TrainingSettings(assignment=assignment))
     run = RunDocument("r", bytes(32).hex(), 1, settings)
-    current = OpenRound(head, roster, deal(blocks, assignment, step, 4))
+    current = OpenRound(head, roster, SETTINGS, deal(blocks, assignment, step, 4))
     assert current.participants == ("a", "c", "d", "f")
     for ordinal, name in zip((0, 2, 3, 5), current.participants, strict=True):
         task = make_task(run, head, ordinal, 1, replica)
         assert task is not None
         answer = report(ReportKind.PROBE, row(1, 2, 3), row(4, 5), weights_digest=replica.digest)
-        current.check(name, answer, MANIFEST, SETTINGS, replica.digest)
+        current.check(name, answer, MANIFEST, replica.digest)
         segments, _ = combine_probes(deal(blocks, assignment, step, 4), [(current.rank(name), answer)])
         probed = [int(p) + i * MAX_POSITION for i, part in enumerate(task.positions) for p in part]
         assert [p for first, count in segments for p in range(first, first + count)] == probed

@@ -12,6 +12,7 @@ from fedzo.protocol.blocks import deal
 from fedzo.protocol.codec import BinaryMessage
 from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.coordinator_events import (
+    CheckScores,
     Connected,
     CoordinatorCommand,
     CoordinatorEvent,
@@ -21,6 +22,7 @@ from fedzo.protocol.coordinator_events import (
     OfferBlob,
     Record,
     Send,
+    ScoresChecked,
     ServerEvaluated,
     Tick,
 )
@@ -68,7 +70,8 @@ class Desk:
         now: What the clock shows.
         journal: Everything recorded, in all lives.
         trace: Everything that came out in this life.
-        out: Commands of the last event.
+        out: Commands of the last event, and of the answers to checks of scores.
+        differences: By device, how far its scores are from those that the server computes; None for no answer.
     """
 
     def __init__(
@@ -83,12 +86,16 @@ class Desk:
         self.out: list[CoordinatorCommand] = []
         self.sessions = dict.fromkeys(NAMES, 1)
         self.micro_batches: dict[str, int] = {}
+        self.differences: dict[str, float | None] = {}
 
     # --- events ---------------------------------------------------------------------------------------------------
 
     def on(self, event: CoordinatorEvent) -> list[CoordinatorCommand]:
         """One event."""
         self.out = self.machine.on(event, self.now)
+        for check in [c for c in self.out if isinstance(c, CheckScores)]:
+            if (difference := self.differences.get(check.device, 0.0)) is not None:
+                self.out = self.out + self.machine.on(ScoresChecked(check.round, check.device, difference), self.now)
         self.trace += self.out
         self.journal += [(c.kind, c.round, c.device, c.payload) for c in self.out if isinstance(c, Record)]
         wakeup = self.machine.wakeup

@@ -17,6 +17,7 @@ from fedzo.protocol.device import Device
 from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, ServerPresence
 from fedzo.protocol.graph_files import GraphFile
+from fedzo.protocol.layer_densities import uniform_densities
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Decline, Report, UpdateRecord
 from fedzo.protocol.run_files import needed_graphs
@@ -178,6 +179,7 @@ class ServerNode(Node):
         lives: How often it was started.
         crash_before: Number of the command before which it dies.
         extra: Blobs that it offers besides the artifact.
+        differences: By device, how far its scores are from those that the server computes.
         is_mute: It does not answer requests for blobs that it does not have.
     """
 
@@ -191,6 +193,7 @@ class ServerNode(Node):
         self.lives = 0
         self.crash_before: int | None = None
         self.extra: tuple[bytes, ...] = ()
+        self.differences: dict[str, float] = {}
         self.is_mute = False
         self._has_test_set = has_test_set
         self._blobs: dict[bytes, bytes] = {}
@@ -261,6 +264,14 @@ class ServerNode(Node):
         elif isinstance(command, server_events.Evaluate):
             loss = FakeEngine(SERVER).loss(command.mask, command.weights.astype(np.float64))
             self.later(0.3, lambda: self.handle(server_events.ServerEvaluated(command.round, loss, 0.5, 10)))
+        elif isinstance(command, server_events.CheckScores):
+            difference = self.differences.get(command.device, 0.0)
+            found = server_events.ScoresChecked(command.round, command.device, difference)
+            self.later(0.2, lambda: self.handle(found))
+        elif isinstance(command, server_events.MakeMask):
+            layout = self.coordinator.manifest.layout
+            encoded = uniform_densities(layout, self.run.settings.sparsity, 3).encode()
+            self.later(0.2, lambda: self.handle(server_events.MaskMade(encoded)))
         else:
             self.error = command.error
             self.later(1.0, lambda: self.world.broker.disconnect(self))
