@@ -33,12 +33,11 @@ from ..protocol.codec import decode
 from ..protocol.coordinator import Coordinator
 from ..protocol.documents import Hello, Order, Presence, RunDocument, ServerPresence, parse
 from ..protocol.errors import BrokerError, FedzoError, ProtocolError
-from ..protocol.messages import UpdateRecord
 from ..protocol.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
-from ..protocol.transfers import LogSlice
 from .blobs import BlobServer
 from .brokers.base import Broker
 from .journal import Entry, Journal
+from .log_slices import log_slice
 from .run_folder import RunFolder
 from .summary import held_out_accuracy
 
@@ -48,7 +47,6 @@ _log = logging.getLogger(__name__)
 
 BATCH_S = 0.004
 BATCH_EVENTS = 2_000
-SLICE_BYTES = 192 << 10
 BROKER_CHECK_S = 2.0
 
 
@@ -285,19 +283,12 @@ class Server:
         self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
 
     def _send_log(self, command: machine.ServeLog) -> None:
-        """As many records as fit one payload; the device asks again for the rest."""
-        first, size = command.request.first, 0
-        records: list[UpdateRecord] = []
-        for number in range(first, min(first + command.request.count, len(self._log_sequences))):
-            payload = self._journal.get(self._log_sequences[number]).payload
-            size += len(payload) + 4
-            if records and size > SLICE_BYTES:
-                break
-            record = decode(payload)
-            assert isinstance(record, UpdateRecord)
-            records.append(record)
-        if records:
-            self._send(Channel.BLOCK, LogSlice(first, tuple(records)).encode(), command.device)
+        def payload(number: int) -> bytes:
+            return self._journal.get(self._log_sequences[number]).payload
+
+        part = log_slice(command.request, len(self._log_sequences), payload)
+        if part is not None:
+            self._send(Channel.BLOCK, part.encode(), command.device)
 
     def _evaluate(self, command: machine.Evaluate) -> None:
         assert self._test_set is not None

@@ -21,7 +21,7 @@ from ..protocol.streams import Purpose, permutation
 from .arrays import member_names, read_idx, read_npy, read_npz
 from .samples import Batch, Conversion, Samples
 
-__all__ = ["Batch", "Dataset", "Samples", "batch_indices", "count_samples", "load_dataset"]
+__all__ = ["Batch", "Dataset", "Samples", "as_samples", "batch_indices", "count_samples", "load_dataset"]
 
 Axes = Literal["auto", "channels_first", "channels_last"]
 _Reader = Callable[[], NDArray[Any]]
@@ -97,12 +97,10 @@ def load_dataset(
         raise ConfigError(f"holdout is {holdout}, it must be at least 0 and below 1")
     source = Path(path)
     arrays = _read(source, input_shape, n_classes, limit_mib)
-    parts = []
-    for x, y in arrays:
-        conversion = _conversion(x, input_shape, mean, std, axes, pad, str(source))
-        labels = _checked_labels(y, len(x), n_classes, str(source))
-        _check_finite(x, str(source))
-        parts.append(Samples(x, labels, conversion))
+    parts = [
+        as_samples(x, y, input_shape, n_classes, mean=mean, std=std, axes=axes, pad=pad, where=str(source))
+        for x, y in arrays
+    ]
     train = parts[0]
     if len(train) == 0:
         raise DataError(f"{source} has no training samples")
@@ -111,6 +109,41 @@ def load_dataset(
     order = permutation(seed, Purpose.HOLDOUT, 0, 0, len(train))
     held = _held_out(len(train), holdout)
     return Dataset(train.subset(np.sort(order[held:])), train.subset(np.sort(order[:held])))
+
+
+def as_samples(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    input_shape: tuple[int, ...],
+    n_classes: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    axes: Axes = "auto",
+    pad: bool = False,
+    where: str = "the array",
+) -> Samples:
+    """Check labelled samples that are in memory, or mapped; they are not copied.
+
+    Args:
+        x: ``(n, ...)``, as :func:`load_dataset` would find it in a file.
+        y: ``(n,)``, class numbers.
+        input_shape: See :func:`load_dataset`.
+        n_classes: See :func:`load_dataset`.
+        mean: See :func:`load_dataset`.
+        std: See :func:`load_dataset`.
+        axes: See :func:`load_dataset`.
+        pad: See :func:`load_dataset`.
+        where: Begins the messages.
+
+    Raises:
+        DataError: They cannot be used.
+        ConfigError: An argument is out of range.
+    """
+    conversion = _conversion(x, input_shape, mean, std, axes, pad, where)
+    labels = _checked_labels(y, len(x), n_classes, where)
+    _check_finite(x, where)
+    return Samples(x, labels, conversion)
 
 
 def batch_indices(seed: int, step: int, device_ordinal: int, n: int, batch: int) -> NDArray[np.int64]:

@@ -93,6 +93,11 @@ class Samples:
         return self._labels[self._rows]
 
     @property
+    def parts(self) -> tuple[NDArray[Any], NDArray[np.int64], Conversion, NDArray[np.int64]]:
+        """What it was made of: stored array, labels, conversion and rows; none is copied."""
+        return self._stored, self._labels, self._conversion, self._rows
+
+    @property
     def resident_bytes(self) -> int:
         """Memory that the stored samples take; 0 when they are mapped from a file."""
         base: Any = self._stored

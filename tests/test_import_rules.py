@@ -25,7 +25,8 @@ ALLOWED: dict[str, tuple[set[str], set[str] | None]] = {
     "edge_runtime": ({"protocol", "hardware_profiles"}, {"numpy", "onnxruntime", "paho", "PIL", "tomli"}),
     "exporter": ({"protocol", "hardware_profiles"}, None),
     "broker_server": ({"protocol", "hardware_profiles", "edge_runtime", "exporter"}, None),
-    "cli": ({"protocol", "hardware_profiles", "edge_runtime", "exporter", "broker_server"}, None),
+    "simulation": ({"protocol", "hardware_profiles", "edge_runtime", "broker_server"}, None),
+    "cli": ({"protocol", "hardware_profiles", "edge_runtime", "exporter", "broker_server", "simulation"}, None),
 }
 # protocol/ computes: it reads no file, socket, clock, environment or process.
 IMPURE = {

@@ -1,0 +1,291 @@
+"""What one process computes with: one engine, one estimator, and the residuals of the devices that stick to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..edge_runtime.artifact import load_artifact
+from ..edge_runtime.data import Samples
+from ..edge_runtime.engine import Engine
+from ..edge_runtime.estimators import never
+from ..edge_runtime.memory import peak_rss_mib
+from ..edge_runtime.ort import sessions_kept
+from ..edge_runtime.residual_file import Residual
+from ..edge_runtime.round_work import RoundWork, decline_of
+from ..edge_runtime.variants import wanted_variants
+from ..protocol.device_events import Outcome, Task
+from ..protocol.documents import RunDocument, parse
+from ..protocol.errors import FedzoError
+from ..protocol.manifest import Manifest
+from ..protocol.mask import Mask
+from .clients import Clients, StoredSamples
+
+__all__ = ["Executor", "Job", "Usage", "WorkResult"]
+
+KEPT_WEIGHTS = 4
+KEPT_ENGINES = 2
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What every process of a simulation needs to know once.
+
+    Attributes:
+        artifact: Its folder.
+        run: The encoded run document.
+        clients: Samples of the devices.
+        test: The server's own test set.
+        many_queries: Whether to evaluate several sets of weights in one run.
+    """
+
+    artifact: str
+    run: bytes
+    clients: Clients
+    test: Samples | None
+    many_queries: bool
+
+
+@dataclass(frozen=True, eq=False)
+class StoredJob:
+    """A job as it goes to another process: samples are named, not copied.
+
+    Attributes:
+        artifact: See :class:`Job`.
+        run: See :class:`Job`.
+        samples: Of all devices.
+        train: See :class:`~.clients.Clients`.
+        held: ``test`` there.
+        test: See :class:`Job`.
+        many_queries: See :class:`Job`.
+    """
+
+    artifact: str
+    run: bytes
+    samples: StoredSamples
+    train: list[NDArray[np.int64]]
+    held: list[NDArray[np.int64]]
+    test: StoredSamples | None
+    many_queries: bool
+
+    @classmethod
+    def of(cls, job: Job, folder: Path) -> StoredJob:
+        """Write what lies in no file to ``folder``."""
+        samples = StoredSamples.of(job.clients.samples, folder, "samples")
+        test = StoredSamples.of(job.test, folder, "test") if job.test is not None else None
+        return cls(job.artifact, job.run, samples, job.clients.train, job.clients.test, test, job.many_queries)
+
+    def open(self) -> Job:
+        """Map the samples."""
+        clients = Clients(self.samples.open(), self.train, self.held)
+        test = self.test.open() if self.test is not None else None
+        return Job(self.artifact, self.run, clients, test, self.many_queries)
+
+
+@dataclass(frozen=True, eq=False)
+class WorkResult:
+    """What came of one task.
+
+    Attributes:
+        ticket: Of the task.
+        outcome: What the device reports.
+        sample_passes: Samples sent through the network; parts of it count by their multiplications.
+    """
+
+    ticket: int
+    outcome: Outcome
+    sample_passes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What computing took so far.
+
+    Attributes:
+        engine_s: Wall time inside forward passes, summed over processes.
+        engine_cpu_s: Processor time inside forward passes, likewise.
+        busy_s: Wall time inside tasks, likewise.
+        cpu_s: Processor time of the processes, likewise; without this one.
+        peak_rss_mib: Peak memory of the processes, likewise; what they share is counted in each, this one in none.
+    """
+
+    engine_s: float = 0.0
+    engine_cpu_s: float = 0.0
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
+    peak_rss_mib: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+class _TimedSession:
+    """A session that adds up the time of its runs."""
+
+    def __init__(self, session: Any, clock: list[float]) -> None:
+        self._session, self._clock = session, clock
+        self._run = session.run_with_iobinding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        self._run(binding)
+        self._clock[0] += time.perf_counter() - wall
+        self._clock[1] += time.thread_time() - cpu
+
+
+@dataclass(eq=False)
+class _Open:
+    """An engine with what is computed on it."""
+
+    engine: Engine
+    work: RoundWork
+
+
+class Executor:
+    """Computes tasks one after another. Owned by one thread.
+
+    Args:
+        job: Of the simulation.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._run = parse(RunDocument, job.run)
+        self._artifact = load_artifact(job.artifact)
+        self._clock, self._busy_s = [0.0, 0.0], 0.0
+        self._keeper = sessions_kept(lambda session: _TimedSession(session, self._clock))
+        self._keeper.__enter__()
+        self._masks: dict[str, Mask] = {}
+        self._weights: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
+        self._residuals: dict[int, Residual] = {}
+
+    def prepare(self, key: str, mask: Mask) -> None:
+        """Know a mask by a name."""
+        self._masks[key] = mask
+
+    def share(self, key: bytes, weights: NDArray[np.float32]) -> None:
+        """Know some weights; the last few are kept."""
+        self._weights[key] = weights
+        self._weights.move_to_end(key)
+        while len(self._weights) > KEPT_WEIGHTS:
+            self._weights.popitem(last=False)
+
+    def compute(self, ticket: int, device: int, task: Task, mask_key: str, key: bytes, micro_batch: int) -> WorkResult:
+        """Do one task of one device.
+
+        Args:
+            ticket: Comes back with the result.
+            device: Whose samples and residual count.
+            task: What to measure; without weights.
+            mask_key: Of the mask, see :meth:`prepare`.
+            key: Of the weights, see :meth:`share`.
+            micro_batch: Samples of one run of a graph.
+
+        Raises:
+            FedzoError: The engine cannot be opened.
+        """
+        opened = self._opened(mask_key, micro_batch)
+        started, before = time.perf_counter(), opened.engine.sample_passes
+        task = dataclasses.replace(task, weights=self._weights[key])
+        dataset = self._job.clients.dataset(device)
+        residual = self._residuals.get(device)
+        try:
+            measured = opened.work.measure(task, dataset, residual, never)
+        except Exception as error:  # noqa: BLE001 (a device says in its report why it does not answer)
+            decline, detail = decline_of(error, task.round)
+            outcome = Outcome((), 0, decline=decline, detail=detail)
+        else:
+            if measured.residual is not None:
+                self._keep(device, measured.residual)
+            queries = measured.queries
+            outcome = Outcome(measured.blocks, measured.samples, measured.mean_loss, queries)
+        self._busy_s += time.perf_counter() - started
+        return WorkResult(ticket, outcome, opened.engine.sample_passes - before)
+
+    def forget(self, device: int, round_: int) -> None:
+        """What the device measured in a round was in vain: it goes on from the state before it."""
+        residual = self._residuals.get(device)
+        if residual is not None and residual.round == round_:
+            self._residuals[device] = dataclasses.replace(residual, after=residual.before)
+
+    def evaluate(self, mask_key: str, key: bytes, first: int, stop: int) -> list[tuple[float, int, int]]:
+        """Loss sum, correct answers and samples of some batches of the server's test set, by number.
+
+        Args:
+            mask_key: See :meth:`compute`.
+            key: See :meth:`compute`.
+            first: First batch.
+            stop: The batch behind the last one.
+        """
+        assert self._job.test is not None
+        started, test = time.perf_counter(), self._job.test
+        engine = self._opened(mask_key, EVALUATION_BATCH).engine
+        found = []
+        for number in range(first, stop):
+            rows = np.arange(number * EVALUATION_BATCH, min((number + 1) * EVALUATION_BATCH, len(test)))
+            batch = test.batch(rows)
+            found.append(engine.evaluate(self._weights[key], batch.x, batch.y))
+        self._busy_s += time.perf_counter() - started
+        return found
+
+    def usage(self) -> Usage:
+        """What it took so far."""
+        return Usage(self._clock[0], self._clock[1], self._busy_s, time.process_time(), peak_rss_mib())
+
+    def close(self) -> None:
+        """Unload everything."""
+        self._open.clear()
+        self._keeper.__exit__(None, None, None)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self._artifact.manifest
+
+    def _keep(self, device: int, residual: Residual) -> None:
+        self._residuals[device] = residual
+
+    def _opened(self, mask_key: str, micro_batch: int) -> _Open:
+        key = (mask_key, micro_batch)
+        if key not in self._open:
+            queries = self._queries()
+            mask = self._masks[mask_key]
+            engine = Engine(self._artifact, mask, threads=1, micro_batch=micro_batch, queries=queries)
+            if not self._open:
+                engine.check_golden()
+            self._open[key] = _Open(engine, RoundWork(self._run, engine, mask_key))
+            if queries > 1:
+                # Now, so that what the comparison of the graphs costs is no part of a task.
+                train = self._job.clients.dataset(0).train
+                batch = train.batch(np.arange(min(len(train), self._run.training.batch), dtype=np.int64))
+                engine.query_batches.chosen(batch.x, batch.y)
+            while len(self._open) > 2 * KEPT_ENGINES:
+                self._open.popitem(last=False)[1].engine.close()
+        return self._open[key]
+
+    def _queries(self) -> int:
+        """The same in every process, whatever a clock says: results must not depend on who computes them."""
+        if not self._job.many_queries:
+            return 1
+        return max((variant.queries for variant in wanted_variants(self._manifest)), default=1)
+
+
+def batches_of(n_samples: int) -> int:
+    """Batches of a test set."""
+    return -(-n_samples // EVALUATION_BATCH)
+
+
+def run_error(error: Exception) -> FedzoError:
+    """What went wrong in a process, as it is raised in another."""
+    return error if isinstance(error, FedzoError) else FedzoError(f"unexpected {type(error).__name__}: {error}")
