@@ -133,9 +133,8 @@ class _Worker:
         self._number, self._answers = number, answers
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, job), name=f"fedzo-simulation-{number}", daemon=True
-        )
+        name = f"fedzo-simulation-{number}"
+        self._process = context.Process(target=_serve, args=(theirs, job), name=name, daemon=True)
         self._process.start()
         theirs.close()
         self._lock = threading.Lock()
