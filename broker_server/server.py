@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..edge_runtime.data import Samples
-from ..edge_runtime.engine import Engine
 from ..edge_runtime.transport import (
     Arrived,
     Connected,
@@ -39,6 +38,7 @@ from .brokers.base import Broker
 from .journal import Entry, Journal
 from .log_slices import log_slice
 from .run_folder import RunFolder
+from .server_passes import ServerPasses
 from .summary import held_out_accuracy
 
 __all__ = ["Progress", "Server"]
@@ -84,7 +84,7 @@ class Server:
         federation: Topic level of the federation.
         test_set: The server's own test samples.
         observer: Called on the server's thread; what it raises ends the run.
-        threads: Threads of the evaluation.
+        threads: Threads of the server's own passes.
 
     Attributes:
         coordinator: The run as it stands.
@@ -108,13 +108,17 @@ class Server:
         threads: int = 1,
     ) -> None:
         self._folder, self._broker, self._journal, self._federation = folder, broker, journal, federation
-        self._test_set, self._observer, self._threads = test_set, observer, threads
+        self._observer = observer
         self._events: queue.SimpleQueue[TransportEvent | machine.CoordinatorEvent | FedzoError] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._blobs = BlobServer(folder.artifact, folder.artifact_path)
         self._log_sequences: list[int] = []
-        self._evaluating: int | None = None
+        self._passes = ServerPasses(
+            folder.artifact, run, test_set, threads=threads, cancelled=lambda: self._stop.is_set()
+        )
+        self._computing: set[tuple[type, int]] = set()
         self._limits: dict[str, int] = {}
+        self._refused: set[str] = set()
         birth = time.time_ns() // 1_000_000
         self.coordinator = Coordinator(run, folder.artifact.manifest, birth=birth, has_test_set=test_set is not None)
         self._restore()
@@ -157,7 +161,7 @@ class Server:
             QuorumError: Too few devices; the run can be resumed.
             FedzoError: Training diverged, or the journal cannot be written.
         """
-        pool = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
+        pool = ThreadPoolExecutor(1, thread_name_prefix="passes")
         try:
             if not self.coordinator.finished:  # Else the run was resumed after its end.
                 self._transport.connect(connect_timeout_s)
@@ -222,7 +226,7 @@ class Server:
             return None
         if isinstance(item, Arrived):
             return self._parse(item)
-        if isinstance(item, (machine.Tick, machine.ServerEvaluated)):
+        if isinstance(item, (machine.Tick, machine.ServerEvaluated, machine.MaskMade, machine.ScoresChecked)):
             return item
         return None
 
@@ -251,6 +255,10 @@ class Server:
         now = time.time()
         entries = [Entry(r.kind, r.round, r.device, r.payload, now) for r in records]
         sequences = self._journal.append(entries)
+        for record in records:
+            if record.kind == "refusal" and record.device not in self._refused:  # Once: it may go on for ever.
+                self._refused.add(record.device)
+                _log.warning("refused in round %d: %s: %s", record.round, record.device, record.payload.decode())
         updates = [s for s, r in zip(sequences, records, strict=True) if r.kind == "update"]
         self._log_sequences += updates
 
@@ -267,9 +275,13 @@ class Server:
                 self._send(Channel.BLOCK, block.encode(), command.device)
         elif isinstance(command, machine.ServeLog):
             self._send_log(command)
-        elif isinstance(command, machine.Evaluate) and self._evaluating != command.round:
-            self._evaluating = command.round  # It is asked for again after every break of the link.
-            pool.submit(self._evaluate, command)
+        elif isinstance(command, machine.CheckScores):
+            pool.submit(self._compute, command)
+        elif isinstance(command, (machine.Evaluate, machine.MakeMask)):
+            asked = type(command), command.round if isinstance(command, machine.Evaluate) else 0
+            if asked not in self._computing:  # It is asked for again after every break of the link.
+                self._computing.add(asked)
+                pool.submit(self._compute, command)
 
     def _note(self, device: str, order: Order) -> None:
         """Say once what a board's memory makes of its part in the run."""
@@ -290,21 +302,18 @@ class Server:
         if part is not None:
             self._send(Channel.BLOCK, part.encode(), command.device)
 
-    def _evaluate(self, command: machine.Evaluate) -> None:
-        assert self._test_set is not None
+    def _compute(self, command: machine.Evaluate | machine.MakeMask | machine.CheckScores) -> None:
+        """On the pool's thread. Scores of a round that has closed meanwhile are not worth a pass."""
+        if isinstance(command, machine.CheckScores) and command.round != self.coordinator.head.round:
+            return
         try:
-            with Engine(self._folder.artifact, command.mask, threads=self._threads, micro_batch=64) as engine:
-                loss_sum, correct, count = 0.0, 0, 0
-                for batch in self._test_set.batches(engine.micro_batch):
-                    if self._stop.is_set():
-                        return
-                    part = engine.evaluate(command.weights, batch.x, batch.y)
-                    loss_sum, correct, count = loss_sum + part[0], correct + part[1], count + part[2]
-            self._events.put(machine.ServerEvaluated(command.round, loss_sum / count, correct / count, count))
+            answer = self._passes.answer(command)
+            if answer is not None:
+                self._events.put(answer)
         except FedzoError as error:
             self._events.put(error)
         except Exception as error:  # noqa: BLE001 (a future's exception would otherwise be lost, and the round hang)
-            self._events.put(FedzoError(f"the server's evaluation failed: {type(error).__name__}: {error}"))
+            self._events.put(FedzoError(f"the server's own passes failed: {type(error).__name__}: {error}"))
 
     # --- the rest -------------------------------------------------------------------------------------------------
 

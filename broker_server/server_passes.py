@@ -1,0 +1,84 @@
+"""What the server itself computes with the artifact's graphs: evaluations, masks, and scores that it checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..edge_runtime.artifact import Artifact
+from ..edge_runtime.data import Samples
+from ..edge_runtime.engine import Engine
+from ..edge_runtime.estimators import Cancelled
+from ..edge_runtime.saliency import UnitShiftScorer
+from ..protocol.coordinator_events import CheckScores, Evaluate, MakeMask, MaskMade, ScoresChecked, ServerEvaluated
+from ..protocol.documents import RunDocument
+from ..protocol.saliency import gaussian_inputs
+from ..protocol.score_checks import largest_difference
+from .synflow import synflow_mask
+
+__all__ = ["ServerPasses"]
+
+MICRO_BATCH = 64
+
+
+class ServerPasses:
+    """Answers the coordinator's commands that need an engine; for one thread.
+
+    Args:
+        artifact: Of the run.
+        run: Its document.
+        test_set: The server's own samples, if it has any.
+        threads: Threads within an operator.
+        cancelled: Asked between passes; then there is no answer.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        run: RunDocument,
+        test_set: Samples | None = None,
+        *,
+        threads: int = 1,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._artifact, self._run, self._test_set = artifact, run, test_set
+        self._threads, self._cancelled = threads, cancelled
+
+    def answer(self, command: Evaluate | MakeMask | CheckScores) -> ServerEvaluated | MaskMade | ScoresChecked | None:
+        """Compute what a command asks for; None if it was cancelled.
+
+        Raises:
+            FedzoError: It cannot be computed.
+        """
+        if isinstance(command, MakeMask):
+            mask = synflow_mask(
+                self._artifact, self._run.settings, threads=self._threads, cancelled=self._cancelled
+            )
+            return None if self._cancelled() else MaskMade(mask.encode())
+        if isinstance(command, CheckScores):
+            return self._check(command)
+        return self._evaluate(command)
+
+    def _check(self, command: CheckScores) -> ScoresChecked | None:
+        saliency, seed, manifest = self._run.saliency, self._run.settings.seed, self._artifact.manifest
+        scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
+        x = gaussian_inputs(manifest, seed, command.round, command.ordinal, saliency.samples)
+        try:
+            with Engine(
+                self._artifact, command.mask, threads=self._threads, micro_batch=MICRO_BATCH, queries=1
+            ) as engine:
+                found = scorer.score(engine, command.weights, x, command.round, self._cancelled)
+        except Cancelled:
+            return None
+        difference = largest_difference(manifest, found.blocks, command.blocks)
+        return ScoresChecked(command.round, command.device, difference)
+
+    def _evaluate(self, command: Evaluate) -> ServerEvaluated | None:
+        assert self._test_set is not None
+        with Engine(self._artifact, command.mask, threads=self._threads, micro_batch=MICRO_BATCH) as engine:
+            loss_sum, correct, count = 0.0, 0, 0
+            for batch in self._test_set.batches(engine.micro_batch):
+                if self._cancelled():
+                    return None
+                part = engine.evaluate(command.weights, batch.x, batch.y)
+                loss_sum, correct, count = loss_sum + part[0], correct + part[1], count + part[2]
+        return ServerEvaluated(command.round, loss_sum / count, correct / count, count)
