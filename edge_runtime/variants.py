@@ -19,6 +19,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask
 from ..protocol.placement import PLACEMENTS_KEY, decode_placements
 from ..protocol.query_layout import query_layout, query_name
+from .long_runs import Scatter
 from .ort import runtime_version
 
 __all__ = [
@@ -143,7 +144,7 @@ class BlockedWeights:
 
         if filled is not None:
             self._buffer[places(Mask.dense(layout))] = np.tile(filled, queries)
-        self._places = places(mask)
+        self._scatter = Scatter(places(mask))
         self.feeds: dict[str, NDArray[np.float32]] = {
             name: self._buffer[start : start + math.prod(shapes[name])].reshape(shapes[name])
             for name, start in starts.items()
@@ -174,4 +175,4 @@ class BlockedWeights:
         Args:
             weights: ``float32[n_survivors]``, or ``float32[n, n_survivors]`` for the first ``n`` queries.
         """
-        self._buffer[self._places[: weights.size]] = weights.reshape(-1)
+        self._scatter.write(weights.reshape(-1), self._buffer)
