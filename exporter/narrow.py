@@ -94,9 +94,9 @@ def narrow(
     kept = choose_channels(families, selection.keep, None if scores is None else _by_root(families, traced, scores))
     removed = {root for family in families for root in family.roots} - kept
     if not removed:
-        smallest = max(1.0 - f.multiple / len(f.roots) / 2 for f in families)
+        fewer = max(1.0 - 0.75 * f.multiple / len(f.roots) for f in families)
         raise ConfigError(
-            f"keeping the fraction {selection.keep:g} removes no channel", hint=f"try {smallest:g} or less"
+            f"keeping the fraction {selection.keep:g} removes no channel", hint=f"try {fewer:.3g} or less"
         )
     rewrite = KeepChannels(traced, removed)
     model = rewrite(forward.model).model
