@@ -57,6 +57,8 @@ class ProbeRequest:
         round: Round of directions and noise.
         index: The device's number, for noise of its own.
         positions: ``int64[k]`` for every block.
+        sigma: Length scale of the directions in place of the settings', a float32 value; 0 for theirs. Noise on
+            pre-activations has a scale of its own and keeps the settings'.
     """
 
     weights: NDArray[np.float32]
@@ -64,6 +66,7 @@ class ProbeRequest:
     round: int
     index: int
     positions: tuple[NDArray[np.int64], ...]
+    sigma: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +167,7 @@ class SplitBlocks(_Stateless):
         weights, batch = request.weights, request.batch
         with Suffix(engine, weights, batch.x, batch.y) as suffix:
             source, moved = SuffixLosses(suffix), weights[suffix.first :]
-            behind = self._behind.measure(source, moved, request.round, request.positions[1], cancelled)
+            behind = self._behind.measure(source, moved, request.round, request.positions[1], cancelled, request.sigma)
         return BlockScalars((front.values, behind.values), behind.mean_loss, front.queries + behind.queries + 1)
 
 
@@ -221,7 +224,7 @@ class NodeBlocks:
 def _whole(estimator: SteinEstimator, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool]) -> Scalars:
     """Differences along the positions of the first block, by whole passes."""
     source = WholeLosses(engine, request.batch)
-    return estimator.measure(source, request.weights, request.round, request.positions[0], cancelled)
+    return estimator.measure(source, request.weights, request.round, request.positions[0], cancelled, request.sigma)
 
 
 def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: int) -> BlockEstimator:
@@ -244,22 +247,22 @@ def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: in
 
 
 def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors: int) -> int:
-    """Memory that an estimator takes besides what every training takes, in bytes, rounded up.
+    """Memory that an estimator and an average of the weights take besides what every training takes, in bytes.
 
     Args:
         training: Names it.
         manifest: Of the artifact.
         n_survivors: Length of the weights.
     """
-    batch = training.batch
+    batch, average = training.batch, 4 * n_survivors if training.optimiser.ema else 0
     if training.estimator == "split" and manifest.cut is not None:
-        return 4 * batch * math.prod(manifest.cut.feature_shape)
+        return average + 4 * batch * math.prod(manifest.cut.feature_shape)
     if training.estimator != "node" or manifest.tail is None:
-        return 0
+        return average
     shapes = manifest.tail.shapes(manifest.layout)
     units, inputs = sum(n for n, _ in shapes), sum(n for _, n in shapes)
     padded = n_positions("hadamard", n_survivors)
     # Features and inputs of the layers, and once more joined; noise, its signs, the gradient at the units, and joined.
     rows = batch * (8 * inputs + 16 * units)
     # The largest layer's dense gradient; gradient, residual, and a transform there and back.
-    return rows + 4 * max(a * b for a, b in shapes) + 12 * n_survivors + 12 * padded
+    return average + rows + 4 * max(a * b for a, b in shapes) + 12 * n_survivors + 12 * padded

@@ -96,6 +96,7 @@ class SteinEstimator:
         round_: int,
         positions: NDArray[np.int64],
         cancelled: Callable[[], bool] = never,
+        sigma: float = 0.0,
     ) -> Scalars:
         """Measure one scalar a position.
 
@@ -107,14 +108,16 @@ class SteinEstimator:
             round_: Round of the directions.
             positions: ``int64[k]``, positions of the round's directions.
             cancelled: Asked before each query, or before each run of several.
+            sigma: Length scale of this probe, a float32 value; 0 for the estimator's own.
 
         Raises:
             Cancelled: ``cancelled`` returned true.
             NonFiniteLossError: A loss, or a scalar as float32, is not finite.
             MemoryBudgetError: The tensors do not fit under the engine's limit.
         """
-        sigma, two_sided = float(self._sigma), self._two_sided
-        losses = self._losses(source, weights, round_, positions.tolist(), cancelled)
+        scale, two_sided = np.float32(sigma) if sigma else self._sigma, self._two_sided
+        losses = self._losses(source, weights, round_, positions.tolist(), scale, cancelled)
+        sigma = float(scale)
         if two_sided:
             plus, minus = losses[0::2], losses[1::2]
             values = (plus - minus) / (2.0 * sigma)
@@ -134,6 +137,7 @@ class SteinEstimator:
         weights: NDArray[np.float32],
         round_: int,
         positions: list[int],
+        sigma: np.float32,
         cancelled: Callable[[], bool],
     ) -> NDArray[np.float64]:
         """All losses in order: the clean one and one a position, or two a position. ``float64[queries]``."""
@@ -148,12 +152,12 @@ class SteinEstimator:
             for query, feed in enumerate(rows[:, :size], start):
                 if self._two_sided:
                     if query % 2 == 0:
-                        self._directions.scaled(round_, positions[query // 2], self._sigma, self._step)
+                        self._directions.scaled(round_, positions[query // 2], sigma, self._step)
                     (np.subtract if query % 2 else np.add)(moved, self._step, out=feed)
                 elif query == 0:
                     np.copyto(feed, moved)
                 else:
-                    self._directions.scaled(round_, positions[query - 1], self._sigma, feed)
+                    self._directions.scaled(round_, positions[query - 1], sigma, feed)
                     np.add(moved, feed, out=feed)
             losses[start : start + len(rows)] = source.losses(rows)
         return losses

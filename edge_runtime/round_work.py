@@ -120,7 +120,7 @@ class RoundWork:
         seed = self.run.settings.seed
         batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
         before = self._restored(residual, task.round)
-        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions)
+        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions, task.sigma)
         result = self._estimator.probe(self.engine, request, cancelled)
         after = self._estimator.state()
         kept = Residual(self.key, task.round, before, after) if after else None

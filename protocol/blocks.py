@@ -71,17 +71,20 @@ class Deal:
         k: Positions a device.
         n_slots: Disjoint runs of ``k`` positions; 1 if all devices get the same.
         step: Updates before the round.
+        reach: The largest ``k`` that a round may have: the rounds' first positions lie that far apart, so that no
+            round repeats what its neighbours have, whatever their ``k``.
     """
 
     block: Block
     k: int
     n_slots: int
     step: int
+    reach: int = 0
 
     @property
     def first(self) -> int:
-        """First position of the round; rounds follow each other without a gap while the devices stay the same."""
-        return self.step * self.n_slots * self.k % self.block.n_positions
+        """First position of the round; with one ``k`` for all, rounds follow each other while the devices stay."""
+        return self.step * self.n_slots * max(self.k, self.reach) % self.block.n_positions
 
     def slot(self, rank: int) -> int:
         """Which run the device of that rank gets: another one each round, so that it meets all parts of the basis."""
@@ -128,7 +131,9 @@ def whole_block(family: Family, n_survivors: int, k: int = 1) -> tuple[Block, ..
     return (Block(0, 0, n_survivors, "probe", family, k),)
 
 
-def deal(blocks: Sequence[Block], assignment: Assignment, step: int, n_devices: int) -> tuple[Deal, ...]:
+def deal(
+    blocks: Sequence[Block], assignment: Assignment, step: int, n_devices: int, k: int = 0, k_max: int = 0
+) -> tuple[Deal, ...]:
     """What a round hands out, so that whoever reports, the update fits one message.
 
     Args:
@@ -136,14 +141,22 @@ def deal(blocks: Sequence[Block], assignment: Assignment, step: int, n_devices: 
         assignment: Of probed blocks; sketches are always shared, so that their scalars can be added.
         step: Updates before the round.
         n_devices: Participants, at least 1.
+        k: Positions of the first block that the round was announced with, 0 for the settings' number; the other probed
+            blocks get as many times more, sketches always the same.
+        k_max: The settings' largest ``k``; 0 if it never changes.
     """
     slots = {b.number: n_devices if assignment == "dealt" and b.kind == "probe" else 1 for b in blocks}
     room = MAX_SCALARS // len(blocks)
     deals = []
+    least = blocks[0].k
+    most = max(least, k_max)
     for block in blocks:
         n_slots = slots[block.number]
-        k = max(1, min(block.k, block.n_positions // n_slots, room // n_slots))
-        deals.append(Deal(block, k, n_slots, step))
+        limit = max(1, min(block.n_positions // n_slots, room // n_slots))
+        wanted, reach = (
+            (block.k * now // least if block.kind == "probe" else block.k) for now in (min(max(k, least), most), most)
+        )
+        deals.append(Deal(block, min(wanted, limit), n_slots, step, min(reach, limit)))
     return tuple(deals)
 
 

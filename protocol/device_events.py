@@ -272,8 +272,10 @@ class Task:
         round: Round number, which seeds batches and directions.
         ordinal: This device's number in the run.
         positions: ``int64[k]`` for every block, directions to probe or rows to send; none unless training.
-        weights: ``float32[n_survivors]``, a copy that belongs to the task.
+        weights: ``float32[n_survivors]``, a copy that belongs to the task; to be evaluated, their average if the run
+            keeps one.
         weights_digest: Digest of those weights, 16 bytes.
+        sigma: Length scale of the directions, a float32 value; 0 for the settings'.
     """
 
     number: int
@@ -283,6 +285,7 @@ class Task:
     positions: tuple[NDArray[np.int64], ...]
     weights: NDArray[np.float32]
     weights_digest: bytes = bytes(16)
+    sigma: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError, ProtocolError
 from .manifest import MAX_MANIFEST_BYTES
-from .settings import RunSettings, SaliencySettings, TrainingSettings
+from .settings import MAX_SIGMA, MIN_SIGMA, RunSettings, SaliencySettings, TrainingSettings
 from .topics import check_name
 from .wire import DIGEST_BYTES, check_unsigned, run_tag
 
@@ -143,6 +143,8 @@ class Announcement(Document):
         log_head: Chain digest of the log, 32 hex digits; empty before training.
         weights_digest: Digest of the weights, 32 hex digits; empty before training.
         deadline_s: Time that the round may take; for information, the server's clock decides.
+        k: Directions per device of the first block, of others in proportion; 0 for the settings' number.
+        sigma: Length scale of perturbations, a float32 value; 0 for the settings'.
     """
 
     KIND: ClassVar[str] = "head"
@@ -156,11 +158,16 @@ class Announcement(Document):
     log_head: str = ""
     weights_digest: str = ""
     deadline_s: float = 0.0
+    k: int = 0
+    sigma: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("run", self.run)
         check_unsigned("round", self.round, 32)
         check_unsigned("log length", self.log_length, 32)
+        check_unsigned("k", self.k, 16)
+        if self.sigma and not (MIN_SIGMA < self.sigma < MAX_SIGMA and float(np.float32(self.sigma)) == self.sigma):
+            raise ProtocolError(f"sigma {self.sigma!r} is no float32 value above {MIN_SIGMA} and below {MAX_SIGMA}")
         _check_lines(self.participants, limit=MAX_PARTICIPANTS)
         _check_hex("the mask's hash", self.mask_sha256, 32)
         least, most = (1, MAX_MASK_BYTES) if self.mask_sha256 else (0, 0)
@@ -311,13 +318,19 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _build(kind: type, raw: object) -> object:
+def _build(kind: type[Any], raw: object) -> object:
     if not isinstance(raw, dict):
         raise TypeError(f"{kind.__name__} is not an object")
     hints = _hints(kind)
-    if wrong := raw.keys() ^ hints.keys():
+    # A setting that was added since a run began has a default that changes nothing; a document is complete.
+    optional = set() if issubclass(kind, Document) else {f.name for f in dataclasses.fields(kind) if _has_default(f)}
+    if wrong := (raw.keys() ^ hints.keys()) - (optional - raw.keys()):
         raise ValueError(f"the key {min(wrong)[:40]!r} is {'unknown' if min(wrong) in raw else 'missing'}")
     return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _value(hint: Any, value: Any) -> Any:

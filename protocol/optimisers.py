@@ -8,6 +8,7 @@ most ``2**-126``, and either its sum with the other term is below ``2**-100``, o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
@@ -38,6 +39,10 @@ class OptimiserConfig:
         beta2: Decay of the second moment, ``0 <= beta2 < 1``.
         epsilon: Added to Adam's denominator, ``1e-12 <= epsilon <= 1``.
         weight_decay: Decoupled (AdamW): a step first removes ``learning_rate * weight_decay`` of each weight.
+        front_rate: Learning rate of the first block of weights, relative to that of the others; a run with one block
+            has no front.
+        ema: Decay of the average of the weights over the updates, ``0 <= ema < 1``; 0 for none. Evaluations and
+            deployed models take the average, see ``moving_average.py``.
 
     Raises:
         ConfigError: A value is unknown or out of range.
@@ -48,6 +53,8 @@ class OptimiserConfig:
     beta2: float = 0.99
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    front_rate: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMISERS:
@@ -57,6 +64,8 @@ class OptimiserConfig:
             ("beta2", self.beta2, 0.0, 0.99999),
             ("epsilon", self.epsilon, 1e-12, 1.0),
             ("weight_decay", self.weight_decay, 0.0, 1e6),
+            ("front_rate", self.front_rate, 0.0, 1e3),
+            ("ema", self.ema, 0.0, 0.99999),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ConfigError(f"the optimiser's {field} {value!r} is not in [{low}, {high}]")
@@ -69,6 +78,8 @@ class OptimiserConfig:
             "beta2": float(self.beta2),
             "epsilon": float(self.epsilon),
             "weight_decay": float(self.weight_decay),
+            "front_rate": float(self.front_rate),
+            "ema": float(self.ema),
         }
 
     @classmethod
@@ -78,7 +89,7 @@ class OptimiserConfig:
         Raises:
             ConfigError: ``data`` is no optimiser, or lacks or adds a key.
         """
-        keys = {"name", "beta1", "beta2", "epsilon", "weight_decay"}
+        keys = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or set(data) != keys or not isinstance(data["name"], str):
             raise ConfigError(f"an optimiser is an object with the keys {', '.join(sorted(keys))}")
         return cls(**data)
@@ -90,6 +101,7 @@ class Optimiser:
     Args:
         config: Which optimiser.
         size: Number of weights.
+        front: How many of them, from the first on, have the rate of ``config.front_rate``.
 
     Attributes:
         steps: Steps taken.
@@ -97,8 +109,9 @@ class Optimiser:
             They belong to the optimiser, which writes them in place.
     """
 
-    def __init__(self, config: OptimiserConfig, size: int) -> None:
+    def __init__(self, config: OptimiserConfig, size: int, front: int = 0) -> None:
         self.config: Final = config
+        self._front, self._front_rate = front, np.float32(config.front_rate)
         self.size: Final = size
         self.steps = 0
         self.state: Final[tuple[_Float32s, ...]] = tuple(
@@ -136,17 +149,26 @@ class Optimiser:
             gradient: ``float32[size]``, read only.
             learning_rate: A float32 scalar.
         """
-        rate = np.float32(learning_rate)
         self.steps += 1
         self._advance()
         work = _Workspace(self.size)
+        rate, front = np.float32(learning_rate), np.multiply(np.float32(learning_rate), self._front_rate)
         if self.config.weight_decay:
-            decay = np.multiply(weights, np.multiply(rate, np.float32(self.config.weight_decay)))
+            factor = np.float32(self.config.weight_decay)
+            decay = self._scaled(weights, np.multiply(front, factor), np.multiply(rate, factor))
             np.subtract(weights, decay, out=weights)
         direction = work.flush(self._direction(gradient, work))
-        np.multiply(direction, rate, out=direction)
-        np.subtract(weights, direction, out=weights)
+        np.subtract(weights, self._scaled(direction, front, rate, out=direction), out=weights)
         work.flush(weights)
+
+    def _scaled(
+        self, values: _Float32s, front: np.float32, rest: np.float32, out: _Float32s | None = None
+    ) -> _Float32s:
+        """Each value times its rate. One product an entry: a second one could bring back what a CPU flushes."""
+        out = np.empty_like(values) if out is None else out
+        np.multiply(values[: self._front], front, out=out[: self._front])
+        np.multiply(values[self._front :], rest, out=out[self._front :])
+        return out
 
     def _direction(self, gradient: _Float32s, work: _Workspace) -> _Float32s:
         """What the learning rate multiplies: ``float32[size]``, a new array."""

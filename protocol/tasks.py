@@ -42,9 +42,11 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
         return None
     positions: tuple[NDArray[np.int64], ...] = ()
     if kind is ReportKind.PROBE:
-        deals = deal(replica.blocks, run.training.assignment, head.log_length, members.size)
+        training = run.training
+        deals = deal(replica.blocks, training.assignment, head.log_length, members.size, k=head.k, k_max=training.k_max)
         positions = tuple(one.positions(one.slot(rank)) for one in deals)
-    return Task(number, kind, head.round, ordinal, positions, replica.weights.copy(), replica.digest)
+    weights, digest = replica.evaluated() if kind is ReportKind.EVALUATE else (replica.weights.copy(), replica.digest)
+    return Task(number, kind, head.round, ordinal, positions, weights, digest, head.sigma)
 
 
 def make_report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:

@@ -25,6 +25,7 @@ from .errors import ProtocolError
 from .layout import Layout, initial_weights
 from .mask import Mask
 from .messages import UpdateRecord
+from .moving_average import MovingAverage
 from .optimisers import Optimiser, OptimiserConfig
 
 __all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estimate_gradient", "weights_digest"]
@@ -54,9 +55,10 @@ def empty_log_digest(
         16 bytes.
     """
     settings = {
-        "format": 2,
+        "format": 3,
         "layout": layout.digest.hex(),
         "mask": mask.digest.hex(),
+        "fill": mask.fill,
         "manifest_seed": manifest_seed,
         "run_seed": run_seed,
         "blocks": [[b.number, b.first, b.size, b.kind, b.family] for b in blocks],
@@ -136,7 +138,9 @@ class Replica:
         self._layout, self._mask, self._manifest_seed = layout, mask, manifest_seed
         self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, blocks, optimiser_config)
         self._weights = np.empty(mask.n_survivors, dtype=np.float32)
-        self._optimiser = Optimiser(optimiser_config, mask.n_survivors)
+        front = self.blocks[0].size if len(self.blocks) > 1 else 0
+        self._optimiser = Optimiser(optimiser_config, mask.n_survivors, front)
+        self._average = MovingAverage(optimiser_config.ema, mask.n_survivors) if optimiser_config.ema else None
         self._directions = directions_of(blocks, run_seed)
         self.weights = self._weights.view()
         self.weights.setflags(write=False)
@@ -157,12 +161,29 @@ class Replica:
         """Chain digest of the log so far, 16 bytes."""
         return self._head
 
+    def evaluated(self) -> tuple[NDArray[np.float32], bytes]:
+        """What evaluations and models take: the average of the weights if the run keeps one, else the weights.
+
+        Returns:
+            ``float32[n_survivors]``, owned by the caller, and its digest, 16 bytes.
+        """
+        if self._average is None or self.index == 0:
+            return self._weights.copy(), self._digest
+        values = self._average.values()
+        return values, weights_digest(values)
+
+    def gradient(self, record: UpdateRecord) -> NDArray[np.float32]:
+        """:func:`estimate_gradient` of a record of this run."""
+        return estimate_gradient(self.blocks, self._directions, record)
+
     def restore_from_start(self) -> None:
         """Go back to the initial weights and the empty log."""
         np.copyto(self._weights, initial_weights(self._layout, self._manifest_seed)[self._mask.kept])
         for part in self._optimiser.state:
             part.fill(0.0)
         self._optimiser.restore(0, self._optimiser.state)
+        if self._average is not None:
+            self._average.restore(0)
         self._digest, self._head = weights_digest(self._weights), self._start
 
     def apply(self, record: UpdateRecord) -> None:
@@ -229,13 +250,15 @@ class Replica:
         """One optimiser step, undone when the weights are not finite or do not have the expected digest."""
         weights, state = self._weights.copy(), tuple(part.copy() for part in self._optimiser.state)
         with np.errstate(over="ignore", invalid="ignore"):
-            gradient = estimate_gradient(self.blocks, self._directions, record)
+            gradient = self.gradient(record)
             self._optimiser.step(self._weights, gradient, np.float32(record.learning_rate))
         digest = weights_digest(self._weights)
         # A moment that overflows would freeze its weight for good, so it counts as well.
         finite = all(np.isfinite(part).all() for part in (self._weights, *self._optimiser.state))
         if finite and expected in (None, digest):
             self._digest = digest
+            if self._average is not None:
+                self._average.add(self._weights)
             return
         np.copyto(self._weights, weights)
         self._optimiser.restore(record.index, state)
@@ -251,9 +274,12 @@ class Replica:
 
     def snapshot(self) -> bytes:
         """Everything that :meth:`restore` needs, about ``4 * n_survivors`` bytes per array, little-endian."""
-        arrays = (self._weights, *self._optimiser.state)
+        arrays = (self._weights, *self._optimiser.state, *self._average_sums())
         header = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, self._weights.size, self.index, self._start, self._head, self._digest)
         return header + b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays)
+
+    def _average_sums(self) -> tuple[NDArray[np.float32], ...]:
+        return () if self._average is None else (self._average.sums,)
 
     def restore(self, snapshot: bytes) -> None:
         """Go to the state of a :meth:`snapshot` of the same run, whether behind or ahead.
@@ -261,7 +287,8 @@ class Replica:
         Raises:
             ProtocolError: The bytes are no snapshot of a run with these settings. Nothing has changed then.
         """
-        arrays = 1 + len(self._optimiser.state)
+        moments = len(self._optimiser.state)
+        arrays = 1 + moments + len(self._average_sums())
         size = self._weights.size
         if len(snapshot) != _SNAPSHOT.size + 4 * arrays * size:
             raise ProtocolError(f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries")
@@ -272,5 +299,7 @@ class Replica:
         if weights_digest(values[0]) != digest or not np.isfinite(values).all():
             raise ProtocolError("the snapshot's arrays are damaged")
         np.copyto(self._weights, values[0])
-        self._optimiser.restore(index, tuple(values[1:]))
+        self._optimiser.restore(index, tuple(values[1 : 1 + moments]))
+        if self._average is not None:
+            self._average.restore(index, values[-1])
         self._digest, self._head = digest, head

@@ -23,6 +23,7 @@ from fedzo.protocol.documents import (
 )
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig
+from fedzo.protocol.schedules import SCHEDULES
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
 
@@ -103,7 +104,14 @@ participants = st.sets(st.integers(0, 3000), max_size=60).map(
     lambda ordinals: pack_participants(np.array(sorted(ordinals), dtype=np.int64))
 )
 optimisers = st.builds(
-    OptimiserConfig, st.sampled_from(OPTIMISERS), fractions, fractions, st.floats(1e-12, 1.0), st.floats(0.0, 10.0)
+    OptimiserConfig,
+    st.sampled_from(OPTIMISERS),
+    fractions,
+    fractions,
+    st.floats(1e-12, 1.0),
+    st.floats(0.0, 10.0),
+    st.floats(0.0, 100.0),
+    fractions,
 )
 training_settings = st.builds(
     TrainingSettings,
@@ -120,7 +128,13 @@ training_settings = st.builds(
     batch=st.integers(1, 1 << 16),
     optimiser=optimisers,
     learning_rate=st.floats(1e-9, 999.0),
-    schedule=st.sampled_from(["constant", "cosine"]),
+    schedule=st.sampled_from(SCHEDULES),
+    warmup=st.integers(0, 1 << 30),
+    decay_every=st.integers(1, 1 << 30),
+    decay_factor=st.floats(1e-6, 1.0),
+    final_rate=st.floats(0.0, 1.0),
+    k_max=st.just(0) | st.just(60_000),
+    adapt_sigma=st.booleans(),
 )
 saliency_settings = st.builds(
     SaliencySettings,
@@ -148,6 +162,7 @@ def run_settings(draw: st.DrawFn) -> RunSettings:
         patience=draw(st.integers(1, 1_000_000)),
         evaluate_every=draw(st.integers(0, 1 << 30)),
         scalar_limit=draw(st.floats(1e-3, 1e20)),
+        tune_rounds=draw(st.just(0) | st.integers(20, 100_000)),
     )
 
 
@@ -159,6 +174,7 @@ def announcements(draw: st.DrawFn) -> Announcement:
         fields |= {"mask_sha256": draw(hashes).hex(), "mask_size": draw(st.integers(1, 1 << 20))}
     if draw(st.booleans()):
         fields |= {"log_length": draw(u32), "log_head": draw(digests).hex(), "weights_digest": draw(digests).hex()}
+    fields |= {"k": draw(st.integers(0, 60_000)), "sigma": draw(st.just(0.0) | st.floats(2.0**-20, 8.0, width=32))}
     return Announcement(
         draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done", "stopped"])),
         draw(participants), deadline_s=draw(st.floats(0.0, 1e7)), **fields,

@@ -32,7 +32,12 @@ BAD: list[tuple[type, str, list[Any]]] = [
     (TrainingSettings, "sigma", [0.0, 1e-9, -1e-3, 10.0, NAN, INFINITY]),
     (TrainingSettings, "batch", [0, (1 << 16) + 1]),
     (TrainingSettings, "learning_rate", [0.0, -1.0, 1e3, NAN, INFINITY]),
-    (TrainingSettings, "schedule", ["", "linear"]),
+    (TrainingSettings, "schedule", ["", "exponential"]),
+    (TrainingSettings, "warmup", [-1, (1 << 30) + 1]),
+    (TrainingSettings, "decay_every", [0, (1 << 30) + 1]),
+    (TrainingSettings, "decay_factor", [0.0, -0.5, 1.5, NAN]),
+    (TrainingSettings, "final_rate", [-0.1, 1.5, NAN]),
+    (TrainingSettings, "k_max", [-1, 63, 60_001]),
     (RunSettings, "seed", [-1, 1 << 64]),
     (RunSettings, "sparsity", [-0.1, 1.0, NAN]),
     (RunSettings, "devices", [0, 100_001]),
@@ -41,6 +46,7 @@ BAD: list[tuple[type, str, list[Any]]] = [
     (RunSettings, "enrol_deadline_s", [0.0, 1e8, NAN]),
     (RunSettings, "patience", [0, 1_000_001]),
     (RunSettings, "evaluate_every", [-1, (1 << 30) + 1]),
+    (RunSettings, "tune_rounds", [-1, 19, 100_001]),
     (RunSettings, "scalar_limit", [0.0, -1.0, 1e21, NAN, INFINITY]),
 ]
 

@@ -74,11 +74,15 @@ def replay(
 
 
 def replay_blocks(
-    blocks: tuple[Block, ...], optimiser: OptimiserName, positions: int, updates: int = REPLAY_UPDATES
+    blocks: tuple[Block, ...],
+    optimiser: OptimiserName,
+    positions: int,
+    updates: int = REPLAY_UPDATES,
+    **constants: float,
 ) -> Replica:
     """The same with two segments of each block."""
     layout, mask = replay_layout(sum(block.size for block in blocks))
-    replica = Replica(layout, mask, 1, 2, blocks, OptimiserConfig(optimiser, weight_decay=0.01))
+    replica = Replica(layout, mask, 1, 2, blocks, OptimiserConfig(optimiser, weight_decay=0.01, **constants))
     split = positions // 3
     for index in range(updates):
         segments: list[tuple[int, int]] = []
@@ -188,6 +192,10 @@ def replays() -> Json:
     for name, blocks, positions in BLOCK_REPLAYS:
         replica = replay_blocks(blocks, "adam", positions)
         out[name] = [replica.digest.hex(), replica.head.hex()]
+    averaged: tuple[OptimiserName, ...] = ("adam", "sgd")
+    for optimiser in averaged:
+        replica = replay_blocks(BLOCK_REPLAYS[0][1], optimiser, 4, 200, front_rate=0.3, ema=0.98)
+        out[f"average+front+{optimiser}"] = [replica.digest.hex(), replica.evaluated()[1].hex(), replica.head.hex()]
     return out
 
 
@@ -201,6 +209,12 @@ def deals() -> Json:
                 f"{one.k} of {one.n_slots} from {one.block.offset + one.first}, slots {one.slot(0)} {one.slot(1)}"
                 for one in dealt
             ]
+    for k, k_max in ((0, 40), (16, 40), (29, 40), (99, 40)):
+        out[f"dealt 5 3, {k} of {k_max}"] = [
+            f"{one.k} of {one.n_slots} from {one.block.offset + one.first}"
+            for blocks in BLOCK_REPLAYS
+            for one in deal(blocks[1], "dealt", 5, 3, k=k, k_max=k_max)
+        ]
     return out
 
 
