@@ -23,7 +23,7 @@ from .clock import Clock
 from .labour import Labour
 from .pools import InlinePool, WorkPool
 from .result import Progress, SimulationResult
-from .settings import SimulationSettings, parse_split
+from .settings import SimulationSettings
 from .shared import SharedParts
 from .virtual_device import VirtualDevice, World
 from .virtual_server import VirtualServer
@@ -121,9 +121,7 @@ class _Simulation:
                 f"the sparsity is {run_settings.sparsity}, but the artifact was exported without pruning",
                 hint="fedzo export ... --sparsity 0.8, or a sparsity of 0 here",
             )
-        natural = parse_split(settings.split)[0] == "natural"
-        wanted = settings.devices or (0 if natural else run_settings.devices)
-        self._clients: Clients = load_clients(data, manifest, settings, wanted)
+        self._clients: Clients = load_clients(data, manifest, settings, settings.devices or run_settings.devices)
         self._test = load_test_set(test_data, data, manifest, settings)
         n_devices = len(self._clients)
         if run_settings.devices > n_devices:
@@ -152,7 +150,7 @@ class _Simulation:
         coordinator = Coordinator(run, artifact.manifest, birth=1, has_test_set=self._test is not None)
         blobs = BlobServer(artifact, self._folder)
         n_test = len(self._test) if self._test is not None else 0
-        server = VirtualServer(coordinator, blobs, wires, clock, labour, n_test, mark, on_progress)
+        server = VirtualServer(coordinator, artifact, blobs, wires, clock, labour, n_test, mark, on_progress)
         wires.server = server
         files = {graph.sha256: b"" for graph in artifact.manifest.graphs}
         files[artifact.digest] = artifact.manifest_bytes

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from ..broker_server.blobs import BlobServer
 from ..broker_server.log_slices import log_slice
+from ..broker_server.server_passes import ServerPasses
+from ..edge_runtime.artifact import Artifact
 from ..protocol import coordinator_events as machine
 from ..protocol.coordinator import Coordinator
 from ..protocol.documents import unpack_participants
@@ -25,6 +27,7 @@ class VirtualServer:
 
     Args:
         coordinator: Its machine.
+        artifact: Of the run.
         blobs: What devices may pull.
         wires: The broker.
         clock: Virtual time.
@@ -51,6 +54,7 @@ class VirtualServer:
     def __init__(
         self,
         coordinator: Coordinator,
+        artifact: Artifact,
         blobs: BlobServer,
         wires: Wires,
         clock: Clock,
@@ -60,13 +64,14 @@ class VirtualServer:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.coordinator = coordinator
-        self._blobs, self._wires, self._clock, self._labour = blobs, wires, clock, labour
+        self._artifact, self._blobs, self._wires, self._clock, self._labour = artifact, blobs, wires, clock, labour
         self._n_test, self._on_phase, self._on_progress = n_test, on_phase, on_progress
         self._log: list[bytes] = []
         self._tick_at: float | None = None
         self._open: list[Report] = []
         self._participants = 0
         self._is_evaluating = -1
+        self._is_making_mask = False
         self.rounds: list[RoundRow] = []
         self.curve: list[CurveRow] = []
         self.finished = False
@@ -110,6 +115,15 @@ class VirtualServer:
                 self._wires.to_devices(Channel.BLOCK, part, command.device)
         elif isinstance(command, machine.Evaluate):
             self._evaluate(command)
+        elif isinstance(command, machine.CheckScores):
+            # The devices computed with the very engine that would check them.
+            self._clock.at(self._clock.now, self.on, machine.ScoresChecked(command.round, command.device, 0.0))
+        elif isinstance(command, machine.MakeMask):
+            if not self._is_making_mask:
+                self._is_making_mask = True
+                answer = ServerPasses(self._artifact, self.coordinator.run).answer(command)
+                assert answer is not None, "nothing cancels it"
+                self._clock.at(self._clock.now, self.on, answer)
         else:
             self.finished, self.error = True, command.error
 
