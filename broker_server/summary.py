@@ -28,6 +28,7 @@ class Summary:
         queries: Forward passes of all devices, one per batch and set of weights.
         reports: Accepted reports.
         refused: Refused reports.
+        refusals: The latest of each device, as ``NAME: why``; also of one whose scores are not the server's own.
         bytes_up_per_device_round: PUBLISH packets from a device, per update since the server started, in bytes;
             acknowledgements (4 bytes each), connecting and pings come on top.
         bytes_down_per_device_round: PUBLISH packets to a device, likewise; the graphs included.
@@ -36,6 +37,8 @@ class Summary:
         parameters: Weights of the dense model.
         mask_bytes: Size of the encoded mask.
         weights_digest: Digest of the server's weights, hex.
+        evaluated: What the accuracies belong to: the ``last`` weights, or their ``average`` over the updates.
+        learning_rate: Peak rate; the one that was found after a range test.
         digests_agree: Every enrolled device ended with that digest, except those that refused or were excused.
         devices: Enrolled devices.
         excused: Devices that needed more memory than they may use whatever the micro-batch, as ``NAME: why``.
@@ -50,6 +53,7 @@ class Summary:
     queries: int
     reports: int
     refused: int
+    refusals: tuple[str, ...]
     bytes_up_per_device_round: float
     bytes_down_per_device_round: float
     device_peak_rss_mib: float
@@ -57,6 +61,8 @@ class Summary:
     parameters: int
     mask_bytes: int
     weights_digest: str
+    evaluated: str
+    learning_rate: float
     digests_agree: bool
     devices: int
     excused: tuple[str, ...]
@@ -82,9 +88,11 @@ def summarise(
         resumed_at: Updates that the traffic has nothing to do with, because an earlier process made them.
     """
     queries = reports = refused = peak_kib = 0
+    refusals: dict[str, str] = {}
     for _, entry in journal.read(kinds={"report", "refusal"}):
         if entry.kind == "refusal":
             refused += 1
+            refusals[entry.device] = entry.payload.decode(errors="replace")
             continue
         message = decode(entry.payload)
         assert isinstance(message, Report)
@@ -120,6 +128,7 @@ def summarise(
         queries=queries,
         reports=reports,
         refused=refused,
+        refusals=tuple(f"{name}: {why}" for name, why in sorted(refusals.items())),
         bytes_up_per_device_round=round(up / rounds, 1),
         bytes_down_per_device_round=round(down / rounds, 1),
         device_peak_rss_mib=round(peak_kib / 1024, 1),
@@ -127,6 +136,8 @@ def summarise(
         parameters=coordinator.manifest.layout.size,
         mask_bytes=coordinator.head.mask_size,
         weights_digest=digest,
+        evaluated="average" if coordinator.run.training.optimiser.ema else "last",
+        learning_rate=coordinator.run.training.learning_rate,
         digests_agree=bool(last) and all(other == digest for other in last),
         devices=len(members),
         excused=tuple(f"{name}: {member.excuse}" for name, member in sorted(members.items()) if member.is_excused),

@@ -11,6 +11,8 @@ import typer
 
 __all__ = ["run_options", "with_run_options"]
 
+TUNE_ROUNDS = 60
+
 _TRAINING = "Training"
 _ROUNDS = "Rounds"
 _PRUNING = "Pruning"
@@ -72,12 +74,70 @@ def run_options(
     optimiser: Annotated[
         str | None, typer.Option(help="adam, sgd, momentum or sign_momentum.", rich_help_panel=_TRAINING)
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate.", rich_help_panel=_TRAINING)] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine or constant.", rich_help_panel=_TRAINING)] = None,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE", help="Peak rate, or auto: a short run before this one finds it.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    tune_rounds: Annotated[
+        int | None, typer.Option(help="Updates of that run [default with auto: 60].", rich_help_panel=_TRAINING)
+    ] = None,
+    front_rate: Annotated[
+        float | None,
+        typer.Option(help="Rate of the first block of weights, relative to the others.", rich_help_panel=_TRAINING),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, constant, linear or step.", rich_help_panel=_TRAINING)
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(help="Updates in front of the first at the peak rate.", rich_help_panel=_TRAINING)
+    ] = None,
+    decay_every: Annotated[
+        int | None, typer.Option(help="step: updates between two falls of the rate.", rich_help_panel=_TRAINING)
+    ] = None,
+    decay_factor: Annotated[
+        float | None, typer.Option(help="step: what each fall multiplies with.", rich_help_panel=_TRAINING)
+    ] = None,
+    final_rate: Annotated[
+        float | None, typer.Option(help="Rate at the end, relative to the peak.", rich_help_panel=_TRAINING)
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Decay of the average of the weights that is evaluated; 0: none.", rich_help_panel=_TRAINING),
+    ] = None,
+    k_max: Annotated[
+        int | None,
+        typer.Option(help="Adapt the directions of a round, from --k up to this; 0: no.", rich_help_panel=_TRAINING),
+    ] = None,
+    adapt_sigma: Annotated[
+        bool | None,
+        typer.Option(
+            "--adapt-sigma/--fixed-sigma", help="Choose sigma anew for every round.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Weights to remove [default: the artifact's].", rich_help_panel=_PRUNING)
     ] = None,
-    saliency_steps: Annotated[int | None, typer.Option(help="Scoring rounds.", rich_help_panel=_PRUNING)] = None,
+    pruning: Annotated[
+        str | None,
+        typer.Option(
+            help="Scored by devices: diagonal, ntk-sap. By the server alone: synflow, magnitude, erk, random.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            help="Removed weights are zero, or keep their initial value: init, a sparse update of a dense network.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
+    floor: Annotated[int | None, typer.Option(help="Least survivors of a layer.", rich_help_panel=_PRUNING)] = None,
+    saliency_steps: Annotated[
+        int | None,
+        typer.Option(help="Scoring rounds, or iterations of synflow; 0: 1, or 100.", rich_help_panel=_PRUNING),
+    ] = None,
     saliency_samples: Annotated[
         int | None, typer.Option(help="Inputs scored on, per device.", rich_help_panel=_PRUNING)
     ] = None,
@@ -86,6 +146,10 @@ def run_options(
     ] = None,
     saliency_inputs: Annotated[
         str | None, typer.Option(help="gaussian (data-free) or data.", rich_help_panel=_PRUNING)
+    ] = None,
+    saliency_checked: Annotated[
+        int | None,
+        typer.Option(help="Reports a round that the server computes again; 0: none.", rich_help_panel=_PRUNING),
     ] = None,
 ) -> dict[str, Any]:
     """The options as settings by dotted name, as ``resolve`` takes them; None where an option was not given."""
@@ -110,14 +174,36 @@ def run_options(
         "training.two_sided": two_sided,
         "training.batch": batch,
         "training.optimiser.name": optimiser,
-        "training.learning_rate": learning_rate,
+        **_rate(learning_rate, tune_rounds),
+        "training.optimiser.front_rate": front_rate,
         "training.schedule": schedule,
+        "training.warmup": warmup,
+        "training.decay_every": decay_every,
+        "training.decay_factor": decay_factor,
+        "training.final_rate": final_rate,
+        "training.optimiser.ema": ema,
+        "training.k_max": k_max,
+        "training.adapt_sigma": adapt_sigma,
         "sparsity": sparsity,
+        "fill": fill,
+        "saliency.method": pruning,
+        "saliency.floor": floor,
         "saliency.steps": saliency_steps,
         "saliency.samples": saliency_samples,
         "saliency.draws": saliency_draws,
         "saliency.inputs": saliency_inputs,
+        "saliency.checked": saliency_checked,
     }
+
+
+def _rate(text: str | None, tune_rounds: int | None) -> dict[str, float | int | None]:
+    """The learning rate as settings."""
+    if text == "auto":
+        return {"tune_rounds": tune_rounds or TUNE_ROUNDS}
+    try:
+        return {"training.learning_rate": None if text is None else float(text), "tune_rounds": tune_rounds}
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor auto", param_hint="--learning-rate") from None
 
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,19 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..broker_server.brokers.base import Broker
 from ..broker_server.brokers.choose import open_broker
 from ..broker_server.brokers.credentials import Login
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
-from ..broker_server.run_folder import RunFolder
+from ..broker_server.run_folder import RunFolder, default_name
 from ..broker_server.server import Progress, Server
 from ..broker_server.summary import Summary, summarise
+from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
 from ..edge_runtime.endpoint import TlsConfig, read_password
 from ..protocol.documents import RunDocument
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
 from ..protocol.manifest import Manifest
+from ..protocol.mask_choice import check_pruning
 from ..protocol.settings import RunSettings
 from ..protocol.topics import check_name
 from .command import show_config
@@ -160,8 +163,31 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         if folder is None or journal is None:
             folder = _new_folder(settings, port=getattr(broker, "port", settings.port))
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
-            begin_run(journal, folder.document(settings.run_settings()))
-        run = run_document(journal, folder.path)
+            begin_run(journal, folder.document(_first_settings(folder, settings.run_settings())))
+        server, received = _serve_one(output, settings, folder, journal, broker, test_set)
+        if not received and (following := follow_up(folder, server.coordinator)) is not None:
+            output.say(f"learning rate: {following.training.learning_rate:.2e}")
+            folder = _next_folder(folder, following.run)
+            journal = stack.enter_context(SqliteJournal(folder.journal_path))
+            begin_run(journal, following)
+            server, received = _serve_one(output, settings, folder, journal, broker, test_set)
+        summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
+    _report(output, folder, summary, round(time.monotonic() - started, 1))
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+
+
+def _serve_one(
+    output: Output,
+    settings: ServeSettings,
+    folder: RunFolder,
+    journal: SqliteJournal,
+    broker: Broker,
+    test_set: Samples | None,
+) -> tuple[Server, list[int]]:
+    """Serve the run of the folder to its end; the server, and the signals that ended it before."""
+    run = run_document(journal, folder.path)
+    with ExitStack() as stack:
         observer = stack.enter_context(_progress(output, run))
         server = Server(
             folder, run, broker, journal, federation=settings.federation, test_set=test_set, observer=observer
@@ -177,10 +203,7 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         except (BrokerError, QuorumError) as error:
             error.hint = f"{error.hint}; then: fedzo serve --resume {folder.path}"
             raise
-        summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
-    _report(output, folder, summary, round(time.monotonic() - started, 1))
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
+    return server, received
 
 
 def _manifest(settings: ServeSettings) -> Manifest:
@@ -192,11 +215,26 @@ def _manifest(settings: ServeSettings) -> Manifest:
 
 def _new_folder(settings: ServeSettings, *, port: int) -> RunFolder:
     assert settings.artifact is not None
-    folder = RunFolder.create(settings.runs, settings.artifact, name=settings.run)
+    name = settings.run
+    if settings.tune_rounds:
+        name = f"{name or default_name(load_artifact(settings.artifact).manifest)}{SUFFIX}"
+    folder = RunFolder.create(settings.runs, settings.artifact, name=name)
     # Where port 0 found a free one, a resumed server must come back to it: the devices know no other.
     place = {**settings.place(), "port": port}
     (folder.path / PLACE_NAME).write_text(json.dumps(place, indent=1) + "\n")
     return folder
+
+
+def _first_settings(folder: RunFolder, settings: RunSettings) -> RunSettings:
+    """Those of the run that is wanted, or of the range test in front of it."""
+    return plan_follow_up(folder, settings) if settings.tune_rounds else settings
+
+
+def _next_folder(folder: RunFolder, run: str) -> RunFolder:
+    """A folder beside another run's, with the same artifact at the same broker."""
+    new = RunFolder.create(folder.path.parent, folder.artifact_path, name=run)
+    (new.path / PLACE_NAME).write_text((folder.path / PLACE_NAME).read_text())
+    return new
 
 
 def _check(settings: ServeSettings, manifest: Manifest) -> None:
@@ -205,6 +243,7 @@ def _check(settings: ServeSettings, manifest: Manifest) -> None:
             f"the sparsity is {settings.sparsity}, but the artifact was exported without pruning",
             hint="fedzo export ... --sparsity 0.8, or --sparsity 0 here",
         )
+    check_pruning(manifest, settings)
 
 
 def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
@@ -269,6 +308,8 @@ def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) 
     rows: list[tuple[str, object]] = [
         ("state", "done" if done else f"stopped in phase {summary.phase}"),
         ("held-out accuracy", accuracy),
+        ("accuracy is of the weights", summary.evaluated),
+        ("learning rate", f"{summary.learning_rate:.2e}"),
         ("updates", summary.rounds),
         ("loss queries", summary.queries),
         ("bytes up per device and round", summary.bytes_up_per_device_round),
@@ -278,6 +319,7 @@ def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) 
         ("weights digest", summary.weights_digest),
         ("all devices agree", "yes" if summary.digests_agree else "no"),
         *(("excused", text) for text in summary.excused),
+        *(("refused", text) for text in summary.refusals),
         ("seconds", wall_s),
     ]
     output.table(("run", summary.run), rows)
