@@ -55,7 +55,7 @@ def load_clients(source: Source, manifest: Manifest, settings: SimulationSetting
         source: The data.
         manifest: Tells what samples look like.
         settings: Tell how they are dealt.
-        n_devices: Virtual devices; with natural data 0 for as many as there are clients.
+        n_devices: Virtual devices.
 
     Raises:
         DataError: The data cannot be used.
@@ -159,8 +159,7 @@ def _natural(clients: NDArray[Any], n_devices: int) -> list[NDArray[np.int64]]:
         raise ConfigError(f"the data have {len(names)} clients, not {n_devices}", hint="use fewer devices")
     order = np.argsort(owners, kind="stable").astype(np.int64)
     ends = np.searchsorted(owners[order], np.arange(len(names) + 1))
-    wanted = n_devices or len(names)
-    return [order[ends[k] : ends[k + 1]] for k in range(wanted)]
+    return [order[ends[k] : ends[k + 1]] for k in range(n_devices)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ class SimulationSettings:
     """The world around a run.
 
     Attributes:
-        devices: Virtual devices; 0 for as many as the run waits for, or as many as ``natural`` data has clients.
+        devices: Virtual devices; 0 for as many as the run waits for. Of ``natural`` data the first clients are taken.
         split: Who holds which samples: ``iid``, ``shards``, ``shards:N`` (N shards a device), ``dirichlet:ALPHA`` or
             ``natural`` (the data say who).
         clients: For ``natural``: a ``.npy`` file with one client number a sample; else the array ``client`` of the

@@ -1,0 +1,165 @@
+"""What `fedzo simulate` does once its flags are read: settings, pool, live line, table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..protocol.errors import ConfigError
+from ..protocol.settings import RunSettings
+from .command import show_config
+from .config import ConfigFile, Resolved, find_file, resolve
+from .output import Output
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: many small products, one core each
+
+from ..edge_runtime.artifact import load_artifact
+from ..simulation.pools import InlinePool, WorkPool
+from ..simulation.process_pool import ProcessPool
+from ..simulation.result import Progress, SimulationResult
+from ..simulation.settings import SimulationSettings
+from ..simulation.simulate import simulate
+
+__all__ = ["SimulateSettings", "simulate_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateSettings(RunSettings):
+    """A run's settings and the virtual world around it.
+
+    Attributes:
+        artifact: Folder of ``fedzo export``.
+        data: Samples of all devices.
+        test_data: The server's own test set.
+        output: Where the result is written, as JSON.
+        processes: Processes that compute; 0 for one a core, 1 for none but this one.
+        world: The virtual world.
+    """
+
+    artifact: Path | None = None
+    data: Path | None = None
+    test_data: Path | None = None
+    output: Path | None = None
+    processes: int = 0
+    world: SimulationSettings = field(default_factory=SimulationSettings)
+
+    def run_settings(self) -> RunSettings:
+        """The part that a run has."""
+        return RunSettings(**{each.name: getattr(self, each.name) for each in dataclasses.fields(RunSettings)})
+
+
+def simulate_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool) -> None:
+    """Simulate one run.
+
+    Raises:
+        FedzoError: See :func:`~fedzo.simulation.simulate.simulate`.
+    """
+    file = find_file(config)
+    artifact = resolve(SimulateSettings, flags=flags, file=file).settings.artifact
+    if artifact is None:
+        raise ConfigError("no artifact is named", hint="fedzo simulate ARTIFACT --data FILE")
+    resolved = _resolved(flags, file, artifact)
+    if show:
+        show_config(output, resolved)
+        return
+    settings = resolved.settings
+    if settings.data is None:
+        raise ConfigError("no data are named", hint=f"fedzo simulate {artifact} --data FILE")
+    if settings.output is not None and not settings.output.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder for {settings.output}", hint="make it first")
+    pool: WorkPool = InlinePool() if settings.processes == 1 else ProcessPool(settings.processes)
+    with _watched(output, settings.training.rounds) as watch:
+        found = simulate(
+            artifact,
+            settings.run_settings(),
+            settings.data,
+            settings.test_data,
+            settings.world,
+            pool=pool,
+            on_progress=watch,
+        )
+    answer = _answer(found, settings)
+    if settings.output is not None:
+        try:
+            settings.output.write_text(json.dumps(answer, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"cannot write {settings.output}: {error.strerror or error}") from error
+    _show(output, found)
+    output.result(answer)
+
+
+def _resolved(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path) -> Resolved[SimulateSettings]:
+    profile = {"sparsity": load_artifact(artifact).manifest.sparsity}
+    return resolve(SimulateSettings, flags=flags, file=file, profile=profile, profile_name="artifact")
+
+
+def _answer(found: SimulationResult, settings: SimulateSettings) -> dict[str, Any]:
+    bare = {each.name: getattr(found, each.name) for each in dataclasses.fields(found)}
+    del bare["weights"], bare["mask"]
+    rows = {name: [dataclasses.asdict(row) for row in bare[name]] for name in ("curve", "rounds")}
+    survivors = {"survivors": found.mask.n_survivors, "parameters": found.mask.layout.size}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in _flat(settings).items()}
+    return {"accuracy": found.accuracy, **survivors, **bare, **rows, "settings": plain}
+
+
+def _flat(settings: SimulateSettings) -> dict[str, Any]:
+    return {each.name: _plain(getattr(settings, each.name)) for each in dataclasses.fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+@contextmanager
+def _watched(output: Output, total: int) -> Iterator[Callable[[Progress], None]]:
+    """A live bar on a terminal; elsewhere a line for every evaluation."""
+    seen = {"round": 0, "evaluated": -1}
+
+    def text(progress: Progress) -> str:
+        loss = "" if progress.mean_loss is None else f" loss {progress.mean_loss:.4f}"
+        accuracy = "" if progress.accuracy is None else f" accuracy {progress.accuracy:.2%}"
+        virtual = f" virtual {progress.virtual_s:.0f} s" if progress.virtual_s else ""
+        return f"{progress.phase:<9} {progress.ready} devices{loss}{accuracy}{virtual}"
+
+    with output.progress("starting the virtual devices", total) as advance:
+
+        def watch(progress: Progress) -> None:
+            if output.interactive:
+                advance(progress.round - seen["round"], text(progress))
+            elif progress.phase == "evaluate" and progress.round != seen["evaluated"]:
+                output.say(f"update {progress.round}/{total}: {text(progress)}")
+                seen["evaluated"] = progress.round
+            seen["round"] = progress.round
+
+        yield watch
+
+
+def _show(output: Output, found: SimulationResult) -> None:
+    accuracy = "not evaluated" if found.accuracy is None else f"{found.accuracy:.2%}"
+    rows: list[tuple[str, object]] = [
+        ("held-out accuracy", accuracy),
+        ("updates", len(found.rounds)),
+        ("virtual devices", found.devices),
+        ("sample-forwards of training", f"{found.sample_forwards:.0f}"),
+        ("scalars per device and round", round(found.scalars_per_device_round, 1)),
+        ("forward passes per device and round", round(found.queries_per_device_round, 1)),
+        ("bytes up per participant and round", round(found.bytes_up_per_device_round, 1)),
+        ("bytes down per device and round", round(found.bytes_down_per_device_round, 1)),
+        ("survivors", f"{found.mask.n_survivors} of {found.mask.layout.size}"),
+        ("lost devices", found.dropouts),
+        ("late reports", found.late_reports),
+        ("declined reports", found.declined),
+        ("virtual seconds per round", round(found.virtual_s_per_round, 3)),
+        ("weights digest", found.digest),
+        ("all devices agree", "yes" if found.devices_agree else "no"),
+        ("seconds", round(found.wall_s, 1)),
+        ("part of them inside forward passes", f"{found.engine_share:.0%} on {found.processes} processes"),
+        ("peak RSS", f"{found.peak_rss_mib:.0f} MiB"),
+    ]
+    output.table(("simulation", ""), rows)
