@@ -134,11 +134,12 @@ def trained(manifest: Manifest, seed: int, rate: float, steps: int, data: Arrays
     for _ in range(steps):
         drawn = torch.randint(len(x), (BATCH,), generator=generator)
         optimiser.zero_grad()
-        functional.cross_entropy(forward(parameters, x[drawn]), y[drawn].long()).backward()  # type: ignore[no-untyped-call]
+        loss = functional.cross_entropy(forward(parameters, x[drawn]), y[drawn].long())
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
     with torch.no_grad():
-        answers = torch.cat([forward(parameters, part).argmax(1) for part in xt.split(500)])
+        answers = torch.cat([forward(parameters, part).argmax(1) for part in torch.split(xt, 500)])
     return float((answers == yt).double().mean())
 
 

@@ -74,7 +74,16 @@ def plan_boards(
         plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
     times = [_query_s(manifest, board, plan, batch) for board, plan in plans]
     saved = [_saved_mib(manifest, board, batch, samples, sparsity) for board in boards]
-    columns = ("board", "budget MiB", "fits", "micro-batch", "peak MiB", "slack scoring", "slack training", "query ms")
+    columns: tuple[str, ...] = (
+        "board",
+        "budget MiB",
+        "fits",
+        "micro-batch",
+        "peak MiB",
+        "slack scoring",
+        "slack training",
+        "query ms",
+    )
     if manifest.structure is not None:
         columns = (*columns, "RAM saved MiB")
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fedzo.exporter.channel_families import choose_channels, find_families
 from fedzo.exporter.channel_labels import trace_channels
 from fedzo.exporter.channel_scores import SCORING_SAMPLES, channel_scores
 from fedzo.exporter.deploy import deploy
-from fedzo.exporter.forward import ForwardGraph
+from fedzo.exporter.forward import ForwardGraph, GraphBuilder
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.narrow import ChannelSelection
 from fedzo.exporter.passes.keep_channels import KeepChannels
@@ -79,6 +80,15 @@ tokens (float[batch, 3, 4] x, float[8, 4] a, float[8] a_bias, float[8] gain, flo
 }
 """
 
+
+def instances() -> ForwardGraph:
+    """A normalisation with as many groups as channels."""
+    graph = GraphBuilder("instances", (2, 6, 6))
+    h = graph.relu(graph.group_normalisation("norm", graph.convolution("first", graph.x, 8, 3), 8))
+    h = graph.relu(graph.convolution("second", h, 6, 3))
+    return graph.finish(graph.linear("last", graph.flatten(h), 4, output="logits"))
+
+
 GRAPHS = {"concat": CONCAT, "depthwise": DEPTHWISE, "transposed": TRANSPOSED}
 
 
@@ -101,11 +111,13 @@ def parameters(graph: ForwardGraph) -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", [*GRAPHS, "lenet5", "cnn1d"])
+@pytest.mark.parametrize("name", [*GRAPHS, "instances", "lenet5", "cnn1d"])
 def test_the_smaller_network_is_the_whole_one_with_zeros(name: str, seed: int) -> None:
     if name in GRAPHS:
         model = parse(GRAPHS[name])
         graph = ForwardGraph(model, layout_of(model))
+    elif name == "instances":
+        graph = instances()
     else:
         graph = build_forward(name, {"lenet5": (1, 20, 20), "cnn1d": (2, 40)}[name], 4, 0)
     rewrite, kept = traced_half(graph, seed)
@@ -180,7 +192,7 @@ def test_the_artifact_computes_what_torch_computes_with_its_parameters(
             assert parameter.initialiser.scale == pytest.approx((2.0 / fan_in) ** 0.5, rel=1e-6)
     x, _ = golden_batch(shape, 10, 5, 4)
     dense = Mask.dense(manifest.layout)
-    feeds = {"w": weights, "index": dense.index(), "counts": dense.counts(), "x": x}
+    feeds: dict[str, NDArray[Any]] = {"w": weights, "index": dense.index(), "counts": dense.counts(), "x": x}
     logits = run_graph((tmp_path / "a" / "predict.onnx").read_bytes(), feeds)["logits"]
     expected = torch_forward(model, manifest.layout, weights, x)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
