@@ -73,9 +73,10 @@ def load_clients(source: Source, manifest: Manifest, settings: SimulationSetting
     else:
         parts = partition_iid(len(samples), n_devices, settings.seed)
     train, test = [], []
-    for device, part in enumerate(parts):
+    for part in parts:
+        # As a device that has its part in a file of its own, see load_dataset.
         held = max(0, min(round(len(part) * settings.holdout), len(part) - 1))
-        order = permutation(settings.seed, Purpose.HOLDOUT, 0, device, len(part)) if held else np.arange(len(part))
+        order = permutation(0, Purpose.HOLDOUT, 0, 0, len(part)) if held else np.arange(len(part))
         train.append(part[np.sort(order[held:])])
         test.append(part[np.sort(order[:held])])
     return Clients(samples, train, test)

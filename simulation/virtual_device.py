@@ -13,6 +13,7 @@ from ..protocol.errors import FedzoError
 from ..protocol.mask import Mask
 from ..protocol.parts import Parts
 from ..protocol.streams import Purpose, uint64s
+from ..protocol.topics import Channel
 from .boards import Board
 from .clock import Clock
 from .labour import Labour
@@ -83,6 +84,7 @@ class VirtualDevice:
         self._mask: Mask | None = None
         self._held: dict[bytes, bytes] = {}
         self._computing: machine.Task | None = None
+        self._is_back = False
         self._tick_at: float | None = None
         self._tries = (-1, 0)
 
@@ -93,15 +95,19 @@ class VirtualDevice:
         if self.online or self.machine.finished:
             return
         self.online, self.is_away = True, False
+        self._is_back = self._computing is not None
         self.on(machine.Connected())
-        if self._computing is not None:
-            self._end(None)  # What was lost with the link is not computed any more.
         self._world.wires.welcome(self)
 
     def receive(self, received: machine.Received) -> None:
         """A message arrives, unless the link broke meanwhile."""
-        if self.online:
-            self.on(received)
+        if not self.online:
+            return
+        self.on(received)
+        if self._is_back and received.channel is Channel.HEAD:
+            self._is_back = False
+            if self._computing is not None:  # Its round is still open: what was lost with the link is computed anew.
+                self._end(None)
 
     def _lose(self, task: machine.Task) -> None:
         """The board is gone in the middle of a task."""
