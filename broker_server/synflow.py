@@ -120,7 +120,7 @@ def _layer_totals(engine: Engine, weights: NDArray[np.float32], ones: NDArray[np
     for unit in manifest.units:
         position = manifest.layout.position_of(unit.parameter)
         once, thrice = scaled(position, 2.0) - whole, (scaled(position, 4.0) - whole) / 3.0
-        if not (whole > 0.0 and once > 0.0 and abs(once - thrice) <= TOLERANCE * whole):
+        if not (once > TOLERANCE * whole > 0.0 and abs(once - thrice) <= TOLERANCE * whole):
             raise ConfigError(
                 f"synflow is not defined for {manifest.model}: its logits are not linear in {unit.parameter}",
                 hint="it needs a chain of layers and ReLUs without normalisation; use --pruning diagonal",
