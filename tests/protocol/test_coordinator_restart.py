@@ -10,11 +10,13 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from fedzo.protocol.codec import decode
 from fedzo.protocol.coordinator_events import Finish, OfferBlob
-from fedzo.protocol.documents import Hello
+from fedzo.protocol.documents import Announcement, Hello, parse
 from fedzo.protocol.errors import ProtocolError, QuorumError
 from fedzo.protocol.messages import UpdateRecord, Verdict
-from fedzo.protocol.settings import EstimatorName, RunSettings, SaliencySettings
+from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.settings import Assignment, EstimatorName, RunSettings, SaliencySettings
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import FakeEngine
 from tests.protocol.simulation.nodes import Entry
@@ -27,26 +29,59 @@ SPARSE = change(SETTINGS, sparsity=0.5, saliency=SaliencySettings(steps=2, sampl
 def outcome(desk: Desk) -> tuple[Any, ...]:
     """What must not depend on how often the server was started."""
     machine = desk.machine
-    return machine.replica.digest, machine.replica.head, machine.mask, machine.evaluations, desk.phases()
+    average, test = machine.replica.evaluated()[1], machine.range_test
+    rate = test.rate() if test is not None else None
+    return machine.replica.digest, machine.replica.head, machine.mask, machine.evaluations, desk.phases(), average, rate
+
+
+ADAPTED = {
+    "k_max": 8,
+    "adapt_sigma": True,
+    "rounds": 6,
+    "warmup": 2,
+    "schedule": "step",
+    "optimiser": OptimiserConfig("adam", ema=0.75, front_rate=0.5),
+}
+VARIANTS: dict[str, dict[str, Any]] = {name: {"estimator": name} for name in ESTIMATORS}
+VARIANTS |= {f"adapted {assignment}": {"assignment": assignment, **ADAPTED} for assignment in get_args(Assignment)}
+VARIANTS["adapted node"] = {"estimator": "node", **ADAPTED}
+VARIANTS["range test"] = {"schedule": "range", "rounds": 30, "learning_rate": 10.0, "final_rate": 1e-4}
 
 
 @functools.cache
-def undisturbed(estimator: EstimatorName = "stein") -> Desk:
-    return Desk(change(SPARSE, estimator=estimator)).connect().join().play()
+def undisturbed(variant: str = "stein") -> Desk:
+    return Desk(change(SPARSE, **VARIANTS[variant])).connect().join().play()
 
 
 @pytest.mark.parametrize(
-    ("estimator", "cut"), [(name, cut) for name in ESTIMATORS for cut in range(len(undisturbed(name).journal))]
+    ("variant", "cut"), [(name, cut) for name in VARIANTS for cut in range(len(undisturbed(name).journal))]
 )
-def test_any_beginning_of_the_journal_leads_to_the_same_end(estimator: EstimatorName, cut: int) -> None:
+def test_any_beginning_of_the_journal_leads_to_the_same_end(variant: str, cut: int) -> None:
     """The entries after the cut are lost; the devices report the same again."""
-    expected = undisturbed(estimator)
+    expected = undisturbed(variant)
     desk = Desk(expected.settings, journal=expected.journal[:cut])
     desk.connect().join().play()
     assert outcome(desk) == outcome(expected)
     # Which devices have ended is recorded again when they say so again.
     assert [kind for kind in desk.kinds() if kind != "phase"] == [kind for kind in expected.kinds() if kind != "phase"]
     check_order(desk.trace, expected.journal[:cut])
+
+
+@pytest.mark.parametrize("assignment", get_args(Assignment))
+def test_an_adapted_run_announces_what_it_has_learned(assignment: Assignment) -> None:
+    """Else the restarts above would say nothing about it."""
+    desk = undisturbed(f"adapted {assignment}")
+    heads = [parse(Announcement, payload) for kind, _, _, payload in desk.journal if kind == "announce"]
+    trained = [head for head in heads if head.phase == "train"]
+    least, sigma = desk.settings.training.k, desk.settings.training.sigma
+    assert (trained[0].k, trained[0].sigma) == (0, 0.0)
+    assert any(least < head.k <= 8 for head in trained)
+    assert len({head.sigma or sigma for head in trained}) > 1
+    records = [decode(payload) for kind, _, _, payload in desk.journal if kind == "update"]
+    slots = 1 if assignment == "shared" else len(desk.machine.roster.members)
+    counts = [record.coefficients.size for record in records if isinstance(record, UpdateRecord)]
+    assert counts == [slots * (head.k or least) for head in trained]
+    assert {found["weights"] for found in desk.machine.evaluations} == {"average"}
 
 
 @pytest.mark.parametrize("cut", range(1, len(undisturbed().journal), 5))

@@ -10,6 +10,7 @@ import os
 
 import pytest
 
+from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.protocol.simulation.desk import check_order
 from tests.protocol.simulation.fakes import optional_graph, run_document
@@ -37,6 +38,11 @@ def settings_of(seed: int) -> RunSettings:
             k=5,
             tail_k=3 + seed % 9,
             learning_rate=0.05,
+            k_max=15 if seed % 4 < 2 else 0,
+            adapt_sigma=seed % 7 == 0,
+            schedule=("cosine", "linear", "step")[seed % 3],
+            warmup=seed % 5,
+            optimiser=OptimiserConfig(("adam", "sgd")[seed // 4 % 2], ema=0.9 * (seed % 3 > 0), front_rate=0.5),
         ),
         devices=4,
         quorum=2 + seed % 2,

@@ -16,7 +16,7 @@ from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSetti
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD: list[tuple[type, str, list[Any]]] = [
-    (SaliencySettings, "steps", [0, 1001]),
+    (SaliencySettings, "steps", [-1, 1001]),
     (SaliencySettings, "samples", [0, (1 << 16) + 1]),
     (SaliencySettings, "shift", [0.0, -1.0, 10.0, NAN, INFINITY]),
     (SaliencySettings, "draws", [-1, 1025]),

@@ -162,10 +162,13 @@ class Desk:
         ranks = {member: rank for rank, member in enumerate(self.participants())}
         positions: tuple[NDArray[np.int64], ...] = ()
         if kind is ReportKind.PROBE:
-            deals = deal(machine.replica.blocks, run.training.assignment, head.log_length, len(ranks))
+            training, blocks = run.training, machine.replica.blocks
+            deals = deal(blocks, training.assignment, head.log_length, len(ranks), k=head.k, k_max=training.k_max)
             positions = tuple(one.positions(one.slot(ranks.get(name, 0))) for one in deals)
-        weights = machine.replica.weights.copy()
-        task = Task(1, kind, head.round, 0, positions, weights, machine.replica.digest)
+        weights, digest = machine.replica.weights.copy(), machine.replica.digest
+        if kind is ReportKind.EVALUATE:
+            weights, digest = machine.replica.evaluated()
+        task = Task(1, kind, head.round, 0, positions, weights, digest, head.sigma)
         outcome: Outcome = FakeEngine(name).answer(run, machine.mask, task)
         report = make_report(run, task, outcome, self.sessions.get(name, 1), self.micro_batches.get(name, 8))
         return dataclasses.replace(report, **changes)

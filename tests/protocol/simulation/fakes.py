@@ -131,7 +131,7 @@ class FakeEngine:
             correct = int(np.sum(self.y * (self.x[:, mask.kept] @ w) > 0))
             counts = np.array([loss * self.y.size, correct, self.y.size], dtype=np.float32)
             return Outcome((counts,), self.y.size, loss)
-        blocks, sigma, found = blocks_of(run.training, manifest, mask), run.training.sigma, []
+        blocks, sigma, found = blocks_of(run.training, manifest, mask), task.sigma or run.training.sigma, []
         for block, basis, positions in zip(
             blocks, directions_of(blocks, run.settings.seed), task.positions, strict=True
         ):

@@ -119,3 +119,4 @@ def check_end(world: World) -> None:
             assert node.machine is not None
             assert node.machine.replica is not None
             assert node.machine.replica.digest == final.digest, f"{node.name} has other weights"
+            assert node.machine.replica.evaluated()[1] == final.evaluated()[1], f"{node.name} has another average"
