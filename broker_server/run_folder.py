@@ -11,13 +11,20 @@ from pathlib import Path
 from ..edge_runtime.artifact import MANIFEST_NAME, Artifact, load_artifact
 from ..protocol.documents import RunDocument
 from ..protocol.errors import ConfigError
+from ..protocol.manifest import Manifest
 from ..protocol.settings import RunSettings
 from ..protocol.topics import check_name
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "default_name"]
 
 JOURNAL_NAME = "journal.sqlite"
 ARTIFACT_NAME = "artifact"
+
+
+def default_name(manifest: Manifest) -> str:
+    """A run id out of model, time and process."""
+    model = "".join(c if c.isalnum() else "-" for c in manifest.model.lower())[:24].strip("-")
+    return f"{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,7 @@ class RunFolder:
             ConfigError: The folder exists or cannot be written.
         """
         artifact = load_artifact(artifact_path)
-        if name is None:
-            model = "".join(c if c.isalnum() else "-" for c in artifact.manifest.model.lower())[:24].strip("-")
-            name = f"{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        name = default_name(artifact.manifest) if name is None else name
         path = runs / check_name("run", name)
         try:
             path.mkdir(parents=True, exist_ok=False)

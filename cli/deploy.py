@@ -36,7 +36,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Write a plain ONNX model with the trained weights, and check it against the run.
 
-        The weights are rebuilt from the journal: initial weights from the seed, mask, and every update replayed.
+        The weights are rebuilt from the journal: initial weights from the seed, mask, and every update replayed. A run
+        with an average of its weights (--ema) is deployed with the average.
 
         Example:
             $ fedzo deploy runs/lenet5-20260101-120000-1 -o model.onnx
@@ -48,7 +49,9 @@ def register(app: typer.Typer) -> None:
 
         with output.progress("replaying the journal"):
             folder, coordinator = replay_run(run)
-        facts = {"id": folder.path.name, "updates": str(coordinator.replica.index)}
+        weights, digest = coordinator.replica.evaluated()
+        kind_of = "average" if coordinator.run.training.optimiser.ema else "last"
+        facts = {"id": folder.path.name, "updates": str(coordinator.replica.index), "weights": kind_of}
         last = coordinator.evaluations[-1] if coordinator.evaluations else None
         accuracy = held_out_accuracy(last) if last else None
         if last and accuracy is not None and last["log_length"] == coordinator.replica.index:
@@ -57,7 +60,7 @@ def register(app: typer.Typer) -> None:
             folder.artifact_path,
             coordinator.manifest,
             coordinator.mask,
-            coordinator.replica.weights,
+            weights,
             out,
             output=kind.value,
             facts=facts,
@@ -70,7 +73,8 @@ def register(app: typer.Typer) -> None:
             ("updates", coordinator.replica.index),
             ("non-zero weights", f"{report.nonzero} of {report.parameters}"),
             ("largest difference", f"{report.largest_difference:.2e} (limit {report.tolerance:.0e})"),
-            ("weights digest", coordinator.replica.digest.hex()),
+            ("weights", kind_of),
+            ("weights digest", digest.hex()),
         ]
         output.table(("deployed", ""), rows)
         output.result(
@@ -84,6 +88,7 @@ def register(app: typer.Typer) -> None:
                 "parameters": report.parameters,
                 "largest_difference": report.largest_difference,
                 "tolerance": report.tolerance,
-                "weights_digest": coordinator.replica.digest.hex(),
+                "weights": kind_of,
+                "weights_digest": digest.hex(),
             }
         )

@@ -1,0 +1,48 @@
+"""A range test and the run that takes its rate: two run folders, of which the first knows the second."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..protocol.coordinator import Coordinator
+from ..protocol.documents import RunDocument, parse
+from ..protocol.errors import ConfigError
+from ..protocol.rate_finder import range_test_settings, with_found_rate
+from ..protocol.settings import RunSettings
+from .run_folder import RunFolder
+
+__all__ = ["SUFFIX", "follow_up", "plan_follow_up"]
+
+SUFFIX = "-tune"
+FILE_NAME = "next.json"
+
+
+def plan_follow_up(folder: RunFolder, settings: RunSettings) -> RunSettings:
+    """Make a new folder that of a range test.
+
+    Args:
+        folder: Its name ends with :data:`SUFFIX`; the run that follows has the name in front of it.
+        settings: Of the run that follows, still without its rate.
+
+    Returns:
+        The settings of the range test.
+    """
+    run = folder.path.name.removesuffix(SUFFIX)
+    (folder.path / FILE_NAME).write_bytes(dataclasses.replace(folder.document(settings), run=run).encode())
+    return range_test_settings(settings)
+
+
+def follow_up(folder: RunFolder, coordinator: Coordinator) -> RunDocument | None:
+    """The run that follows a range test which has come to its end; None if there is none, or it has not.
+
+    Raises:
+        ConfigError: No rate was found, or the folder does not say what follows.
+        ProtocolError: What it says is damaged.
+    """
+    if coordinator.range_test is None or not coordinator.finished:
+        return None
+    try:
+        run = parse(RunDocument, (folder.path / FILE_NAME).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {folder.path / FILE_NAME}: {error.strerror or error}") from error
+    return dataclasses.replace(run, settings=with_found_rate(run.settings, coordinator.range_test))
