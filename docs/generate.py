@@ -18,7 +18,12 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
-FIGURES = {"engine": ("engine",), "figures": ("saliency", "replay"), "memory": ("memory", "footprint")}
+FIGURES = {
+    "engine": ("engine",),
+    "structured": ("structured",),
+    "figures": ("saliency", "replay"),
+    "memory": ("memory", "footprint"),
+}
 _INTRODUCTION = """\
 # Command line
 
