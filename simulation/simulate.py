@@ -172,15 +172,18 @@ class _Simulation:
             else:
                 clock.step()
         if server.error is not None:
-            raise self._explained(server.error, labour, wires.devices)
+            raise self._explained(server, labour, wires.devices)
         mark("done")
         return self._result(server, world, pool)
 
-    def _explained(self, error: FedzoError, labour: Labour, devices: list[VirtualDevice]) -> FedzoError:
+    def _explained(self, server: VirtualServer, labour: Labour, devices: list[VirtualDevice]) -> FedzoError:
         """The error, with what the first device said that could not go on: nobody can look into its log."""
+        error = server.error
+        assert error is not None
         detail = labour.detail or next((device.error.message for device in devices if device.error is not None), "")
-        if isinstance(error, QuorumError) and detail:
-            return QuorumError(f"{error.message}; a device said: {detail}", hint=error.hint)
+        said = f"a device said: {detail}" if detail else f"a report was refused: {server.refusal}"
+        if isinstance(error, QuorumError) and (detail or server.refusal):
+            return QuorumError(f"{error.message}; {said}", hint=error.hint)
         return error
 
     def _result(self, server: VirtualServer, world: World, pool: WorkPool) -> SimulationResult:

@@ -42,6 +42,7 @@ class VirtualServer:
         curve: Evaluations.
         finished: Whether the run is over.
         error: Why, if it is an error.
+        refusal: Why the first report that was refused was.
         scalars: Scalars that count.
         reports: Reports of training that count.
         queries: Forward passes behind them.
@@ -76,6 +77,7 @@ class VirtualServer:
         self.curve: list[CurveRow] = []
         self.finished = False
         self.error: FedzoError | None = None
+        self.refusal = ""
         self.scalars = self.reports = self.queries = self.asked = self.connected = self.declined = self.late = 0
 
     def on(self, event: machine.CoordinatorEvent) -> None:
@@ -147,6 +149,8 @@ class VirtualServer:
             self.declined += event.message.decline not in (Decline.NONE, Decline.NO_DATA)
             if event.message.kind is ReportKind.PROBE and event.message.blocks:
                 self._open.append(event.message)
+        elif record.kind == "refusal":
+            self.refusal = self.refusal or record.payload.decode()
         elif record.kind == "update":
             self._log.append(record.payload)
             self._updated()

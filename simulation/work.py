@@ -197,7 +197,7 @@ class Executor:
             FedzoError: The engine cannot be opened.
         """
         opened = self._opened(mask_key, micro_batch)
-        started, before = time.perf_counter(), opened.engine.sample_passes
+        started, opened.engine.sample_passes = time.perf_counter(), 0.0
         task = dataclasses.replace(task, weights=self._weights[key])
         dataset = self._job.clients.dataset(device)
         residual = self._residuals.get(device)
@@ -212,7 +212,7 @@ class Executor:
             queries = measured.queries
             outcome = Outcome(measured.blocks, measured.samples, measured.mean_loss, queries)
         self._busy_s += time.perf_counter() - started
-        return WorkResult(ticket, outcome, opened.engine.sample_passes - before)
+        return WorkResult(ticket, outcome, opened.engine.sample_passes)
 
     def forget(self, device: int, round_: int) -> None:
         """What the device measured in a round was in vain: it goes on from the state before it."""

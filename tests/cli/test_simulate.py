@@ -1,0 +1,81 @@
+"""`fedzo simulate`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.simulation.conftest import CLASSES, SIDE, images
+
+
+def fedzo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedzo.cli", "simulate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fedzo.exporter.artifact import export_artifact
+
+    folder = tmp_path_factory.mktemp("simulate")
+    export_artifact("lenet5", (1, SIDE, SIDE), CLASSES, 0.0, 1, folder / "lenet")
+    (x, y), (xt, yt) = images(1, 80), images(2, 40)
+    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=xt, y_test=yt)
+    return folder
+
+
+SMALL = ("--devices", 8, "--per-round", 3, "--quorum", 1, "--rounds", 2, "--k", 4, "--batch", 4, "--processes", 1)
+
+
+def test_a_simulation_from_the_command_line(folder: Path) -> None:
+    done = fedzo(folder / "lenet", "--data", folder / "data.npz", *SMALL, "--json", "-o", folder / "out.json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["devices"], len(answer["rounds"]), len(answer["curve"])) == (8, 2, 1)
+    assert answer["devices_agree"] is True
+    assert answer["settings"]["participants"] == 3
+    assert 0.0 <= answer["accuracy"] <= 1.0
+    assert json.loads((folder / "out.json").read_text())["digest"] == answer["digest"]
+    table = fedzo(folder / "lenet", "--data", folder / "data.npz", *SMALL)
+    assert table.returncode == 0
+    assert f"weights digest\t{answer['digest']}" in table.stdout
+    assert "update 2/2" in table.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (("--data", "DATA", "--split", "even"), 3, "the split is 'even'"),
+        (("--data", "DATA", "--boards", "rpi-zero-3"), 3, "no hardware profile"),
+        (("--data", "DATA", "--boards", "rpi-zero-2w:many"), 3, "NAME:SHARE"),
+        (("--data", "DATA", "--dropout", "1.5"), 3, "dropout is 1.5"),
+        (("--data", "DATA", "--devices", "81"), 3, "81 parts"),
+        (("--data", "DATA", "--per-round", "9"), 3, "participants is 9"),
+        (("--data", "DATA", "--split", "natural"), 3, "whose samples"),
+        (("--data", "DATA", "--estimator", "magic"), 3, "stein"),
+        (("--data", "DATA", "--sparsity", "0.5"), 3, "without pruning"),
+        (("--data", "DATA", "--processes", "-1"), 3, "number of processes is -1"),
+        (("--data", "missing.npz"), 3, "no data at missing.npz"),
+        (("--data", "DATA", "-o", "nowhere/out.json"), 3, "no folder"),
+        ((), 3, "no data are named"),
+        (("--broker", "auto"), 2, "No such option"),
+    ],
+)
+def test_wrong_input(folder: Path, arguments: tuple[str, ...], code: int, reason: str) -> None:
+    given = [folder / "data.npz" if word == "DATA" else word for word in arguments]
+    done = fedzo(folder / "lenet", "--rounds", 1, *given)
+    assert done.returncode == code, done.stderr
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_artifact_is_needed(folder: Path) -> None:
+    done = fedzo("--data", folder / "data.npz")
+    assert (done.returncode, "no artifact is named" in done.stderr) == (3, True)
+    done = fedzo(folder, "--data", folder / "data.npz")
+    assert done.returncode == 6
