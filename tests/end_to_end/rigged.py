@@ -12,6 +12,7 @@ rig                    what happens
 ``saved:N``            with its Nth report in the outbox and not sent
 ``received:N``         with the Nth receipt, the report still in the outbox
 ``arena:BYTES``        the device gets a smaller arena for its tensors than it has planned
+``scores:FACTOR``      the device reports saliency scores that are off by this factor
 ``portable``           the device finds no graph that was made for its processor
 ``hasty``              either tries a lost link again after a second at most
 =====================  =======================================================================
@@ -21,6 +22,7 @@ SIGKILL leaves no handler, no ``finally`` and no flush; what is in the kernel st
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -29,6 +31,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 FLUSH_S = 0.1  # enough for the network thread to write to a socket on this machine
 
@@ -119,6 +123,7 @@ def rig_device(rig: str) -> None:
     from fedzo.edge_runtime.estimators import SteinEstimator
     from fedzo.edge_runtime.outbox import Outbox
     from fedzo.edge_runtime.residual_file import ResidualFile
+    from fedzo.edge_runtime.saliency import UnitShiftScorer
 
     if rig == "hasty":
         be_hasty()
@@ -127,6 +132,15 @@ def rig_device(rig: str) -> None:
         replace(run_plan, "wanted_variants", lambda *_: ())
         return
     when, number = rig.split(":")
+    if when == "scores":
+        exact = UnitShiftScorer.score
+
+        def score(*arguments: Any, **keywords: Any) -> Any:
+            found = exact(*arguments, **keywords)
+            return dataclasses.replace(found, sensitivities=found.sensitivities * np.float32(number))
+
+        UnitShiftScorer.score = score  # type: ignore[method-assign]
+        return
     if when == "arena":
         replace(worker, "Engine", partial(capped_engine, Engine, int(number)))
         return
