@@ -63,7 +63,7 @@ def test_a_simulation_from_the_command_line(folder: Path) -> None:
         (("--data", "missing.npz"), 3, "no data at missing.npz"),
         (("--data", "DATA", "-o", "nowhere/out.json"), 3, "no folder"),
         ((), 3, "no data are named"),
-        (("--broker", "auto"), 2, "No such option"),
+        (("--broker", "auto"), 2, "no such option"),
     ],
 )
 def test_wrong_input(folder: Path, arguments: tuple[str, ...], code: int, reason: str) -> None:
