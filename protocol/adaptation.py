@@ -50,6 +50,9 @@ TOLERANCE: Final = 3.0
 LARGEST_STEP: Final = 10.0
 LEAST_SIGMA, MOST_SIGMA = 1e-7, 1.0
 CURVED: Final = 0.5
+ROUNDED: Final = 100 * 2.0**-24
+"""Relative differences below are leaning, too: all of them have the rounding of one clean loss in common."""
+
 LEAST_SCALARS: Final = 16
 """Scalars from which on their mean says something about curvature."""
 
@@ -167,7 +170,7 @@ def next_sigma(sigma: float, deals: Sequence[Deal], reports: Sequence[Report], *
     change = float(np.median(changes))
     factor = min(LARGEST_STEP, TARGET / change) if change > TARGET / LARGEST_STEP else LARGEST_STEP
     factor = max(1.0 / LARGEST_STEP, factor)
-    if not two_sided and _is_curved(deals, rows):
+    if not two_sided and change > ROUNDED and _is_curved(deals, rows):
         factor = min(factor, 1.0 / TOLERANCE)
     elif 1.0 / TOLERANCE <= factor <= TOLERANCE:
         return sigma

@@ -142,6 +142,11 @@ def test_scalars_that_lean_to_one_side_lower_sigma(two_sided: bool, k: int, fact
     assert found == pytest.approx(1e-3 * factor, rel=1e-4)
 
 
+def test_the_rounding_of_the_clean_loss_is_no_curvature() -> None:
+    found = next_sigma(1e-3, DEALS, answers(1e-6, lean=3.0), two_sided=False)
+    assert found == pytest.approx(1e-2, rel=1e-4)
+
+
 def test_a_few_strange_devices_do_not_decide() -> None:
     good = answers(TARGET, devices=5)
     strange = [report(np.full(16, 1e6), loss=1e-9), report(np.zeros(16), loss=1e9)]
