@@ -210,8 +210,11 @@ class Roster:
         return sum(member.is_ready for member in self.members.values())
 
     def is_done(self) -> bool:
-        """Whether every device that may still be heard of has ended."""
-        return all(member.status == "done" for member in self.members.values() if member.is_alive)
+        """Whether every device that may still be heard of has ended.
+
+        The latest first: many end in the order in which they came, and each of them asks.
+        """
+        return all(member.status == "done" or not member.is_alive for member in reversed(self.members.values()))
 
     def names_of(self, packed: str) -> list[str]:
         """Device ids of a packed set of ordinals, ascending."""
