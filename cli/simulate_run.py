@@ -159,7 +159,7 @@ def _show(output: Output, found: SimulationResult) -> None:
         ("weights digest", found.digest),
         ("all devices agree", "yes" if found.devices_agree else "no"),
         ("seconds", round(found.wall_s, 1)),
-        ("part of them inside forward passes", f"{found.engine_share:.0%} on {found.processes} processes"),
+        ("part of them inside engines", f"{found.engine_share:.0%} on {found.processes} processes"),
         ("peak RSS", f"{found.peak_rss_mib:.0f} MiB"),
     ]
     output.table(("simulation", ""), rows)

@@ -109,10 +109,12 @@ class SimulationResult:
         wall_s: Wall time, without loading data and starting processes.
         training_wall_s: Wall time from the first training announcement to the last update.
         start_wall_s: Wall time of loading, starting processes and of the devices' joining.
-        engine_s: Time inside forward passes, summed over processes.
-        engine_cpu_s: Processor time inside forward passes, likewise.
+        engine_s: Wall time inside engines, summed over processes: putting weights in place, and forward passes.
+        engine_cpu_s: Processor time inside engines, likewise.
         engine_share: ``engine_s`` over ``processes * training_wall_s``, both of training alone.
-        engine_cpu_share: Processor time inside forward passes over that of all processes, of training alone.
+        engine_cpu_share: Processor time inside engines over ``training_cpu_s``.
+        forward_cpu_share: The part of that inside ONNX Runtime.
+        training_cpu_s: Processor time of all processes from the first training announcement to the last update.
         processes: Processes that computed.
         virtual_s: Virtual time of the run.
         virtual_s_per_round: Virtual time between updates, on average; 0 without boards and bandwidth.
@@ -146,6 +148,8 @@ class SimulationResult:
     engine_cpu_s: float
     engine_share: float
     engine_cpu_share: float
+    forward_cpu_share: float
+    training_cpu_s: float
     processes: int
     virtual_s: float
     virtual_s_per_round: float

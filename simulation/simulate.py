@@ -193,11 +193,12 @@ class _Simulation:
         start, trained = self._marks.get("train"), self._marks.get("trained")
         end, usage = time.perf_counter(), pool.usage()
         first = min(mark[0] for mark in self._marks.values())
-        engine, training_s, cpu_s, engine_cpu_s = 0.0, 0.0, 0.0, 0.0
+        engine, training_s, cpu_s, engine_cpu_s, forward_cpu_s = 0.0, 0.0, 0.0, 0.0, 0.0
         if start is not None and trained is not None:
             training_s = trained[0] - start[0]
             engine = trained[2].engine_s - start[2].engine_s
             engine_cpu_s = trained[2].engine_cpu_s - start[2].engine_cpu_s
+            forward_cpu_s = trained[2].forward_cpu_s - start[2].forward_cpu_s
             cpu_s = trained[1] - start[1] + trained[2].cpu_s - start[2].cpu_s
         final = [device.machine.replica for device in devices if device.machine.stage == "done"]
         rounds = server.rounds
@@ -231,6 +232,8 @@ class _Simulation:
             engine_cpu_s=usage.engine_cpu_s,
             engine_share=engine / (pool.processes * training_s) if training_s else 0.0,
             engine_cpu_share=engine_cpu_s / cpu_s if cpu_s else 0.0,
+            forward_cpu_share=forward_cpu_s / cpu_s if cpu_s else 0.0,
+            training_cpu_s=cpu_s,
             processes=pool.processes,
             virtual_s=world.clock.now,
             virtual_s_per_round=per_round,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ class Usage:
     """What computing took so far.
 
     Attributes:
-        engine_s: Wall time inside forward passes, summed over processes.
-        engine_cpu_s: Processor time inside forward passes, likewise.
+        engine_s: Wall time inside engines, summed over processes: putting weights in place, and forward passes.
+        engine_cpu_s: Processor time inside engines, likewise.
+        forward_cpu_s: The part of it inside ONNX Runtime.
         busy_s: Wall time inside tasks, likewise.
         cpu_s: Processor time of the processes, likewise; without this one.
         peak_rss_mib: Peak memory of the processes, likewise; what they share is counted in each, this one in none.
@@ -119,6 +121,7 @@ class Usage:
 
     engine_s: float = 0.0
     engine_cpu_s: float = 0.0
+    forward_cpu_s: float = 0.0
     busy_s: float = 0.0
     cpu_s: float = 0.0
     peak_rss_mib: float = 0.0
@@ -127,21 +130,41 @@ class Usage:
         return Usage(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
-class _TimedSession:
-    """A session that adds up the time of its runs."""
+class _Stopwatch:
+    """Adds up wall time and processor time; what is timed inside itself counts once."""
 
-    def __init__(self, session: Any, clock: list[float]) -> None:
-        self._session, self._clock = session, clock
-        self._run = session.run_with_iobinding
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = 0.0
+        self._depth = 0
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, with its time counted."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            self._depth += 1
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.wall_s += time.perf_counter() - wall
+                    self.cpu_s += time.thread_time() - cpu
+
+        return run
+
+
+class _TimedSession:
+    """A session whose runs are timed."""
+
+    def __init__(self, session: Any, *watches: _Stopwatch) -> None:
+        self._session = session
+        self.run_with_iobinding = session.run_with_iobinding
+        for watch in watches:
+            self.run_with_iobinding = watch.timed(self.run_with_iobinding)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        wall, cpu = time.perf_counter(), time.thread_time()
-        self._run(binding)
-        self._clock[0] += time.perf_counter() - wall
-        self._clock[1] += time.thread_time() - cpu
 
 
 @dataclass(eq=False)
@@ -163,8 +186,8 @@ class Executor:
         self._job = job
         self._run = parse(RunDocument, job.run)
         self._artifact = load_artifact(job.artifact)
-        self._clock, self._busy_s = [0.0, 0.0], 0.0
-        self._keeper = sessions_kept(lambda session: _TimedSession(session, self._clock))
+        self._passes, self._engines, self._busy_s = _Stopwatch(), _Stopwatch(), 0.0
+        self._keeper = sessions_kept(lambda session: _TimedSession(session, self._passes, self._engines))
         self._keeper.__enter__()
         self._masks: dict[str, Mask] = {}
         self._weights: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
@@ -242,7 +265,8 @@ class Executor:
 
     def usage(self) -> Usage:
         """What it took so far."""
-        return Usage(self._clock[0], self._clock[1], self._busy_s, time.process_time(), peak_rss_mib())
+        engines, passes = self._engines, self._passes
+        return Usage(engines.wall_s, engines.cpu_s, passes.cpu_s, self._busy_s, time.process_time(), peak_rss_mib())
 
     def close(self) -> None:
         """Unload everything."""
@@ -264,6 +288,8 @@ class Executor:
             engine = Engine(self._artifact, mask, threads=1, micro_batch=micro_batch, queries=queries)
             if not self._open:
                 engine.check_golden()
+            for name in ("losses", "loss", "evaluate"):
+                setattr(engine, name, self._engines.timed(getattr(engine, name)))
             self._open[key] = _Open(engine, RoundWork(self._run, engine, mask_key))
             if queries > 1:
                 # Now, so that what the comparison of the graphs costs is no part of a task.
