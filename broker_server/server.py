@@ -113,9 +113,7 @@ class Server:
         self._stop = threading.Event()
         self._blobs = BlobServer(folder.artifact, folder.artifact_path)
         self._log_sequences: list[int] = []
-        self._passes = ServerPasses(
-            folder.artifact, run, test_set, threads=threads, cancelled=lambda: self._stop.is_set()
-        )
+        self._passes = ServerPasses(folder.artifact, run, test_set, threads=threads, cancelled=self._stop.is_set)
         self._computing: set[tuple[type, int]] = set()
         self._limits: dict[str, int] = {}
         self._refused: set[str] = set()

@@ -50,9 +50,7 @@ class ServerPasses:
             FedzoError: It cannot be computed.
         """
         if isinstance(command, MakeMask):
-            mask = synflow_mask(
-                self._artifact, self._run.settings, threads=self._threads, cancelled=self._cancelled
-            )
+            mask = synflow_mask(self._artifact, self._run.settings, threads=self._threads, cancelled=self._cancelled)
             return None if self._cancelled() else MaskMade(mask.encode())
         if isinstance(command, CheckScores):
             return self._check(command)

@@ -132,7 +132,5 @@ def _layer_totals(engine: Engine, weights: NDArray[np.float32], ones: NDArray[np
 def _sum(logits: NDArray[np.float32]) -> float:
     total = math.fsum(logits.ravel().tolist()) if np.isfinite(logits).all() else math.inf
     if not math.isfinite(total):
-        raise ConfigError(
-            "synflow overflows float32: the network is too deep for it", hint="use --pruning diagonal"
-        )
+        raise ConfigError("synflow overflows float32: the network is too deep for it", hint="use --pruning diagonal")
     return total

@@ -33,7 +33,8 @@ class CutWeights:
         self._engine, self._cut = engine, cut
         inputs, mask = engine.feeds.inputs, engine.mask
         is_filled = engine.feeds.filled is not None
-        self.index, self.counts = (mask.index(), mask.counts()) if is_filled else (inputs["index"], inputs["counts"])
+        self.index: NDArray[np.int32] = mask.index() if is_filled else inputs["index"]
+        self.counts: NDArray[np.int64] = mask.counts() if is_filled else inputs["counts"]
         self.first = int(self.counts[: cut.first_parameter].sum())
         self._first_fed = int(inputs["counts"][: cut.first_parameter].sum())
 

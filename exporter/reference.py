@@ -133,8 +133,8 @@ def exact_kernel_scores(
     """NTK-SAP's score without its random perturbation: ``|2 G_j + theta_j dTr/dtheta_j|`` of every maskable weight.
 
     ``G_j = mean_x sum_c (df_c / dtheta_j)**2`` and ``Tr`` is its sum over the maskable weights: the derivative of
-    ``E||f((theta + d) m) - f(theta m)||**2`` for a small ``d`` (arXiv 2304.02840, Eq. 7) with respect to the mask ``m``.
-    Two backward passes a sample and class, in double precision.
+    ``E||f((theta + d) m) - f(theta m)||**2`` for a small ``d`` (arXiv 2304.02840, Eq. 7) with respect to the mask
+    ``m``. Two backward passes a sample and class, in double precision.
 
     Args:
         model: Name of a built-in model.

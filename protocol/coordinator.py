@@ -223,7 +223,9 @@ class Coordinator(RunView):
     def _take_report(self, member: Member, report: Report) -> None:
         verdict, reason = Verdict.LATE, ""
         if self._round is not None and report.run_tag == self.run.tag and report.round == self.head.round:
-            verdict, reason = self._round.take(member.name, report, self.manifest, self._progress.digest_for(self.head.phase))
+            verdict, reason = self._round.take(
+                member.name, report, self.manifest, self._progress.digest_for(self.head.phase)
+            )
         if verdict is Verdict.ACCEPTED:
             self._record("report", report.encode(), device=member.name)
             self._ask_server()

@@ -51,9 +51,7 @@ class OpenRound:
         unchecked: Devices whose scores the server is to compute again.
     """
 
-    def __init__(
-        self, head: Announcement, roster: Roster, settings: RunSettings, deals: Sequence[Deal] = ()
-    ) -> None:
+    def __init__(self, head: Announcement, roster: Roster, settings: RunSettings, deals: Sequence[Deal] = ()) -> None:
         self._head = head
         self._settings = settings
         self._deals = tuple(deals)

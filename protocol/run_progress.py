@@ -78,7 +78,8 @@ class RunProgress:
     def next_phase(self) -> Phase:
         """What the next round is for."""
         settings, length = self._run.settings, self.replica.index
-        if settings.sparsity > 0 and self._scored < (settings.saliency.n_steps if settings.saliency.is_federated else 1):
+        n_masks = settings.saliency.n_steps if settings.saliency.is_federated else 1
+        if settings.sparsity > 0 and self._scored < n_masks:
             return "saliency"
         if self.range_test is not None:
             return "done" if self.range_test.is_over or length == settings.training.rounds else "train"
@@ -211,9 +212,7 @@ class RunProgress:
         self._set_mask(read_mask(encoded, self._manifest.layout, self._run.settings.fill), encoded)
         self._scored += 1
 
-    def adopt_update(
-        self, record: UpdateRecord, head: Announcement, reports: Sequence[tuple[int, Report]]
-    ) -> None:
+    def adopt_update(self, record: UpdateRecord, head: Announcement, reports: Sequence[tuple[int, Report]]) -> None:
         """Replay a recorded update.
 
         Args:

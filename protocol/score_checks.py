@@ -1,7 +1,7 @@
 """Which scores the server computes again, and how much a board's may differ from the server's own.
 
-On Gaussian inputs a device's scores follow from the weights, the seed and the device's number, so the server can compute
-them too. A board whose numerics are off is found before it trains; its scores do not count.
+On Gaussian inputs a device's scores follow from the weights, the seed and the device's number, so the server can
+compute them too. A board whose numerics are off is found before it trains; its scores do not count.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def test_an_evaluation_counts_every_sample_and_is_made_once_a_round(server: Serv
             server._do(evaluation(round_), pool)
     first, second = results(server)
     assert (first.round, second.round, first.samples) == (3, 4, SAMPLES)
-    assert server._test_set is not None
-    whole = server._test_set.batch(np.arange(SAMPLES, dtype=np.int64))
+    assert server._passes._test_set is not None
+    whole = server._passes._test_set.batch(np.arange(SAMPLES, dtype=np.int64))
     weights = initial_weights(LAYOUT, SEED)
     assert first.mean_loss == pytest.approx(Reference().loss(weights, whole.x, whole.y), abs=1e-6)
     expected = np.mean(Reference().logits(weights, whole.x).argmax(axis=1) == whole.y)

@@ -79,14 +79,17 @@ def test_several_queries_in_a_run(artifact: Artifact, case: Case, queries: int) 
     rows = np.multiply.outer(np.linspace(0.5, 1.0, 5, dtype=np.float32), case.weights)
     wanted = np.stack([case.mask.filled(row, artifact.manifest.seed) for row in rows])
     with filled, dense:
-        np.testing.assert_allclose(
-            filled.losses(rows, case.x, case.y), dense.losses(wanted, case.x, case.y), rtol=1e-6
-        )
+        np.testing.assert_allclose(filled.losses(rows, case.x, case.y), dense.losses(wanted, case.x, case.y), rtol=1e-6)
 
 
 def test_halves_of_the_network(artifact: Artifact, case: Case) -> None:
     filled, dense = engines(artifact, case, queries=1)
-    with filled, dense, Suffix(filled, case.weights, case.x, case.y) as a, Suffix(dense, case.dense, case.x, case.y) as b:
+    with (
+        filled,
+        dense,
+        Suffix(filled, case.weights, case.x, case.y) as a,
+        Suffix(dense, case.dense, case.x, case.y) as b,
+    ):
         assert np.array_equal(a.features, b.features)
         assert a.loss(case.weights[a.first :]) == b.loss(case.dense[b.first :])
         np.multiply(case.weights[a.first :], np.float32(0.5), out=a.weights_feed)

@@ -51,7 +51,12 @@ def test_removed_weights_keep_their_values_to_the_deployed_model(
 
 @pytest.mark.parametrize(
     ("method", "options", "largest"),
-    [("ntk-sap", ("--saliency-steps", 2), 0), ("synflow", ("--saliency-steps", 5), 0), ("erk", (), 68), ("random", (), 68)],
+    [
+        ("ntk-sap", ("--saliency-steps", 2), 0),
+        ("synflow", ("--saliency-steps", 5), 0),
+        ("erk", (), 68),
+        ("random", (), 68),
+    ],
 )
 def test_a_run_with_each_method(method: str, options: tuple[object, ...], largest: int, fleets: MakeFleet) -> None:
     fleet = fleets()

@@ -36,7 +36,9 @@ def test_scores_that_are_off_do_not_count() -> None:
     rigged = scoring(**{bad: 0.05})
     rigged.report(*NAMES)
     refusals = [(device, text) for kind, _, device, text in rigged.journal if kind == "refusal"]
-    assert refusals == [(bad, b"its scores differ from the server's by 5.00e-02, the limit is 5e-03: they do not count")]
+    assert refusals == [
+        (bad, b"its scores differ from the server's by 5.00e-02, the limit is 5e-03: they do not count")
+    ]
     assert rigged.head.phase == "train"
     without = scoring()
     without.report(*[name for name in NAMES if name != bad])
@@ -76,7 +78,9 @@ def test_without_a_quorum_of_good_boards_the_run_stops() -> None:
     assert "0 of 4 devices could answer" in str(desk.finish().error)
 
 
-@pytest.mark.parametrize(("checked", "inputs", "count"), [(8, "gaussian", 4), (2, "gaussian", 2), (0, "gaussian", 0), (8, "data", 0)])
+@pytest.mark.parametrize(
+    ("checked", "inputs", "count"), [(8, "gaussian", 4), (2, "gaussian", 2), (0, "gaussian", 0), (8, "data", 0)]
+)
 def test_how_many_reports_are_checked(checked: int, inputs: str, count: int) -> None:
     saliency = dataclasses.replace(SPARSE.saliency, checked=checked, inputs=inputs)  # type: ignore[arg-type]
     desk = scoring(change(SPARSE, saliency=saliency))

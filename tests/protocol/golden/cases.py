@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedzo.protocol.blocks import Block, deal, whole_block
 from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
+from fedzo.protocol.layer_densities import erk_densities
 from fedzo.protocol.layout import Layout, initial_weights
 from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask, threshold
@@ -153,6 +154,7 @@ def masks() -> Json:
         "counts": [int(v) for v in mask.counts()],
         "header": mask.encode()[:24].hex(),
         "bits": base64.b64encode(np.packbits(mask.kept, bitorder="little").tobytes()).decode(),
+        "drawn": erk_densities(layout, 0.7, 5).encode().hex(),
     }
 
 

@@ -21,8 +21,8 @@ from fedzo.protocol.coordinator_events import (
     Finish,
     OfferBlob,
     Record,
-    Send,
     ScoresChecked,
+    Send,
     ServerEvaluated,
     Tick,
 )
