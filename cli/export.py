@@ -58,6 +58,10 @@ def register(app: typer.Typer) -> None:
                 " diagonal (forward passes on Gaussian inputs), magnitude or random scores.",
             ),
         ] = "uniform",
+        local_heads: Annotated[
+            bool,
+            typer.Option("--local-heads", help="Add a small head and loss to every stage, for local and local-node."),
+        ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     ) -> None:
         """Turn a model into an artifact: ONNX graphs whose weights are inputs, with hashes and a known answer.
@@ -74,7 +78,15 @@ def register(app: typer.Typer) -> None:
         channels = ChannelSelection.of(keep_channels, channel_scores)
         with output.progress(f"exporting {model}"):
             manifest = export_artifact(
-                model, shape, classes, sparsity, seed, out, channels=channels, overwrite=overwrite
+                model,
+                shape,
+                classes,
+                sparsity,
+                seed,
+                out,
+                channels=channels,
+                local_heads=local_heads,
+                overwrite=overwrite,
             )
         size = sum(graph.size for graph in manifest.graphs)
         rows: list[tuple[str, object]] = [

@@ -103,7 +103,7 @@ class Engine:
         self._arena_bytes = arena_bytes
         self._providers = tuple(providers)
         self._strict = strict_providers
-        self.feeds = WeightFeeds(mask, artifact.manifest.seed)
+        self.feeds = WeightFeeds(mask, artifact.manifest.seed, len(artifact.manifest.model_layout.parameters))
         self.weights_feed = self.feeds.survivors
         self._graph: BoundGraph | None = None
         self._kept: dict[tuple[str, GraphVariant | None], BoundGraph] = {}

@@ -58,6 +58,7 @@ def export_artifact(
     out: Path,
     *,
     channels: ChannelSelection | None = None,
+    local_heads: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
     """Export a model.
@@ -73,6 +74,7 @@ def export_artifact(
         seed: Seed of the initial weights and of the golden batch, ``0 <= seed < 2**64``.
         out: Folder to make.
         channels: What whole channels to keep; None for all.
+        local_heads: Give the stages heads of their own, for the estimators ``local`` and ``local-node``.
         overwrite: Replace ``out`` when it is an artifact or empty; any other folder is never touched.
 
     Returns:
@@ -88,11 +90,13 @@ def export_artifact(
         )
     if not 0 <= seed < 1 << 64:
         raise ConfigError(f"the seed {seed} is not an unsigned 64-bit number")
+    if local_heads and channels is not None and channels.keep < 1.0:
+        raise ConfigError("local heads are not made for networks without some of their channels", hint="choose one")
     _check_target(out, overwrite)
     forward = build_forward(model, input_shape, n_classes, seed)
 
     def portable(forward: ForwardGraph) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
-        return _portable(forward, model, input_shape, n_classes, sparsity, seed)
+        return _portable(forward, model, input_shape, n_classes, sparsity, seed, local_heads)
 
     structure: Structure | None = None
     if channels is not None and channels.keep < 1.0:
@@ -101,7 +105,8 @@ def export_artifact(
     built, manifest, files = portable(forward)
     variants: tuple[GraphVariant, ...] = ()
     memory = manifest.memory
-    for name, probe, queries in probe_variants(forward, built):
+    # Estimators that train heads do not run the probe graph in rounds.
+    for name, probe, queries in () if local_heads else probe_variants(forward, built):
         plan = GraphMemory(name, _variant_envelope(probe, built, input_shape))
         properties = _properties(name, model, built.layout, seed, sparsity, manifest.units, manifest.golden, plan)
         properties[PLACEMENTS_KEY] = encode_placements(probe.placements)
@@ -116,10 +121,16 @@ def export_artifact(
 
 
 def _portable(
-    forward: ForwardGraph, model: str, input_shape: tuple[int, ...], n_classes: int, sparsity: float, seed: int
+    forward: ForwardGraph,
+    model: str,
+    input_shape: tuple[int, ...],
+    n_classes: int,
+    sparsity: float,
+    seed: int,
+    local_heads: bool,
 ) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
     """The graphs for any machine, their description and their bytes."""
-    built = build_graphs(forward, sparsity)
+    built = build_graphs(forward, sparsity, local_heads=local_heads)
     memory = tuple(GraphMemory(name, _envelope(name, built, input_shape)) for name in built.graphs)
     golden = _golden(built, input_shape, n_classes, seed)
     units = tuple(unit.layer for unit in built.units)
@@ -194,7 +205,8 @@ def _variant_envelope(
 
 def _golden(built: ArtifactGraphs, input_shape: tuple[int, ...], n_classes: int, seed: int) -> Golden:
     x, y = golden_batch(input_shape, n_classes, seed, GOLDEN_BATCH)
-    feeds = {**dense_feeds(built.layout, initial_weights(built.layout, seed)), "x": x, "y": y}
+    layout = built.model_layout
+    feeds = {**dense_feeds(layout, initial_weights(layout, seed)), "x": x, "y": y}
     loss = float(run_graph(built.graphs["probe.onnx"], feeds)["loss_sum"]) / GOLDEN_BATCH
     logits = run_graph(built.graphs["predict.onnx"], feeds)["logits"]
     predictions = GoldenPredictions.of_logits(logits, LOGIT_TOLERANCE * max(1.0, float(np.abs(logits).max())))

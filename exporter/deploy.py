@@ -108,8 +108,9 @@ def deploy(
         raise ConfigError(f"{out} exists", hint="choose another file, or give --overwrite")
 
     predict = _read_predict(artifact_dir, manifest)
-    dense = mask.filled(weights, manifest.seed)
-    model = Sequential([FoldWeights(manifest.layout, dense), FoldConstants()])(predict).model
+    layout = manifest.model_layout
+    dense = mask.filled(weights, manifest.seed)[: layout.size]
+    model = Sequential([FoldWeights(layout, dense), FoldConstants()])(predict).model
     if output == "softmax":
         _append_softmax(model, manifest.n_classes)
     model.graph.name = "model"
@@ -138,7 +139,7 @@ def deploy(
         size_bytes=len(data),
         sha256=hashlib.sha256(data).digest(),
         output=output,
-        parameters=manifest.layout.size,
+        parameters=layout.size,
         nonzero=int(np.count_nonzero(dense)),
         largest_difference=difference,
         tolerance=tolerance,
@@ -168,7 +169,7 @@ def _compare(
     """Largest difference of the outputs on the golden batch, and the largest allowed one."""
     golden = manifest.golden
     x, _ = golden_batch(manifest.input_shape, manifest.n_classes, golden.seed, golden.batch)
-    every = Mask.dense(manifest.layout)
+    every = Mask.dense(manifest.model_layout)
     feeds: dict[str, NDArray[np.generic]] = {"w": weights, "index": every.index(), "counts": every.counts(), "x": x}
     expected = run_graph(predict, feeds)["logits"].astype(np.float64)
     if output == "softmax":

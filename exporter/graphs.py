@@ -13,25 +13,25 @@ from ..protocol.dense_tail import DenseTail
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 from ..protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS
-from ..protocol.stages import Stage, StageGraph, stage_graph
+from ..protocol.stages import Stage, model_layout
 from .cuts import CutPoint, find_cut
 from .dense_tails import TailPoint, find_dense_tail
 from .forward import ForwardGraph
+from .local_heads import add_heads
 from .passes.float64_loss import Float64Loss
 from .passes.infrastructure import GraphPass, Sequential
 from .passes.input_moments import InputMoments
 from .passes.keep_prefix import KeepPrefix
-from .passes.keep_stage import KeepStage
 from .passes.keep_suffix import KeepSuffix
 from .passes.layer_inputs import LayerInputs
 from .passes.node_noise import NodeNoise
 from .passes.sample_losses import SampleLosses
 from .passes.scatter_survivors import ScatterSurvivors
-from .passes.stage_gradient import StageGradient
 from .passes.unit_shifts import UnitShifts
 from .passes.weights_as_inputs import WeightsAsInputs
 from .sessions import dense_feeds
-from .stages import StagePoint, find_stages
+from .stage_graphs import StageGraph, stage_graphs
+from .stages import find_stages
 from .units import UnitNode, find_units
 
 __all__ = ["ArtifactGraphs", "build_graphs"]
@@ -42,7 +42,7 @@ class ArtifactGraphs:
     """The graphs of an artifact before they are written.
 
     Attributes:
-        layout: The parameters, marked maskable as the sparsity asks.
+        layout: The parameters, marked maskable as the sparsity asks, and those of heads.
         units: The unit layers.
         graphs: Models by file name; ``saliency.onnx`` and ``moments.onnx`` are absent when there is no unit layer,
             ``prefix.onnx`` and ``suffix.onnx`` when there is no cut, ``tail.onnx`` when there is no dense tail, and
@@ -50,7 +50,8 @@ class ArtifactGraphs:
         cut: Where prefix and suffix meet.
         tail: The fully connected layers at the end.
         stages: The layers of a network that is one chain; each has a graph ``stage{i}.onnx`` and one
-            ``stage{i}_gradient.onnx``.
+            ``stage{i}_gradient.onnx``, and with heads one ``stage{i}_local.onnx`` and one ``stage{i}_head.onnx``.
+        stage_inputs: What the stages' graphs take, by file name.
     """
 
     layout: Layout
@@ -59,6 +60,12 @@ class ArtifactGraphs:
     cut: Cut | None
     tail: DenseTail | None
     stages: tuple[Stage, ...]
+    stage_inputs: dict[str, StageGraph]
+
+    @property
+    def model_layout(self) -> Layout:
+        """The parameters of the network alone."""
+        return model_layout(self.layout, self.stages)
 
     def layout_of(self, name: str) -> Layout:
         """The parameters that graph ``name`` takes."""
@@ -66,9 +73,10 @@ class ArtifactGraphs:
         for cut, names in ((self.cut, CUT_GRAPHS), (tail_cut, TAIL_GRAPHS)):
             if cut is not None and name in names:
                 return cut.split(self.layout)[names.index(name)]
-        if (stage := self._stage_of(name)) is not None:
-            return stage.layout(self.layout)
-        return self.layout
+        stage = self.stage_inputs.get(name)
+        if stage is not None and stage.owner is not None:
+            return stage.owner.layout(self.layout)
+        return self.model_layout
 
     def zero_feeds(self, name: str, input_shape: tuple[int, ...], batch: int) -> dict[str, NDArray[np.generic]]:
         """A value for every input that graph ``name`` may have: zeros, and no mask."""
@@ -83,24 +91,28 @@ class ArtifactGraphs:
             feeds["features"] = np.zeros((batch, *self.tail.cut.feature_shape), np.float32)
             hidden = self.tail.shapes(self.layout)[:-1]
             feeds["noise"] = np.zeros((batch, sum(n_units for n_units, _ in hidden)), np.float32)
-        if (stage := self._stage_of(name)) is not None:
+        if (stage := self.stage_inputs.get(name)) is not None:
             feeds["features"] = np.zeros((batch, *stage.feature_shape), np.float32)
             feeds["cotangent"] = np.zeros((batch, *stage.output_shape), np.float32)
+            feeds["head"] = np.zeros(stage.head_size, np.float32)
         return feeds
 
-    def _stage_of(self, name: str) -> Stage | None:
-        kinds: tuple[StageGraph, ...] = ("forward", "gradient")
-        return next((s for s in self.stages if name in [stage_graph(s.number, kind) for kind in kinds]), None)
 
-
-def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
+def build_graphs(forward: ForwardGraph, sparsity: float, *, local_heads: bool = False) -> ArtifactGraphs:
     """Run the passes.
 
     A parameter is maskable when it is the weight of a unit layer and ``sparsity`` is above 0: at 0 no graph has a
     scatter or an input ``index``.
 
+    With heads there is neither cut nor dense tail: only estimators that work stage by stage train heads.
+
+    Args:
+        forward: The network.
+        sparsity: Fraction of the prunable weights to remove.
+        local_heads: Give the stages heads of their own.
+
     Raises:
-        ConfigError: The sparsity is above 0 and no layer can be pruned.
+        ConfigError: The sparsity is above 0 and no layer can be pruned, or a network without stages cannot have heads.
         PassError: A pass's condition does not hold; a defect of the exporter.
     """
     units = find_units(forward.model, forward.layout)
@@ -117,15 +129,18 @@ def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
         heads |= {"saliency.onnx": [UnitShifts(units)], "moments.onnx": [InputMoments(units)]}
     passes = {name: [*head, *whole] for name, head in heads.items()}
     point, tail = find_cut(forward.model, layout, units), find_dense_tail(forward.model, layout, units)
-    stages = find_stages(forward.model, layout, units)
+    stages, n_classes = find_stages(forward.model, layout, units), _n_classes(forward)
+    if local_heads:
+        layout, stages = add_heads(layout, stages, n_classes)
+        point = tail = None
     if point is not None:
         passes |= _cut_passes(point, layout)
     if tail is not None:
         passes |= _tail_passes(tail, layout)
         if point is not None and tail.tail.cut == point.cut:
             del passes["body.onnx"]
-    for stage in stages:
-        passes |= _stage_passes(stage, layout)
+    of_stages = {graph.name: graph for graph in stage_graphs(stages, layout, n_classes, local=local_heads)}
+    passes |= {name: list(graph.passes) for name, graph in of_stages.items()}
     graphs = {}
     for name, steps in passes.items():
         graphs[name] = Sequential(steps)(forward.model).model
@@ -137,7 +152,12 @@ def build_graphs(forward: ForwardGraph, sparsity: float) -> ArtifactGraphs:
         point.cut if point else None,
         tail.tail if tail else None,
         tuple(stage.stage for stage in stages),
+        of_stages,
     )
+
+
+def _n_classes(forward: ForwardGraph) -> int:
+    return int(forward.model.graph.output[0].type.tensor_type.shape.dim[-1].dim_value)
 
 
 def _weight_passes(layout: Layout) -> list[GraphPass]:
@@ -151,16 +171,6 @@ def _cut_passes(point: CutPoint, layout: Layout) -> dict[str, list[GraphPass]]:
     return {
         "prefix.onnx": [KeepPrefix(*edge), *_weight_passes(front)],
         "suffix.onnx": [KeepSuffix(*edge), Float64Loss(), *_weight_passes(behind)],
-    }
-
-
-def _stage_passes(point: StagePoint, layout: Layout) -> dict[str, list[GraphPass]]:
-    """The stage forwards, and the gradient of its parameters."""
-    stage, own = point.stage, point.stage.layout(layout)
-    keep = KeepStage(point.value, stage.feature_shape, point.output, stage.output_shape)
-    return {
-        stage_graph(stage.number, "forward"): [keep, *_weight_passes(own)],
-        stage_graph(stage.number, "gradient"): [keep, StageGradient(own, stage.output_shape), *_weight_passes(own)],
     }
 
 

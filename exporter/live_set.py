@@ -22,6 +22,7 @@ from onnx import ModelProto, NodeProto
 
 from ..protocol.errors import ConfigError
 from .blocked_layout import BLOCKED_DOMAIN
+from .forward import BATCH
 from .passes.editing import attribute, input_names, value_shapes
 from .sessions import run_every_value
 
@@ -91,12 +92,13 @@ def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linea
             buffers.last_use[name] = position
     shapes = value_shapes(model)
     # The arena keeps what a node gave back, in a piece that is too small for the tensors: counted at every node.
-    workspace = max((_workspace(node, shapes) for node in graph.node), default=0)
+    workspaces = envelope_of([(0, 0), *(_workspace(node, shapes) for node in graph.node)])
     points: list[Linear] = []
     for position, node in enumerate(graph.node):
         _allocate(node, position, buffers, sizes)
         live = [buffers.size[b] for b in buffers.live]
-        points.append((constants + workspace + sum(f for f, _ in live), sum(p for _, p in live)))
+        fixed, per_sample = constants + sum(f for f, _ in live), sum(p for _, p in live)
+        points += [(fixed + f, per_sample + p) for f, p in workspaces]
         buffers.free(position)
     return envelope_of(points)
 
@@ -176,23 +178,33 @@ def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[
         buffers.new(name, size)
 
 
-def _workspace(node: NodeProto, shapes: Mapping[str, tuple[int | str, ...]]) -> int:
-    """Bytes that a node takes for itself on one thread: convolutions unfold their input (``MlasConvPrepare``)."""
+def _workspace(node: NodeProto, shapes: Mapping[str, tuple[int | str, ...]]) -> Linear:
+    """Bytes that a node takes for itself on one thread.
+
+    Convolutions unfold their input (``MlasConvPrepare``); in one that makes a weight's gradient the samples are what it
+    sums over. Transposed ones unfold their output, one sample at a time.
+    """
+    if node.op_type == "ConvTranspose":
+        kernel, source = shapes.get(node.input[1], ()), shapes.get(node.input[0], ())
+        known = [n for n in (*kernel[1:], *source[2:]) if isinstance(n, int)]
+        return _rounded((4 * math.prod(known), 0))
     if node.op_type != "Conv" or node.domain == BLOCKED_DOMAIN:
-        return 0
+        return 0, 0
     weight, output = shapes.get(node.input[1], ()), shapes.get(node.output[0], ())
-    sizes = [n for n in (*weight, *output[1:]) if isinstance(n, int)]
+    summed = weight[1:2] == (BATCH,)
+    sizes = [n for n in (*weight[:1], 1 if summed else weight[1], *weight[2:], *output[1:]) if isinstance(n, int)]
     if not output or len(sizes) != len(weight) + len(output) - 1:
-        return CONVOLUTION_WORKSPACE
-    kernel, positions = math.prod(sizes[1 : len(weight)]), math.prod(sizes[len(weight) + 1 :])
+        return CONVOLUTION_WORKSPACE, 0
+    kernel_size, positions = math.prod(sizes[1 : len(weight)]), math.prod(sizes[len(weight) + 1 :])
     step = math.prod(cast(Sequence[int], attribute(node, "strides", [1])))
     pads = sum(cast(Sequence[int], attribute(node, "pads", [0])))
     if math.prod(sizes[2 : len(weight)]) == step == 1 and pads == 0:
-        return 0  # a plain matrix product
+        return 0, 0  # a plain matrix product
     filters = sizes[0] // cast(int, attribute(node, "group", 1))
     if filters > positions:
-        return _rounded((4 * positions * kernel, 0))[0]
-    return CONVOLUTION_WORKSPACE
+        unfolded = 4 * positions * kernel_size
+        return (ALIGNMENT, unfolded) if summed else _rounded((unfolded, 0))
+    return CONVOLUTION_WORKSPACE, 0
 
 
 def _rounded(size: Linear) -> Linear:

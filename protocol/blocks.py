@@ -7,6 +7,7 @@ blocks and positions from the run's settings, the artifact, the mask and the len
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +19,9 @@ from .directions import MAX_POSITION, Directions, Family, n_positions
 from .errors import ConfigError
 from .manifest import Manifest
 from .mask import Mask
-from .settings import Assignment, TrainingSettings
+from .settings import LOCAL_ESTIMATORS, Assignment, TrainingSettings
 from .sketch import BASIS_ROUND
+from .stages import local_stages
 from .wire import MAX_SCALARS
 
 __all__ = ["Block", "BlockKind", "Deal", "blocks_of", "deal", "directions_of", "whole_block"]
@@ -105,9 +107,16 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
         mask: Tells how many survivors lie in front of the cut.
 
     Raises:
-        ConfigError: The estimator needs a cut that the model does not have.
+        ConfigError: The artifact lacks what the estimator needs, or has heads that it does not train.
     """
     n, family = mask.n_survivors, training.directions
+    if training.estimator in LOCAL_ESTIMATORS:
+        return _local_blocks(training, manifest, mask)
+    if manifest.learns_locally:
+        raise ConfigError(
+            f"the artifact of {manifest.model} has local heads, the estimator {training.estimator} does not train them",
+            hint="use --estimator local or local-node, or export without --local-heads",
+        )
     if training.estimator == "stein":
         return whole_block(family, n, training.k)
     cut = manifest.cut if training.estimator == "split" else manifest.tail.cut if manifest.tail else None
@@ -124,6 +133,29 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
     if training.estimator == "split":
         return front, Block(1, first, n - first, "probe", family, training.tail_k)
     return front, Block(1, first, n - first, "sketch", "hadamard", training.tail_k)
+
+
+def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tuple[Block, ...]:
+    """A sketch of every stage and one of all heads, which lie behind the stages.
+
+    They share ``tail_k`` scalars in proportion to the square root of their survivors: a sketch says less of each weight
+    of a large layer, as their gradients have more in common.
+    """
+    if not manifest.learns_locally:
+        raise ConfigError(
+            f"the estimator {training.estimator} needs local heads, the artifact of {manifest.model} has none",
+            hint="export it with --local-heads; a network with shortcuts or normalisation cannot have them",
+        )
+    stages, counts = local_stages(manifest.stages), mask.counts()
+    sizes = [int(counts[stage.first_parameter : stage.end_parameter].sum()) for stage in stages]
+    if sum(sizes) < mask.n_survivors:
+        sizes.append(mask.n_survivors - sum(sizes))
+    roots = [math.sqrt(size) for size in sizes]
+    blocks: list[Block] = []
+    for number, (size, root) in enumerate(zip(sizes, roots, strict=True)):
+        k = max(1, round(training.tail_k * root / sum(roots)))
+        blocks.append(Block(number, sum(sizes[:number]), size, "sketch", "hadamard", k))
+    return tuple(blocks)
 
 
 def whole_block(family: Family, n_survivors: int, k: int = 1) -> tuple[Block, ...]:

@@ -20,7 +20,7 @@ from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphMemory, GraphVariant
 from .graph_work import GraphWork
 from .layout import Layout
-from .stages import Stage, check_stages, is_stage_graph, stages_from_json
+from .stages import Stage, check_stages, is_stage_graph, model_layout, stage_graph, stages_from_json
 from .structure import Structure
 
 __all__ = [
@@ -160,6 +160,16 @@ class Manifest:
         if self.tail is None:
             return ()
         return (CUT_GRAPHS if self.tail.cut == self.cut else TAIL_GRAPHS)[0], TAIL_GRAPHS[1]
+
+    @property
+    def model_layout(self) -> Layout:
+        """The network's own parameters: :attr:`layout` without the heads of its stages."""
+        return model_layout(self.layout, self.stages)
+
+    @property
+    def learns_locally(self) -> bool:
+        """Whether every stage has a loss of its own."""
+        return any(graph.name == stage_graph(0, "local") for graph in self.graphs)
 
     @property
     def n_units(self) -> int:

@@ -13,7 +13,8 @@ from .layout import Layout
 from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
 from .parts import Parts
-from .settings import RunSettings
+from .settings import LOCAL_ESTIMATORS, RunSettings
+from .stages import local_run_graphs
 from .transfers import BlobBlock
 
 __all__ = ["RunFiles", "needed_graphs"]
@@ -32,6 +33,8 @@ def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile,
         names += CUT_GRAPHS
     elif settings.training.estimator == "node":
         names += manifest.tail_graphs
+    elif settings.training.estimator in LOCAL_ESTIMATORS:
+        names += local_run_graphs(manifest.stages, noisy=settings.training.estimator == "local-node")
     return tuple(manifest.graph(name) for name in names)
 
 

@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 Assignment = Literal["shared", "dealt"]
-EstimatorName = Literal["stein", "split", "node"]
+EstimatorName = Literal["stein", "split", "node", "local", "local-node"]
+ESTIMATORS: tuple[EstimatorName, ...] = ("stein", "split", "node", "local", "local-node")
+LOCAL_ESTIMATORS: tuple[EstimatorName, ...] = ("local", "local-node")
 Inputs = Literal["gaussian", "data"]
 PruningMethod = Literal["diagonal", "ntk-sap", "synflow", "magnitude", "erk", "random"]
 MAX_DIRECTIONS = 60_000
@@ -106,12 +108,15 @@ class TrainingSettings:
         estimator: ``stein``: directions over all weights (BAFFLE, arXiv 2301.12195). ``split``: some over the layers in
             front of the artifact's cut, many over those behind it, from stored features. ``node``: directions over the
             layers in front of the fully connected ones, and a sketch of these layers' gradient by node perturbation.
+            ``local``: a sketch of each stage's gradient of a loss of its own, in closed form from forward passes, which
+            is **not** zeroth-order. ``local-node``: the same by node perturbation, zeroth-order in each stage.
         directions: Family of the perturbations.
         assignment: ``shared``: every device evaluates the same directions; ``dealt``: disjoint ones.
         k: Directions per device and round; of the front layers unless the estimator is ``stein``.
-        tail_k: Directions, or rows of the sketch, per device and round for the layers behind the cut.
-        repeats: Passes with fresh noise of ``node``.
-        feedback: How much of what a sketch could not carry counts in the next round, for ``node``.
+        tail_k: Directions, or rows of the sketch, per device and round for the layers behind the cut; of all sketches
+            together for ``local`` and ``local-node``.
+        repeats: Passes with fresh noise of ``node`` and ``local-node``.
+        feedback: How much of what a sketch could not carry counts in the next round.
         sigma: Length scale of a perturbation; rounded to float32.
         two_sided: Central instead of forward differences.
         batch: Samples behind one loss.
@@ -153,7 +158,7 @@ class TrainingSettings:
         _check(0 <= self.rounds <= 1 << 30, "rounds", self.rounds, "0 to 2^30")
         _check(self.directions in ("gaussian", "rademacher", "hadamard"), "directions", self.directions, "a family")
         _check(self.assignment in ("shared", "dealt"), "assignment", self.assignment, "shared or dealt")
-        _check(self.estimator in ("stein", "split", "node"), "estimator", self.estimator, "stein, split or node")
+        _check(self.estimator in ESTIMATORS, "estimator", self.estimator, f"one of {', '.join(ESTIMATORS)}")
         _check(1 <= self.k <= MAX_DIRECTIONS, "k", self.k, f"1 to {MAX_DIRECTIONS}")
         _check(1 <= self.tail_k <= MAX_DIRECTIONS, "tail k", self.tail_k, f"1 to {MAX_DIRECTIONS}")
         _check(1 <= self.repeats <= MAX_REPEATS, "repeats", self.repeats, f"1 to {MAX_REPEATS}")

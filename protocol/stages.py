@@ -26,9 +26,11 @@ __all__ = [
     "StageHead",
     "check_stages",
     "is_stage_graph",
+    "local_run_graphs",
     "local_stages",
     "model_layout",
     "stage_graph",
+    "stage_graphs",
     "stages_from_json",
 ]
 
@@ -177,9 +179,24 @@ def check_stages(
         position += 2
     if stages and position != len(layout.parameters):
         raise ArtifactError("the manifest's stages do not hold every parameter")
-    kinds: tuple[StageGraph, ...] = ("forward", "gradient")
-    if not all(stage_graph(stage.number, kind) in files for stage in stages for kind in kinds):
+    if not all(name in files for stage in stages for name in stage_graphs([stage], ("forward", "gradient"))):
         raise ArtifactError("the manifest has stages without their graphs")
+    local = any(headed) or stage_graph(0, "local") in files
+    if local and not all(name in files for noisy in (False, True) for name in local_run_graphs(stages, noisy=noisy)):
+        raise ArtifactError("the manifest has local heads without their graphs")
+
+
+def stage_graphs(stages: Sequence[Stage], kinds: Sequence[StageGraph]) -> tuple[str, ...]:
+    """File names of the graphs of some kinds."""
+    return tuple(stage_graph(stage.number, kind) for stage in stages for kind in kinds)
+
+
+def local_run_graphs(stages: Sequence[Stage], *, noisy: bool) -> tuple[str, ...]:
+    """File names of the graphs that learning from local losses needs: in closed form, or by node perturbation."""
+    if not noisy:
+        return stage_graphs(local_stages(stages), ("local",))
+    hidden, last = stages[:-1], stages[-1:]
+    return (*stage_graphs(hidden, ("forward", "head", "gradient")), *stage_graphs(last, ("forward", "gradient")))
 
 
 def model_layout(layout: Layout, stages: Sequence[Stage]) -> Layout:

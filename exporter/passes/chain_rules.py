@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto
 
 from ..forward import BATCH
 from .editing import add_constant, attribute, new_node
@@ -67,7 +67,7 @@ class Tape:
         """The parameter that a value is, or is the transpose of."""
         for node in self.graph.node:
             if name in node.output and node.op_type == "Transpose":
-                return node.input[0]
+                return str(node.input[0])
         return name
 
 
@@ -107,16 +107,19 @@ def _reshaped(tape: Tape, node: NodeProto, cotangent: str) -> str:
 
 def _relu(tape: Tape, node: NodeProto, cotangent: str) -> str:
     name = node.output[0]
-    open_units = tape.add("Sign", [name], f"open.{name}")
-    return tape.add("Mul", [cotangent, open_units], name)
+    # The kernel of Where takes two more tensors of this size.
+    return tape.add("Mul", [cotangent, tape.add("Sign", [name], f"open.{name}")], name)
 
 
 def _leaky_relu(tape: Tape, node: NodeProto, cotangent: str) -> str:
-    name = node.output[0]
+    name, alpha = node.output[0], np.float32(cast(float, attribute(node, "alpha", 0.01)))
     zero = tape.constant("zero", np.array(0.0, np.float32))
-    slope = tape.constant(f"slope.{name}", np.array(attribute(node, "alpha", 0.01), np.float32))
-    positive = tape.add("Greater", [node.input[0], zero], f"open.{name}")
-    return tape.add("Where", [positive, cotangent, tape.add("Mul", [cotangent, slope], f"leak.{name}")], name)
+    leak = tape.constant(f"leak.{name}", np.asarray(alpha))
+    rise = tape.constant(f"rise.{name}", np.asarray(np.float32(1.0) - alpha))
+    positive = tape.add("Greater", [node.input[0], zero], f"positive.{name}")
+    is_open = tape.add("Cast", [positive], f"open.{name}", to=TensorProto.FLOAT)
+    slope = tape.add("Add", [tape.add("Mul", [is_open, rise], f"risen.{name}"), leak], f"slope.{name}")
+    return tape.add("Mul", [cotangent, slope], name)
 
 
 def _tanh(tape: Tape, node: NodeProto, cotangent: str) -> str:
@@ -154,15 +157,17 @@ def _average(tape: Tape, node: NodeProto, cotangent: str) -> str:
         for a in axes
     ]
     shares = 1.0 / np.prod(np.meshgrid(*sizes, indexing="ij"), axis=0)
-    value = shares.astype(np.float32) if shares.min() < shares.max() else np.array(shares.max(), np.float32)
-    shared = tape.add("Mul", [cotangent, tape.constant(f"share.{name}", value)], f"shared.{name}")
-    # Each channel is an image of its own: one kernel of ones serves all of them.
+    weight = np.float32(shares.max())
+    if shares.min() < shares.max():
+        value = tape.constant(f"share.{name}", shares.astype(np.float32))
+        cotangent, weight = tape.add("Mul", [cotangent, value], f"shared.{name}"), np.float32(1.0)
+    # Each channel is an image of its own: one kernel of equal weights serves all of them.
     single = tape.constant(f"single.{name}", np.array([-1, 1, *target], np.int64))
-    images = tape.add("Reshape", [shared, single], f"images.{name}")
-    ones = tape.constant(f"ones.{name}", np.ones((1, 1, *kernel), np.float32))
+    images = tape.add("Reshape", [cotangent, single], f"images.{name}")
+    even = tape.constant(f"even.{name}", np.full((1, 1, *kernel), weight, np.float32))
     spread = tape.add(
         "ConvTranspose",
-        [images, ones],
+        [images, even],
         f"spread.{name}",
         kernel_shape=list(kernel),
         strides=list(strides),
@@ -243,6 +248,9 @@ def _convolution(tape: Tape, node: NodeProto, cotangent: str, to_input: bool) ->
     pads = _pads(node, source, target, kernel, strides, dilations)
     swapped = [1, 0, *range(2, n + 2)]
     entered = tape.add("Transpose", [node.input[0]], f"entered.{name}", perm=swapped)
+    if node.input[0] == "features":
+        # First of all: the largest tensor does not fit into what others leave, and the arena keeps both.
+        tape.graph.node.insert(0, tape.graph.node.pop())
     left = tape.add("Transpose", [cotangent], f"left.{name}", perm=swapped)
     moved = tape.add(
         "Conv", [entered, left], f"moved.{name}", kernel_shape=list(target), strides=dilations, dilations=strides,

@@ -24,6 +24,7 @@ from fedzo.protocol.errors import ArtifactError, ConfigError
 from fedzo.protocol.layout import Layout, initial_weights
 from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, Manifest, golden_batch
 from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.stages import stage_graphs
 from tests.exporter.text_graphs import operators, signature
 
 FLOAT, INT32, INT64, DOUBLE = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64, 11)
@@ -41,6 +42,7 @@ def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
     manifest = verify_artifact(lenet5)
     variants = [variant.file for variant in manifest.variants]
     graphs = [*GRAPHS, *CUT_GRAPHS, "tail.onnx"]  # no body.onnx: the tail begins where the network is cut
+    graphs += stage_graphs(manifest.stages, ("forward", "gradient"))
     assert set(contents(lenet5)) == {*graphs, *(file.name for file in variants), "manifest.json"}
     assert {graph.name for graph in manifest.graphs} == set(graphs)
     assert [plan.name for plan in manifest.memory] == [*graphs, *(file.name for file in variants)]
@@ -67,6 +69,8 @@ def test_the_folder_holds_the_graphs_and_a_manifest(lenet5: Path) -> None:
         ("prefix.onnx", ["w", "index", "counts", "x"], ("features", FLOAT, ["batch", 400])),
         ("suffix.onnx", ["w", "index", "counts", "features", "y"], ("loss_sum", DOUBLE, [])),
         ("tail.onnx", ["w", "index", "counts", "features", "noise", "y"], ("losses", DOUBLE, ["batch"])),
+        ("stage2.onnx", ["w", "index", "counts", "features"], ("next_features", FLOAT, ["batch", 120])),
+        ("stage2_gradient.onnx", ["w", "index", "counts", "features", "cotangent"], ("gradient", FLOAT, [48_120])),
     ],
 )
 def test_graphs_keep_the_contract(
@@ -74,8 +78,8 @@ def test_graphs_keep_the_contract(
 ) -> None:
     model = onnx.load(lenet5 / name)
     types = {"w": FLOAT, "index": INT32, "counts": INT64, "x": FLOAT, "y": INT64, "shift": FLOAT}
-    types |= {"features": FLOAT, "noise": FLOAT}
-    n_parameters = {"prefix.onnx": 4, "suffix.onnx": 6, "tail.onnx": 6}.get(name, 10)
+    types |= {"features": FLOAT, "noise": FLOAT, "cotangent": FLOAT}
+    n_parameters = {"prefix.onnx": 4, "suffix.onnx": 6, "tail.onnx": 6}.get(name, 2 if "stage" in name else 10)
     shapes = signature(model)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
     assert model.ir_version == 8

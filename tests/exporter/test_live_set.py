@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fedzo.exporter.live_set import envelope_of, live_envelope, measured_sizes
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Manifest
+from fedzo.protocol.stages import local_stages, stage_graph
 from tests.exporter.text_graphs import parse
 
 KIB = 1024
@@ -91,27 +92,45 @@ import numpy as np, onnxruntime as ort
 from fedzo.edge_runtime.ort import arena_limit_holds
 from fedzo.protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS, Manifest, golden_batch
 from fedzo.protocol.mask import Mask
+from fedzo.protocol.stages import local_stages
 
 folder, batch = Path(sys.argv[1]), int(sys.argv[2])
 manifest = Manifest.decode((folder / "manifest.json").read_bytes())
 mask = Mask.dense(manifest.layout)
 x, y = golden_batch(manifest.input_shape, manifest.n_classes, 0, batch)
 feeds = {"w": np.zeros(mask.n_survivors, np.float32), "index": mask.index(), "counts": mask.counts(), "x": x, "y": y,
-         "shift": np.zeros(manifest.n_units, np.float32),
-         "features": np.zeros((batch, *manifest.cut.feature_shape), np.float32)}
-hidden = sum(units for units, _ in manifest.tail.shapes(manifest.layout)[:-1])
+         "shift": np.zeros(manifest.n_units, np.float32)}
+hidden = sum(units for units, _ in manifest.tail.shapes(manifest.layout)[:-1]) if manifest.tail else 0
+
+
+def weights_of(first, end):
+    # The part of the weights that belongs to some parameters.
+    n, m = int(mask.counts()[:first].sum()), int(mask.counts()[:end].sum())
+    return {"w": feeds["w"][n:m], "index": feeds["index"][n:m], "counts": feeds["counts"][first:end]}
+
+
+def feeds_of_stage(name):
+    number, _, kind = name.removeprefix("stage").removesuffix(".onnx").partition("_")
+    stage = (local_stages(manifest.stages) if kind == "local" else manifest.stages)[int(number)]
+    owner = manifest.stages[-1] if kind == "head" else stage
+    entered = stage.output_shape if kind == "head" else stage.feature_shape
+    return {**weights_of(owner.first_parameter, owner.end_parameter), "y": y,
+            "features": np.zeros((batch, *entered), np.float32),
+            "cotangent": np.zeros((batch, *stage.output_shape), np.float32),
+            "head": np.zeros(stage.head_size(manifest.layout), np.float32)}
 
 
 def feeds_of(name):
     # Each half of a cut network takes its part of the weights.
-    cut = manifest.tail.cut if name in TAIL_GRAPHS else manifest.cut
+    cut = manifest.tail.cut if manifest.tail and name in TAIL_GRAPHS else manifest.cut
     halves = TAIL_GRAPHS if name in TAIL_GRAPHS else CUT_GRAPHS
+    if name.startswith("stage"):
+        return feeds_of_stage(name)
+    n_parameters = len(manifest.model_layout.parameters)
     if name not in halves:
-        return feeds
-    n = int(mask.counts()[:cut.first_parameter].sum())
-    slices = [(slice(None, n), slice(None, cut.first_parameter)), (slice(n, None), slice(cut.first_parameter, None))]
-    part, counts = slices[halves.index(name)]
-    return {**feeds, "w": feeds["w"][part], "index": feeds["index"][part], "counts": feeds["counts"][counts],
+        return {**feeds, **weights_of(0, n_parameters)}
+    ends = [(0, cut.first_parameter), (cut.first_parameter, n_parameters)]
+    return {**feeds, **weights_of(*ends[halves.index(name)]),
             "features": np.zeros((batch, *cut.feature_shape), np.float32),
             "noise": np.zeros((batch, hidden), np.float32)}
 
@@ -154,23 +173,27 @@ print(json.dumps(needed))
 
 
 @pytest.mark.parametrize("batch", [8, 32])
-@pytest.mark.parametrize("model", ["lenet5", "resnet8"])
+@pytest.mark.parametrize("model", ["lenet5", "resnet8", "lenet5_with_heads", "cnn1d_with_heads"])
 def test_the_arena_needs_what_the_plan_says(model: str, batch: int, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(model)
     manifest = Manifest.decode((folder / "manifest.json").read_bytes())
     command = [sys.executable, "-c", ARENA, str(folder), str(batch)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     needed: dict[str, Any] | None = json.loads(done.stdout)
     if needed is None:
         pytest.skip("this onnxruntime keeps its first arena for good, so no limit can be tried")
     assert set(needed) == {plan.name for plan in manifest.memory}
-    assert manifest.cut is not None
-    assert manifest.tail is not None
-    sizes = dict.fromkeys(GRAPHS, manifest.layout.size)
-    sizes |= {name: part.size for name, part in zip(CUT_GRAPHS, manifest.cut.split(manifest.layout), strict=True)}
-    sizes |= {n: p.size for n, p in zip(TAIL_GRAPHS, manifest.tail.cut.split(manifest.layout), strict=True)}
+    layout, stages = manifest.model_layout, manifest.stages
+    sizes = dict.fromkeys(GRAPHS, layout.size)
+    for cut, names in ((manifest.cut, CUT_GRAPHS), (manifest.tail and manifest.tail.cut, TAIL_GRAPHS)):
+        sizes |= {name: part.size for name, part in zip(names, cut.split(layout), strict=True)} if cut else {}
+    sizes |= {stage_graph(s.number, kind): s.layout(layout).size for s in stages for kind in ("forward", "gradient")}
+    sizes |= {stage_graph(s.number, "local"): s.layout(layout).size for s in local_stages(stages)}
+    sizes |= {stage_graph(s.number, "head"): stages[-1].layout(layout).size for s in stages[-2:-1]}
     for name, size in needed.items():
         parts = 8 * sizes.get(name, 0)  # into which w and index are split; a variant has none
         plan = manifest.live_bytes(name, batch) + parts
-        assert 0.85 * plan - 64 * KIB <= size <= 1.05 * plan + 192 * KIB, (name, size, plan)
+        # A graph of one layer may have let go of its parts at the peak; on the way back tensors have many sizes.
+        least, most = (0.7, 1.15) if name.startswith("stage") else (0.85, 1.05)
+        assert least * plan - 64 * KIB <= size <= most * plan + 192 * KIB, (name, size, plan)

@@ -194,3 +194,11 @@ def mixing() -> nn.Module:
 
 def linear() -> nn.Module:
     return nn.Linear(4, 2)
+
+
+def one_layer() -> nn.Module:
+    return nn.Linear(6, 4)
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
