@@ -324,19 +324,23 @@ def _plain(value: Any) -> dict[str, Any]:
     return {name: _plain(item) if dataclasses.is_dataclass(item) else item for name, item in found.items()}
 
 
-def _build(kind: type[Any], raw: object) -> object:
+@functools.cache
+def _optional(kind: type) -> frozenset[str]:
+    """Keys that may be missing. A setting that came later has a default that changes nothing; a document is complete."""
+    if issubclass(kind, Document):
+        return frozenset()
+    unset = dataclasses.MISSING
+    fields = dataclasses.fields(kind)
+    return frozenset(f.name for f in fields if f.default is not unset or f.default_factory is not unset)
+
+
+def _build(kind: type, raw: object) -> object:
     if not isinstance(raw, dict):
         raise TypeError(f"{kind.__name__} is not an object")
     hints = _hints(kind)
-    # A setting that was added since a run began has a default that changes nothing; a document is complete.
-    optional = set() if issubclass(kind, Document) else {f.name for f in dataclasses.fields(kind) if _has_default(f)}
-    if wrong := (raw.keys() ^ hints.keys()) - (optional - raw.keys()):
+    if wrong := (raw.keys() ^ hints.keys()) - (_optional(kind) - raw.keys()):
         raise ValueError(f"the key {min(wrong)[:40]!r} is {'unknown' if min(wrong) in raw else 'missing'}")
     return kind(**{name: _value(hints[name], value) for name, value in raw.items()})
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _value(hint: Any, value: Any) -> Any:

@@ -92,6 +92,7 @@ class SimulationResult:
         weights: ``float32[n_survivors]``.
         mask: The survivors.
         digest: Of the weights, 32 hex digits.
+        learning_rate: Peak rate; the one that was found after a range test.
         devices: Virtual devices.
         devices_agree: Every device that ended with the run holds these weights.
         devices_done: How many that are.
@@ -127,6 +128,7 @@ class SimulationResult:
     weights: NDArray[np.float32] = field(repr=False)
     mask: Mask = field(repr=False)
     digest: str
+    learning_rate: float
     devices: int
     devices_agree: bool
     devices_done: int

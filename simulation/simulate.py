@@ -15,6 +15,7 @@ from ..protocol.coordinator import Coordinator
 from ..protocol.coordinator_events import Connected
 from ..protocol.documents import RunDocument
 from ..protocol.errors import ConfigError, FedzoError, QuorumError
+from ..protocol.rate_finder import RangeTest, range_test_settings, with_found_rate
 from ..protocol.settings import RunSettings
 from ..protocol.streams import Purpose, uint64s
 from .boards import choose_boards
@@ -53,7 +54,7 @@ def simulate(
 
     Args:
         artifact_folder: What ``fedzo export`` wrote.
-        run_settings: Of the run; its deadlines count in virtual time.
+        run_settings: Of the run; its deadlines count in virtual time. With ``tune_rounds`` a range test comes first.
         data: Of the devices: a file or folder, ``(x, y)`` or ``(x, y, client)``.
         test_data: The server's own test set; the test part of ``data`` by default, if there is one.
         settings: The virtual world; :class:`SimulationSettings` by default.
@@ -66,6 +67,13 @@ def simulate(
         QuorumError: Too few devices could answer.
         FedzoError: Training diverged, or a process of the pool is gone.
     """
+    if run_settings.tune_rounds:
+        first = range_test_settings(run_settings)
+        tried = simulate(artifact_folder, first, data, test_data, settings, pool=pool)
+        test = RangeTest()
+        for row in tried.rounds:
+            test.add(first.training.rate(row.round - 1), row.mean_loss)
+        run_settings = with_found_rate(run_settings, test)
     simulation = _Simulation(artifact_folder, run_settings, data, test_data, settings or SimulationSettings())
     workers = pool or InlinePool()
     try:
@@ -211,6 +219,7 @@ class _Simulation:
             weights=weights,
             mask=coordinator.mask,
             digest=replica.digest.hex(),
+            learning_rate=coordinator.run.training.learning_rate,
             devices=len(devices),
             devices_agree=bool(final) and all(one is not None and one.digest == replica.digest for one in final),
             devices_done=len(final),

@@ -26,6 +26,7 @@ from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
+from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import EstimatorName, TrainingSettings
 from fedzo.protocol.update import estimate_gradient
 
@@ -190,3 +191,20 @@ def test_the_memory_of_an_estimator_is_planned(case: Case) -> None:
     assert estimator_bytes(settings("stein"), manifest, n) == 0
     assert estimator_bytes(settings("split", batch=16), manifest, n) == 4 * 16 * 400
     assert estimator_bytes(settings("node", batch=16), manifest, n) > 4 * 120 * 400
+    for name in NAMES:
+        bare, averaged = settings(name, batch=16), settings(name, batch=16, optimiser=OptimiserConfig(ema=0.9))
+        assert estimator_bytes(averaged, manifest, n) == estimator_bytes(bare, manifest, n) + 4 * n
+
+
+@pytest.mark.parametrize("name", ["stein", "split"])
+def test_an_announced_sigma_counts_instead_of_the_settings_own(case: Case, name: EstimatorName) -> None:
+    training = settings(name, k=5, tail_k=5)
+    estimator, _, deals = made(case, training)
+    other, _, _ = made(case, dataclasses.replace(training, sigma=2.0**-6))
+    with Engine(case.artifact, case.mask) as engine:
+        asked = estimator.probe(engine, dataclasses.replace(request(case, deals), sigma=2.0**-6))
+        own = other.probe(engine, request(case, deals))
+        before = estimator.probe(engine, request(case, deals))
+    for found, wanted, plain in zip(asked.blocks, own.blocks, before.blocks, strict=True):
+        assert found.tobytes() == wanted.tobytes()
+        assert found.tobytes() != plain.tobytes()
