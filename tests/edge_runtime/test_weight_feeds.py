@@ -11,9 +11,9 @@ import pytest
 from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.memory import TRAINING_GRAPHS, plan
+from fedzo.edge_runtime.node_gradient import NodeNoise, node_gradient
 from fedzo.edge_runtime.saliency import UnitShiftScorer
 from fedzo.edge_runtime.suffix import Suffix
-from fedzo.edge_runtime.tail import tail_gradient
 from fedzo.edge_runtime.weight_feeds import WeightFeeds, fed_bytes
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import forward
@@ -97,12 +97,12 @@ def test_halves_of_the_network(artifact: Artifact, case: Case) -> None:
         assert a.loss(a.weights_feed) == b.loss(moved[b.first :])
 
 
-def test_the_gradient_of_the_tail_is_that_of_the_survivors(artifact: Artifact, case: Case) -> None:
+def test_the_gradient_by_node_perturbation_is_that_of_the_survivors(artifact: Artifact, case: Case) -> None:
     filled, dense = engines(artifact, case, queries=1)
-    options: dict[str, Any] = {"repeats": 3, "sigma": np.float32(1e-3), "seed": 1, "round_": 2, "index": 0}
+    noise = NodeNoise(repeats=3, sigma=np.float32(1e-3), seed=1, round=2, index=0)
     with filled, dense:
-        found = tail_gradient(filled, case.weights, case.x, case.y, **options)
-        wanted = tail_gradient(dense, case.dense, case.x, case.y, **options)
+        found = node_gradient(filled, case.weights, case.x, case.y, noise)
+        wanted = node_gradient(dense, case.dense, case.x, case.y, noise)
     whole = np.zeros(case.mask.layout.size, np.float32)
     whole[wanted.first :] = wanted.values
     assert np.array_equal(found.values, whole[case.mask.kept][found.first :])
