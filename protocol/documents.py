@@ -320,7 +320,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _plain(value: Any) -> dict[str, Any]:
     """A dataclass as objects of JSON; what is in it is not copied, which takes most of the time of ``asdict``."""
-    found = {name: getattr(value, name) for name in _hints(type(value))}
+    kind: type = type(value)
+    found = {name: getattr(value, name) for name in _hints(kind)}
     return {name: _plain(item) if dataclasses.is_dataclass(item) else item for name, item in found.items()}
 
 

@@ -113,8 +113,9 @@ class SimulationResult:
         engine_s: Wall time inside engines, summed over processes: putting weights in place, and forward passes.
         engine_cpu_s: Processor time inside engines, likewise.
         engine_share: ``engine_s`` over ``processes * training_wall_s``, both of training alone.
-        engine_cpu_share: Processor time inside engines over ``training_cpu_s``.
-        forward_cpu_share: The part of that inside ONNX Runtime.
+        engine_cpu_share: The part of ``training_cpu_s`` inside engines.
+        forward_cpu_share: The part of it inside ONNX Runtime.
+        work_cpu_share: The part of it inside tasks, that is what boards would do too: the rest is the simulation's.
         training_cpu_s: Processor time of all processes from the first training announcement to the last update.
         processes: Processes that computed.
         virtual_s: Virtual time of the run.
@@ -151,6 +152,7 @@ class SimulationResult:
     engine_share: float
     engine_cpu_share: float
     forward_cpu_share: float
+    work_cpu_share: float
     training_cpu_s: float
     processes: int
     virtual_s: float

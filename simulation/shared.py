@@ -50,7 +50,7 @@ class SharedLog:
     """
 
     def __init__(self, parts: SharedParts, run: RunDocument, manifest: Manifest, mask: Mask) -> None:
-        self._make = lambda: Parts.replica(parts, run, manifest, mask)
+        self._origin = parts, run, manifest, mask
         self._leader = self._make()
         self._laggard: Replica | None = None
         self._records: list[UpdateRecord] = []
@@ -63,6 +63,9 @@ class SharedLog:
     def start(self) -> _State:
         """The initial weights."""
         return self._start
+
+    def _make(self) -> Replica:
+        return Parts.replica(*self._origin)
 
     def next(self, state: _State, record: UpdateRecord) -> _State:
         """The place behind ``state`` once ``record`` is applied; the first who asks does the work.

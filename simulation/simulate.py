@@ -201,17 +201,15 @@ class _Simulation:
         start, trained = self._marks.get("train"), self._marks.get("trained")
         end, usage = time.perf_counter(), pool.usage()
         first = min(mark[0] for mark in self._marks.values())
-        engine, training_s, cpu_s, engine_cpu_s, forward_cpu_s = 0.0, 0.0, 0.0, 0.0, 0.0
+        training_s, cpu_s, spent = 0.0, 0.0, Usage()
         if start is not None and trained is not None:
-            training_s = trained[0] - start[0]
-            engine = trained[2].engine_s - start[2].engine_s
-            engine_cpu_s = trained[2].engine_cpu_s - start[2].engine_cpu_s
-            forward_cpu_s = trained[2].forward_cpu_s - start[2].forward_cpu_s
-            cpu_s = trained[1] - start[1] + trained[2].cpu_s - start[2].cpu_s
+            training_s, spent = trained[0] - start[0], trained[2] - start[2]
+            cpu_s = trained[1] - start[1] + spent.cpu_s
+        share = 1.0 / cpu_s if cpu_s else 0.0
         final = [device.machine.replica for device in devices if device.machine.stage == "done"]
         rounds = server.rounds
-        spent = rounds[-1].virtual_s - rounds[0].virtual_s if len(rounds) > 1 else 0.0
-        per_round = spent / (len(rounds) - 1) if len(rounds) > 1 else (rounds[0].virtual_s if rounds else 0.0)
+        passed = rounds[-1].virtual_s - rounds[0].virtual_s if len(rounds) > 1 else 0.0
+        per_round = passed / (len(rounds) - 1) if len(rounds) > 1 else (rounds[0].virtual_s if rounds else 0.0)
         names = Counter(self._boards[board].profile for board in self._board_of)
         return SimulationResult(
             curve=server.curve,
@@ -239,9 +237,10 @@ class _Simulation:
             start_wall_s=first - self._started,
             engine_s=usage.engine_s,
             engine_cpu_s=usage.engine_cpu_s,
-            engine_share=engine / (pool.processes * training_s) if training_s else 0.0,
-            engine_cpu_share=engine_cpu_s / cpu_s if cpu_s else 0.0,
-            forward_cpu_share=forward_cpu_s / cpu_s if cpu_s else 0.0,
+            engine_share=spent.engine_s / (pool.processes * training_s) if training_s else 0.0,
+            engine_cpu_share=share * spent.engine_cpu_s,
+            forward_cpu_share=share * spent.forward_cpu_s,
+            work_cpu_share=share * spent.work_cpu_s,
             training_cpu_s=cpu_s,
             processes=pool.processes,
             virtual_s=world.clock.now,

@@ -114,7 +114,7 @@ class Usage:
         engine_s: Wall time inside engines, summed over processes: putting weights in place, and forward passes.
         engine_cpu_s: Processor time inside engines, likewise.
         forward_cpu_s: The part of it inside ONNX Runtime.
-        busy_s: Wall time inside tasks, likewise.
+        work_cpu_s: Processor time inside tasks, likewise: engines, directions, batches, sketches.
         cpu_s: Processor time of the processes, likewise; without this one.
         peak_rss_mib: Peak memory of the processes, likewise; what they share is counted in each, this one in none.
     """
@@ -122,12 +122,15 @@ class Usage:
     engine_s: float = 0.0
     engine_cpu_s: float = 0.0
     forward_cpu_s: float = 0.0
-    busy_s: float = 0.0
+    work_cpu_s: float = 0.0
     cpu_s: float = 0.0
     peak_rss_mib: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*(a - b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 class _Stopwatch:
@@ -186,7 +189,7 @@ class Executor:
         self._job = job
         self._run = parse(RunDocument, job.run)
         self._artifact = load_artifact(job.artifact)
-        self._passes, self._engines, self._busy_s = _Stopwatch(), _Stopwatch(), 0.0
+        self._passes, self._engines, self._tasks = _Stopwatch(), _Stopwatch(), _Stopwatch()
         self._keeper = sessions_kept(lambda session: _TimedSession(session, self._passes, self._engines))
         self._keeper.__enter__()
         self._masks: dict[str, Mask] = {}
@@ -220,12 +223,12 @@ class Executor:
             FedzoError: The engine cannot be opened.
         """
         opened = self._opened(mask_key, micro_batch)
-        started, opened.engine.sample_passes = time.perf_counter(), 0.0
+        opened.engine.sample_passes = 0.0
         task = dataclasses.replace(task, weights=self._weights[key])
         dataset = self._job.clients.dataset(device)
         residual = self._residuals.get(device)
         try:
-            measured = opened.work.measure(task, dataset, residual, never)
+            measured = self._tasks.timed(opened.work.measure)(task, dataset, residual, never)
         except Exception as error:  # noqa: BLE001 (a device says in its report why it does not answer)
             decline, detail = decline_of(error, task.round)
             outcome = Outcome((), 0, decline=decline, detail=detail)
@@ -234,7 +237,6 @@ class Executor:
                 self._keep(device, measured.residual)
             queries = measured.queries
             outcome = Outcome(measured.blocks, measured.samples, measured.mean_loss, queries)
-        self._busy_s += time.perf_counter() - started
         return WorkResult(ticket, outcome, opened.engine.sample_passes)
 
     def forget(self, device: int, round_: int) -> None:
@@ -253,20 +255,19 @@ class Executor:
             stop: The batch behind the last one.
         """
         assert self._job.test is not None
-        started, test = time.perf_counter(), self._job.test
+        test = self._job.test
         engine = self._opened(mask_key, EVALUATION_BATCH).engine
         found = []
         for number in range(first, stop):
             rows = np.arange(number * EVALUATION_BATCH, min((number + 1) * EVALUATION_BATCH, len(test)))
             batch = test.batch(rows)
-            found.append(engine.evaluate(self._weights[key], batch.x, batch.y))
-        self._busy_s += time.perf_counter() - started
+            found.append(self._tasks.timed(engine.evaluate)(self._weights[key], batch.x, batch.y))
         return found
 
     def usage(self) -> Usage:
         """What it took so far."""
-        engines, passes = self._engines, self._passes
-        return Usage(engines.wall_s, engines.cpu_s, passes.cpu_s, self._busy_s, time.process_time(), peak_rss_mib())
+        engines, passes, tasks = self._engines, self._passes, self._tasks
+        return Usage(engines.wall_s, engines.cpu_s, passes.cpu_s, tasks.cpu_s, time.process_time(), peak_rss_mib())
 
     def close(self) -> None:
         """Unload everything."""

@@ -69,3 +69,13 @@ def test_footprint() -> None:
     assert "fedzo " in board["versions"]
     assert 3 < data["figures"]["board_install_packages"] == board["packages"] <= 8
     assert 50 < board["without_pyc_mb"] < board["mb"] == data["figures"]["board_install_mb"] <= 200
+
+
+def test_simulation() -> None:
+    pytest.importorskip("torch", reason="fedzo[server] is not installed")
+    data = report("benchmarks.simulation", "--devices", "40", "--rounds", "2", "--processes", "2")
+    figures = data["figures"]
+    shares = [figures[f"simulation_{part}_share_lenet5_40"] for part in ("forward", "engine", "work")]
+    assert 0.1 < shares[0] < shares[1] < shares[2] < 1
+    assert figures["simulation_round_s_lenet5_40"] == pytest.approx(data["rows"][0]["round_s"])
+    assert data["settings"]["processes"] == 2
