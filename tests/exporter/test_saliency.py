@@ -105,7 +105,7 @@ def test_ntk_sap_s_score_against_its_linearisation(seed: int, tmp_path: Path) ->
 
 def test_the_reference_of_ntk_sap_is_a_derivative() -> None:
     model, shape = "lenet5", (1, 16, 16)
-    layout = build_forward(model, shape, 3, 0.5).layout
+    layout = build_forward(model, shape, 3, 0).layout
     layout = Layout(tuple(replace(p, maskable=len(p.shape) > 1) for p in layout.parameters))
     weights, (x, _) = initial_weights(layout, 2), golden_batch(shape, 3, 2, 2)
     scores = exact_kernel_scores(model, layout, weights, x)

@@ -19,12 +19,16 @@ SPARSE = change(SETTINGS, sparsity=0.5, saliency=SaliencySettings(samples=8))
 MANIFEST = manifest_for("stein")
 
 
-def scoring(settings: RunSettings = SPARSE, **differences: float | None) -> Desk:
+def scoring(settings: RunSettings = SPARSE, differences: dict[str, float | None] | None = None) -> Desk:
     desk = Desk(settings).connect()
-    desk.differences = {name.replace("_", "-"): value for name, value in differences.items()}
+    desk.differences = differences or {}
     desk.join()
-    assert desk.head.phase == "saliency"
+    assert phase(desk) == "saliency"
     return desk
+
+
+def phase(desk: Desk) -> str:
+    return desk.head.phase
 
 
 def masks(desk: Desk) -> list[bytes]:
@@ -33,13 +37,13 @@ def masks(desk: Desk) -> list[bytes]:
 
 def test_scores_that_are_off_do_not_count() -> None:
     bad = NAMES[1]
-    rigged = scoring(**{bad: 0.05})
+    rigged = scoring(differences={bad: 0.05})
     rigged.report(*NAMES)
     refusals = [(device, text) for kind, _, device, text in rigged.journal if kind == "refusal"]
     assert refusals == [
         (bad, b"its scores differ from the server's by 5.00e-02, the limit is 5e-03: they do not count")
     ]
-    assert rigged.head.phase == "train"
+    assert phase(rigged) == "train"
     without = scoring()
     without.report(*[name for name in NAMES if name != bad])
     without.decline(bad)
@@ -51,28 +55,28 @@ def test_scores_that_are_off_do_not_count() -> None:
 
 
 def test_a_restart_remembers_the_verdict() -> None:
-    desk = scoring(**{NAMES[0]: 0.05})
+    desk = scoring(differences={NAMES[0]: 0.05})
     desk.report(*NAMES[:2])
     again = Desk(SPARSE, journal=desk.journal).connect().presence(*NAMES)
     assert [c.device for c in again.trace if isinstance(c, CheckScores)] == [NAMES[1]]
     again.report(*NAMES[2:])
-    undisturbed = scoring(**{NAMES[0]: 0.05})
+    undisturbed = scoring(differences={NAMES[0]: 0.05})
     undisturbed.report(*NAMES)
     assert masks(again) == masks(undisturbed)
 
 
 def test_a_check_that_does_not_come_holds_a_round_until_its_deadline() -> None:
-    desk = scoring(**{NAMES[2]: None})
+    desk = scoring(differences={NAMES[2]: None})
     desk.report(*NAMES)
-    assert desk.head.phase == "saliency"
+    assert phase(desk) == "saliency"
     desk.wait(SPARSE.deadline_s + 1)
-    assert desk.head.phase == "train"
+    assert phase(desk) == "train"
     late = desk.on(ScoresChecked(1, NAMES[2], 9.0))
     assert not [c for c in late if getattr(c, "kind", "") == "refusal"]
 
 
 def test_without_a_quorum_of_good_boards_the_run_stops() -> None:
-    desk = scoring(**dict.fromkeys(NAMES, 0.5))
+    desk = scoring(differences=dict.fromkeys(NAMES, 0.5))
     desk.report(*NAMES)
     assert desk.machine.finished
     assert "0 of 4 devices could answer" in str(desk.finish().error)
@@ -86,7 +90,7 @@ def test_how_many_reports_are_checked(checked: int, inputs: str, count: int) -> 
     desk = scoring(change(SPARSE, saliency=saliency))
     desk.report(*NAMES)
     assert len([c for c in desk.trace if isinstance(c, CheckScores)]) == count
-    assert desk.head.phase == "train"
+    assert phase(desk) == "train"
 
 
 def test_the_drawn_devices_change_with_the_round() -> None:
@@ -114,7 +118,7 @@ def test_the_difference_is_that_of_the_worst_layer() -> None:
 @pytest.mark.parametrize("method", ["magnitude", "erk", "random"])
 def test_masks_without_devices(method: PruningMethod) -> None:
     desk = Desk(change(SPARSE, saliency=SaliencySettings(method=method))).connect().join()
-    assert desk.head.phase == "train"
+    assert phase(desk) == "train"
     (encoded,) = masks(desk)
     assert desk.head.mask_size == len(encoded)
     assert [c.data for c in desk.trace if isinstance(c, OfferBlob)] == [encoded]
@@ -129,12 +133,12 @@ def test_masks_without_devices(method: PruningMethod) -> None:
 def test_a_mask_that_the_server_s_engine_makes() -> None:
     settings = change(SPARSE, saliency=SaliencySettings(method="synflow"))
     desk = Desk(settings).connect().join()
-    assert desk.head.phase == "enrol"
+    assert phase(desk) == "enrol"
     assert [c for c in desk.trace if isinstance(c, MakeMask)]
     assert desk.machine.wakeup is None, "there is nothing to do until the mask is made"
     encoded = uniform_densities(MANIFEST.layout, 0.5, 1).encode()
     desk.on(MaskMade(encoded))
-    assert desk.head.phase == "train"
+    assert phase(desk) == "train"
     assert masks(desk) == [encoded]
     desk.on(MaskMade(Mask.dense(MANIFEST.layout).encode()))
     assert masks(desk) == [encoded]
