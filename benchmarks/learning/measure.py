@@ -1,0 +1,122 @@
+"""One cell from its settings to its row: ``python -m benchmarks.learning.measure`` reads the cell as JSON."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.protocol.errors import FedzoError
+from fedzo.simulation.boards import choose_boards
+from fedzo.simulation.clients import load_clients
+from fedzo.simulation.result import Progress, SimulationResult
+from fedzo.simulation.simulate import rounds_for_budget, simulate
+
+from .build import artifact_of, run_settings, world_settings
+from .cells import Cell
+from .data import Parts, prepare
+from .settings import TORCH
+
+__all__ = ["MAX_SCALARS", "measure"]
+
+MAX_SCALARS = 1024  # 4 KB of float32
+_POINTS = 40  # of a curve
+_FEW_POINTS = 10  # where only the end counts
+
+
+def measure(cell: Cell, data_folder: Path, work: Path) -> dict[str, Any]:
+    """Run one cell.
+
+    Args:
+        cell: What to run.
+        data_folder: With the ``.npz`` files.
+        work: Folder for artifacts and unpacked data, which cells share.
+
+    Returns:
+        The fields of the cell, and what came of it. ``sample_forwards`` are those of training; those of pruning stand
+        beside them in ``pruning_sample_forwards``.
+
+    Raises:
+        FedzoError: The settings do not fit, training diverged, or a report had more than :data:`MAX_SCALARS` scalars.
+    """
+    parts = Parts(prepare(data_folder, cell.data, cell.part, work))
+    started = time.perf_counter()
+    if cell.method in TORCH:
+        from .torch_reference import backprop, fedavg
+
+        found = (backprop if cell.method == "backprop" else fedavg)(cell, parts, work)
+    else:
+        found = _simulated(cell, parts, work)
+    names = ("data", "method", "mask", "world", "budget", "seed", "scale", "part", "settings")
+    row = {"key": cell.key, **{name: getattr(cell, name) for name in names}, "budget_sf": cell.budget_sf, **found}
+    row["seconds"] = time.perf_counter() - started
+    row["date"] = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    return row
+
+
+def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
+    channels = int(parts.x.shape[1])
+    artifact, world = artifact_of(cell, channels, work), world_settings(cell)
+    data, test = (parts.x, parts.y), (parts.xt, parts.yt)
+    rounds = rounds_for_budget(artifact, run_settings(cell, 1), data, world, cell.budget_sf)
+    points = _POINTS if cell.part == "test" and cell.budget_sf * _POINTS > 20 * len(parts.xt) else _FEW_POINTS
+    every = max(1, -(-rounds // points))
+    settings = run_settings(cell, rounds, every)
+
+    def watch(progress: Progress) -> None:
+        if progress.phase == "evaluate" and progress.accuracy is not None:
+            at = f"{progress.sample_forwards:,.0f} SF: {100 * progress.accuracy:.2f} %"
+            print(f"{cell.key} {at}", file=sys.stderr, flush=True)
+
+    found = simulate(artifact, settings, data, test, world, on_progress=watch)
+    if found.scalars_per_device_round > MAX_SCALARS:
+        raise FedzoError(f"{cell.key}: a device sends {found.scalars_per_device_round:g} scalars a round, over 1,024")
+    manifest = load_artifact(artifact).manifest
+    clients = load_clients(data, manifest, world, len(world_devices(cell)))
+    (board, *_), _ = choose_boards(manifest, settings, world, clients.dataset(0), 1)
+    return {"rounds": rounds, "planned_mib": board.peak_mib, **_outcome(found, len(parts.xt))}
+
+
+def world_devices(cell: Cell) -> range:
+    """Numbers of the devices."""
+    return range(int(cell.settings["devices"]))
+
+
+def _outcome(found: SimulationResult, n_test: int) -> dict[str, Any]:
+    reports = sum(row.reports for row in found.rounds)
+    return {
+        "accuracy": found.accuracy,
+        "n_test": n_test,
+        "sample_forwards": found.sample_forwards,
+        "pruning_sample_forwards": getattr(found, "scoring_sample_forwards", 0.0),
+        "curve": [[row.sample_forwards, row.test_accuracy] for row in found.curve],
+        "loss_queries": found.queries_per_device_round * reports,
+        "queries_per_device_round": found.queries_per_device_round,
+        "scalars_per_device_round": found.scalars_per_device_round,
+        "bytes_up_per_device_round": found.bytes_up_per_device_round,
+        "bytes_down_per_device_round": found.bytes_down_per_device_round,
+        "sparsity": found.mask.sparsity,
+        "training_seconds": found.training_wall_s,
+        "engine_share": found.engine_share,
+        "digest": found.digest,
+    }
+
+
+def main() -> None:
+    """Read a cell and two folders from standard input, print the row."""
+    asked: Mapping[str, Any] = json.load(sys.stdin)
+    cell = Cell(**asked["cell"])
+    try:
+        row = measure(cell, Path(asked["data"]), Path(asked["work"]))
+    except FedzoError as error:
+        row = {"key": cell.key, **asked["cell"], "accuracy": None, "error": error.message}
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
