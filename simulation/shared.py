@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -30,6 +30,7 @@ class _State:
         digest: Theirs.
         head: Chain digest of the log.
         evaluated: What evaluations take, and its digest.
+        coordinates: What the next update moves of sketched blocks, by block and number; filled when asked for.
     """
 
     index: int
@@ -37,6 +38,7 @@ class _State:
     digest: bytes
     head: bytes
     evaluated: tuple[NDArray[np.float32], bytes]
+    coordinates: dict[tuple[int, int], NDArray[np.int64]] = field(default_factory=dict)
 
 
 class SharedLog:
@@ -84,15 +86,23 @@ class SharedLog:
         is_known = record is known or (record.parent == state.head and self._heads[index] == _head_of(record))
         if known is None or not is_known:
             raise ProtocolError(f"update {record.index} is none of the log that update {index} is next in")
-        return self._states.get(index + 1) or self._replayed(index + 1)
+        return self._states.get(index + 1) or self._note(self._at(index + 1))
 
-    def _replayed(self, index: int) -> _State:
-        """A place where nobody has been for a while."""
+    def coordinates(self, state: _State, block: int, k: int) -> NDArray[np.int64]:
+        """See :meth:`Replica.coordinates`."""
+        if (block, k) not in state.coordinates:
+            state.coordinates[block, k] = self._at(state.index).coordinates(block, k).copy()
+        return state.coordinates[block, k]
+
+    def _at(self, index: int) -> Replica:
+        """A replica at some place, to be read at once."""
+        if index == self._leader.index:
+            return self._leader
         if self._laggard is None or self._laggard.index > index:
             self._laggard = self._make()
         while self._laggard.index < index:
             self._laggard.apply(self._records[self._laggard.index])
-        return self._note(self._laggard)
+        return self._laggard
 
     def _note(self, replica: Replica) -> _State:
         weights = replica.weights.copy()
@@ -136,6 +146,10 @@ class SharedReplica(Replica):
     def evaluated(self) -> tuple[NDArray[np.float32], bytes]:
         """See :class:`Replica`."""
         return self._state.evaluated
+
+    def coordinates(self, block: int, k: int) -> NDArray[np.int64]:
+        """See :class:`Replica`."""
+        return self._log.coordinates(self._state, block, k)
 
     def restore_from_start(self) -> None:
         """See :class:`Replica`."""
