@@ -328,10 +328,9 @@ def _plain(value: Any) -> dict[str, Any]:
 @functools.cache
 def _optional(kind: type) -> frozenset[str]:
     """Keys that may be missing. A setting that came later has a default that changes nothing; a document is complete."""
+    fields, unset = dataclasses.fields(kind), dataclasses.MISSING
     if issubclass(kind, Document):
         return frozenset()
-    unset = dataclasses.MISSING
-    fields = dataclasses.fields(kind)
     return frozenset(f.name for f in fields if f.default is not unset or f.default_factory is not unset)
 
 
