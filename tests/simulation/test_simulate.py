@@ -160,14 +160,16 @@ def test_natural_clients_are_those_of_the_file(artifact: Path, tmp_path: Path) -
     np.savez(tmp_path / "data.npz", x=DATA[0], y=DATA[1], client=clients)
     np.savez(tmp_path / "plain.npz", x=DATA[0], y=DATA[1])
     np.save(tmp_path / "clients.npy", clients)
-    settings, natural = run_settings(training_rounds=2), {"split": "natural"}
+    settings = run_settings(training_rounds=2)
+    natural: dict[str, Any] = {"split": "natural"}
+    sources: list[tuple[Any, dict[str, Any]]] = [
+        ((*DATA, clients), {}),
+        (tmp_path / "data.npz", {}),
+        (tmp_path / "plain.npz", {"clients": str(tmp_path / "clients.npy")}),
+    ]
     found = [
         simulate(artifact, settings, source, TEST, SimulationSettings(**natural, **more)).digest
-        for source, more in (
-            ((*DATA, clients), {}),
-            (tmp_path / "data.npz", {}),
-            (tmp_path / "plain.npz", {"clients": str(tmp_path / "clients.npy")}),
-        )
+        for source, more in sources
     ]
     assert len(set(found)) == 1
     assert found[0] != run(artifact, settings).digest
@@ -209,11 +211,12 @@ def test_wrong_settings(
 
 
 def test_a_killed_process_ends_the_simulation_with_its_signal(artifact: Path) -> None:
-    pool, killed = ProcessPool(2), []
+    pool = ProcessPool(2)
+    killed: list[int] = []
 
     def kill(_: Progress) -> None:
         if not killed:
-            killed.append(pool._workers[0]._process.pid)
+            killed.append(pool._workers[0]._process.pid or 0)
             os.kill(killed[0], signal.SIGKILL)
 
     started = time.monotonic()
