@@ -21,19 +21,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.blocks import Block, directions_of
-from ..protocol.directions import Directions, n_positions
+from ..protocol.blocks import Block
+from ..protocol.directions import Directions
 from ..protocol.errors import ProtocolError
 from ..protocol.manifest import Manifest
-from ..protocol.settings import TrainingSettings
+from ..protocol.node_stages import noisy_stages
+from ..protocol.settings import LOCAL_ESTIMATORS, TrainingSettings
 from ..protocol.sketch import GradientSketch
 from .data import Batch
 from .engine import Engine
 from .estimators import Cancelled, Scalars, SteinEstimator, never
 from .loss import NonFiniteLossError
 from .loss_source import SuffixLosses, WholeLosses
+from .node_gradient import NodeNoise, node_gradient
 from .suffix import Suffix
-from .tail import tail_gradient
 
 __all__ = [
     "BlockEstimator",
@@ -172,18 +173,20 @@ class SplitBlocks(_Stateless):
 
 
 class NodeBlocks:
-    """Directions over the front layers; for the fully connected ones the gradient of node perturbation, as a sketch.
+    """Directions over the first layers; for the others the gradient of node perturbation, as a sketch.
 
     Args:
         training: Sigma, sides, repeats and feedback.
-        directions: Of the block in front of the tail and of the tail.
+        blocks: The block that has directions, and the one that is sketched.
+        seed: Run seed of directions and noise.
     """
 
-    def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
-        self._repeats, self._sigma = training.repeats, np.float32(training.sigma)
-        self._seed = directions[0].seed
-        self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
-        self._sketch = GradientSketch(directions[1], training.feedback)
+    def __init__(self, training: TrainingSettings, blocks: Sequence[Block], seed: int) -> None:
+        front, behind = blocks
+        self._repeats, self._sigma, self._seed = training.repeats, np.float32(training.sigma), seed
+        directions = Directions(training.directions, seed, front.size, front.number)
+        self._front = SteinEstimator(directions, training.sigma, training.two_sided)
+        self._sketch = GradientSketch(behind.size, training.feedback)
 
     def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
@@ -193,27 +196,17 @@ class NodeBlocks:
                 raise Cancelled(f"the probe of round {request.round} was cancelled")
 
         front = _whole(self._front, engine, request, cancelled)
-        tail = tail_gradient(
-            engine,
-            request.weights,
-            request.batch.x,
-            request.batch.y,
-            repeats=self._repeats,
-            sigma=self._sigma,
-            seed=self._seed,
-            round_=request.round,
-            index=request.index,
-            before_pass=before_pass,
-        )
+        noise = NodeNoise(self._repeats, self._sigma, self._seed, request.round, request.index)
+        found = node_gradient(engine, request.weights, request.batch.x, request.batch.y, noise, before_pass)
         try:
-            scalars = self._sketch.encode(tail.values, request.positions[1])
+            scalars = self._sketch.encode(found.values, request.positions[1])
         except ProtocolError as error:
             raise NonFiniteLossError(f"round {request.round}: {error.message}", hint=error.hint) from error
-        mean_loss = float(tail.losses.mean())
-        return BlockScalars((front.values, scalars), mean_loss, front.queries + tail.passes + 1)
+        mean_loss = float(found.losses.mean())
+        return BlockScalars((front.values, scalars), mean_loss, front.queries + found.passes)
 
     def state(self) -> bytes:
-        """The residual of the sketches."""
+        """The residual of the sketch."""
         return self._sketch.state()
 
     def restore(self, state: bytes) -> None:
@@ -238,12 +231,16 @@ def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: in
     Raises:
         ConfigError: The settings do not fit together.
     """
-    directions = directions_of(blocks, seed)
+    if training.estimator in LOCAL_ESTIMATORS:
+        from .local_estimator import LocalBlocks  # it needs the contract above
+
+        return LocalBlocks(training, blocks, seed)
+    if training.estimator == "node":
+        return NodeBlocks(training, blocks, seed)
+    directions = [Directions(training.directions, seed, block.size, block.number) for block in blocks]
     if training.estimator == "stein":
         return SteinBlocks(training, directions[0])
-    if training.estimator == "split":
-        return SplitBlocks(training, directions)
-    return NodeBlocks(training, directions)
+    return SplitBlocks(training, directions)
 
 
 def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors: int) -> int:
@@ -255,14 +252,21 @@ def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors:
         n_survivors: Length of the weights.
     """
     batch, average = training.batch, 4 * n_survivors if training.optimiser.ema else 0
+    if training.estimator in LOCAL_ESTIMATORS:
+        from .local_estimator import local_bytes
+
+        return average + local_bytes(training, manifest, n_survivors)
     if training.estimator == "split" and manifest.cut is not None:
         return average + 4 * batch * math.prod(manifest.cut.feature_shape)
     if training.estimator != "node" or manifest.tail is None:
         return average
-    shapes = manifest.tail.shapes(manifest.layout)
+    shapes, stages = manifest.tail.shapes(manifest.layout), noisy_stages(manifest)
     units, inputs = sum(n for n, _ in shapes), sum(n for _, n in shapes)
-    padded = n_positions("hadamard", n_survivors)
     # Features and inputs of the layers, and once more joined; noise, its signs, the gradient at the units, and joined.
     rows = batch * (8 * inputs + 16 * units)
-    # The largest layer's dense gradient; gradient, residual, and a transform there and back.
-    return average + rows + 4 * max(a * b for a, b in shapes) + 12 * n_survivors + 12 * padded
+    # What enters and leaves the stages, once more with noise, its signs and their sum.
+    outputs = [math.prod(stage.output_shape) for stage in manifest.stages[: stages[-1].number + 1]] if stages else []
+    rows += 4 * batch * (2 * sum(outputs) + 2 * max(outputs, default=0))
+    # The largest layer's dense gradient, and the places of its survivors; gradient and residual.
+    dense = [*(a * b for a, b in shapes), *(4 * stage.layout(manifest.layout).size for stage in stages)]
+    return average + rows + 4 * max(dense) + 12 * n_survivors

@@ -19,8 +19,9 @@ from .directions import MAX_POSITION, Directions, Family, n_positions
 from .errors import ConfigError
 from .manifest import Manifest
 from .mask import Mask
+from .node_stages import noisy_stages
+from .ranking import CoordinateRanking
 from .settings import LOCAL_ESTIMATORS, Assignment, TrainingSettings
-from .sketch import BASIS_ROUND
 from .stages import local_stages
 from .wire import MAX_SCALARS
 
@@ -38,7 +39,7 @@ class Block:
         first: Its first survivor.
         size: Number of survivors.
         kind: ``probe`` or ``sketch``.
-        family: Of its directions.
+        family: Of its directions; ``ranked`` for those of a sketch, which are coordinates.
         k: Positions a device gets in a round, if that many fit.
     """
 
@@ -46,22 +47,18 @@ class Block:
     first: int
     size: int
     kind: BlockKind
-    family: Family
+    family: Family | Literal["ranked"]
     k: int
 
     @property
     def n_positions(self) -> int:
         """After how many positions its directions repeat."""
-        return n_positions(self.family, self.size)
+        return self.size if self.family == "ranked" else n_positions(self.family, self.size)
 
     @property
     def offset(self) -> int:
         """Its position 0 on the axis that all blocks share, as update records count."""
         return self.number * MAX_POSITION
-
-    def basis_round(self, round_: int) -> int:
-        """Round whose signs its directions take: a sketch keeps one basis, since residuals outlive a round."""
-        return BASIS_ROUND if self.kind == "sketch" else round_
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,12 @@ class Deal:
 
     @property
     def first(self) -> int:
-        """First position of the round; with one ``k`` for all, rounds follow each other while the devices stay."""
+        """First position of the round; with one ``k`` for all, rounds follow each other while the devices stay.
+
+        Positions of a sketch are places among the coordinates of the round, which the ranking tells.
+        """
+        if self.block.kind == "sketch":
+            return 0
         return self.step * self.n_slots * max(self.k, self.reach) % self.block.n_positions
 
     def slot(self, rank: int) -> int:
@@ -128,18 +130,20 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
             f"the estimator {training.estimator} needs {layers}, {manifest.model} has none",
             hint="use --estimator stein",
         )
-    first = int(mask.counts()[: cut.first_parameter].sum())
+    is_split, noisy = training.estimator == "split", noisy_stages(manifest)
+    first_parameter = noisy[0].first_parameter if noisy and not is_split else cut.first_parameter
+    first = int(mask.counts()[:first_parameter].sum())
     front = Block(0, 0, first, "probe", family, training.k)
-    if training.estimator == "split":
+    if is_split:
         return front, Block(1, first, n - first, "probe", family, training.tail_k)
-    return front, Block(1, first, n - first, "sketch", "hadamard", training.tail_k)
+    return front, Block(1, first, n - first, "sketch", "ranked", training.tail_k)
 
 
 def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tuple[Block, ...]:
     """A sketch of every stage and one of all heads, which lie behind the stages.
 
-    They share ``tail_k`` scalars in proportion to the square root of their survivors: a sketch says less of each weight
-    of a large layer, as their gradients have more in common.
+    They share ``tail_k`` scalars in proportion to the square root of their survivors, so that a block of a hundred
+    times as many weights gets ten times as many scalars.
     """
     if not manifest.learns_locally:
         raise ConfigError(
@@ -154,7 +158,7 @@ def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) ->
     blocks: list[Block] = []
     for number, (size, root) in enumerate(zip(sizes, roots, strict=True)):
         k = max(1, round(training.tail_k * root / sum(roots)))
-        blocks.append(Block(number, sum(sizes[:number]), size, "sketch", "hadamard", k))
+        blocks.append(Block(number, sum(sizes[:number]), size, "sketch", "ranked", k))
     return tuple(blocks)
 
 
@@ -192,6 +196,11 @@ def deal(
     return tuple(deals)
 
 
-def directions_of(blocks: Sequence[Block], seed: int) -> tuple[Directions, ...]:
-    """The directions of every block, of a run with that seed."""
-    return tuple(Directions(block.family, seed, block.size, block.number) for block in blocks)
+def directions_of(blocks: Sequence[Block], seed: int) -> tuple[Directions | CoordinateRanking, ...]:
+    """The directions of every block, of a run with that seed; of a sketch the ranking of its coordinates."""
+    return tuple(
+        CoordinateRanking(seed, block.size, block.number)
+        if block.family == "ranked"
+        else Directions(block.family, seed, block.size, block.number)
+        for block in blocks
+    )

@@ -82,7 +82,10 @@ class CoordinateRanking:
         n_seen = int(np.count_nonzero(seen))
         largest = float(self._rates.max(initial=0.0))
         if n_seen and largest > 0.0:
-            scaled = np.floor(np.multiply(self._rates.astype(np.float64), 2.0**30 / largest)).astype(np.int64)
+            exact = self._rates.astype(np.float64)
+            np.multiply(exact, 2.0**30 / largest, out=exact)
+            scaled = np.floor(exact, out=exact).astype(np.int64)
+            del exact  # 8 bytes a weight
             mean = int(scaled[seen].sum()) // n_seen
             scaled[~seen] = mean
         else:
@@ -97,13 +100,14 @@ class CoordinateRanking:
         """The part of an update that this block has: ``float32[size]``, owned by the caller.
 
         Args:
-            round_: Of no importance; all that counts are the updates so far.
+            round_: As directions have it; here all that counts are the updates so far.
             positions: ``int64[k]``; must be 0 to ``k - 1``.
             coefficients: ``float32[k]``, of the chosen coordinates in ascending order.
 
         Raises:
             ProtocolError: The positions are others.
         """
+        del round_
         k = len(positions)
         if not 0 < k <= self.size or int(positions[0]) != 0 or int(positions[-1]) != k - 1:
             raise ProtocolError(f"a sketch has the positions 0 to k - 1 of {self.size} weights, not {positions}")

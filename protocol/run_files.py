@@ -12,6 +12,7 @@ from .graph_files import GraphFile
 from .layout import Layout
 from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
+from .node_stages import node_graphs
 from .parts import Parts
 from .settings import LOCAL_ESTIMATORS, RunSettings
 from .stages import local_run_graphs
@@ -32,7 +33,7 @@ def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile,
     if settings.training.estimator == "split":
         names += CUT_GRAPHS
     elif settings.training.estimator == "node":
-        names += manifest.tail_graphs
+        names += node_graphs(manifest)
     elif settings.training.estimator in LOCAL_ESTIMATORS:
         names += local_run_graphs(manifest.stages, noisy=settings.training.estimator == "local-node")
     return tuple(manifest.graph(name) for name in names)

@@ -1,10 +1,9 @@
-"""A gradient as few scalars: its coordinates along some rows of an orthogonal basis, and the rest kept for later.
+"""A gradient as few scalars: some of its coordinates, and the rest kept for later.
 
-The device half of a sketch with error feedback. The rows are the Hadamard directions of one block with the signs of
-round 0, so they stay the same basis for the whole run and every row comes round in turn. What a round's rows do not
-carry stays in the residual and is added to the next gradient (Seide et al., "1-bit stochastic gradient descent",
-Interspeech 2014; Stich et al., "Sparsified SGD with memory", NeurIPS 2018). The projection on orthonormal rows is a
-contraction, so the residual stays bounded.
+The device half of a sketch with error feedback. What a round's coordinates do not carry stays in the residual and is
+added to the next gradient (Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; Stich et al.,
+"Sparsified SGD with memory", NeurIPS 2018). Every coordinate has its turn (:mod:`.ranking`), so the residual stays
+bounded.
 
 The server half is the sum of coefficients times directions, as for every other block of an update.
 """
@@ -14,63 +13,53 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .directions import Directions
 from .errors import ConfigError, ProtocolError
 
-__all__ = ["BASIS_ROUND", "GradientSketch"]
-
-BASIS_ROUND = 0
-"""Round whose signs the basis takes, for good."""
+__all__ = ["GradientSketch"]
 
 
 class GradientSketch:
     """Turns one gradient a round into scalars. Not thread-safe.
 
     Args:
-        directions: Of the block; ``hadamard``.
+        size: Weights of the block.
         decay: How much of the residual counts in the next round, ``0 <= decay < 1``; at 1 stale parts never leave.
 
     Attributes:
-        residual: ``float32[directions.size]``, what was not sent yet; owned by this object.
+        residual: ``float32[size]``, what was not sent yet; owned by this object.
 
     Raises:
-        ConfigError: The directions are no orthogonal basis, or ``decay`` is out of range.
+        ConfigError: ``decay`` is out of range.
     """
 
-    def __init__(self, directions: Directions, decay: float) -> None:
-        if directions.family != "hadamard":
-            raise ConfigError(
-                f"a sketch needs orthogonal directions, {directions.family} are not", hint="use the family hadamard"
-            )
+    def __init__(self, size: int, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"the residual's decay is {decay}, it must be at least 0 and below 1")
-        self._directions = directions
         self._decay = np.float32(decay)
-        self.residual: NDArray[np.float32] = np.zeros(directions.size, dtype=np.float32)
+        self.residual: NDArray[np.float32] = np.zeros(size, dtype=np.float32)
 
-    def encode(self, gradient: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The coefficients of a gradient; the residual changes.
+    def encode(self, gradient: NDArray[np.float32], coordinates: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The scalars of a gradient; the residual changes.
 
         Args:
             gradient: ``float32[size]``, read only.
-            positions: ``int64[n]``, ascending, at most as many as the basis has rows.
+            coordinates: ``int64[n]``, those of the round, distinct.
 
         Returns:
-            ``float32[n]``: coefficient times direction, summed over the positions, is what this round carries.
+            ``float32[n]``: what this round carries of each of them.
 
         Raises:
-            ProtocolError: A coefficient or the rest would not be finite. Nothing has changed then.
+            ProtocolError: The sum of gradient and residual is not finite. Nothing has changed then.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             total = np.multiply(self.residual, self._decay)
             np.add(total, gradient, out=total)
-            products = self._directions.project(BASIS_ROUND, positions, total)
-            coefficients = np.divide(products, self._directions.padded).astype(np.float32)
-            np.subtract(total, self._directions.combine(BASIS_ROUND, positions, coefficients), out=total)
-        if not (np.isfinite(coefficients).all() and np.isfinite(total).all()):
+        if not np.isfinite(total).all():
             raise ProtocolError("a gradient is too large to be sketched", hint="use a smaller learning_rate")
+        scalars: NDArray[np.float32] = total[coordinates]
+        total[coordinates] = 0.0
         np.copyto(self.residual, total)
-        return coefficients
+        return scalars
 
     def state(self) -> bytes:
         """The residual as it is kept on the disk, ``4 * size`` bytes: whoever goes on from it sends the same bits."""

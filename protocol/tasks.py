@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import deal
+from .blocks import Deal, deal
 from .device_events import Outcome, Task
 from .documents import Announcement, RunDocument, unpack_participants
 from .errors import ProtocolError
@@ -44,9 +44,21 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
     if kind is ReportKind.PROBE:
         training = run.training
         deals = deal(replica.blocks, training.assignment, head.log_length, members.size, k=head.k, k_max=training.k_max)
-        positions = tuple(one.positions(one.slot(rank)) for one in deals)
+        positions = tuple(
+            replica.coordinates(one.block.number, one.k)
+            if one.block.kind == "sketch"
+            else one.positions(one.slot(rank))
+            for one in deals
+        )
     weights, digest = replica.evaluated() if kind is ReportKind.EVALUATE else (replica.weights.copy(), replica.digest)
     return Task(number, kind, head.round, ordinal, positions, weights, digest, head.sigma)
+
+
+def _positions(one: Deal, rank: int, replica: Replica) -> NDArray[np.int64]:
+    """A device's positions of a probed block, the coordinates of a sketched one."""
+    if one.block.kind == "sketch":
+        return replica.coordinates(one.block.number, one.k)
+    return one.positions(one.slot(rank))
 
 
 def make_report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from .mask import Mask
 from .messages import UpdateRecord
 from .moving_average import MovingAverage
 from .optimisers import Optimiser, OptimiserConfig
+from .ranking import CoordinateRanking
 
 __all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estimate_gradient", "weights_digest"]
 
@@ -69,13 +70,13 @@ def empty_log_digest(
 
 
 def estimate_gradient(
-    blocks: Sequence[Block], directions: Sequence[Directions], record: UpdateRecord
+    blocks: Sequence[Block], directions: Sequence[Directions | CoordinateRanking], record: UpdateRecord
 ) -> NDArray[np.float32]:
     """Sum of coefficient times direction over the positions of every block; zeros where a block has none.
 
     Args:
         blocks: Of the run, one behind the other.
-        directions: Theirs.
+        directions: Theirs; of a sketched block the ranking after the updates before this one.
         record: The update.
 
     Returns:
@@ -85,18 +86,23 @@ def estimate_gradient(
         ProtocolError: A position belongs to no block.
     """
     positions = record.positions()
-    owners = positions // MAX_POSITION
-    if int(owners[-1]) >= len(blocks):
-        raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
     parts = []
-    for block, basis in zip(blocks, directions, strict=True):
-        start, stop = np.searchsorted(owners, [block.number, block.number + 1])
+    for block, basis, (start, stop) in zip(blocks, directions, _pieces(blocks, record), strict=True):
         if start == stop:
             parts.append(np.zeros(block.size, np.float32))
             continue
         mine = positions[start:stop] - block.offset
-        parts.append(basis.combine(block.basis_round(record.round), mine, record.coefficients[start:stop]))
+        parts.append(basis.combine(record.round, mine, record.coefficients[start:stop]))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _pieces(blocks: Sequence[Block], record: UpdateRecord) -> list[tuple[int, int]]:
+    """Where each block's coefficients begin and end."""
+    owners = record.positions() // MAX_POSITION
+    if int(owners[-1]) >= len(blocks):
+        raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
+    ends = [0, *np.searchsorted(owners, [block.number + 1 for block in blocks]).tolist()]
+    return list(pairwise(ends))
 
 
 class Replica:
@@ -142,6 +148,7 @@ class Replica:
         self._optimiser = Optimiser(optimiser_config, mask.n_survivors, front)
         self._average = MovingAverage(optimiser_config.ema, mask.n_survivors) if optimiser_config.ema else None
         self._directions = directions_of(blocks, run_seed)
+        self._rankings = tuple(d for d in self._directions if isinstance(d, CoordinateRanking))
         self.weights = self._weights.view()
         self.weights.setflags(write=False)
         self.restore_from_start()
@@ -172,6 +179,12 @@ class Replica:
         values = self._average.values()
         return values, weights_digest(values)
 
+    def coordinates(self, block: int, k: int) -> NDArray[np.int64]:
+        """Which weights of a sketched block the next update moves: ``int64[k]``, ascending from 0; read-only."""
+        ranking = self._directions[block]
+        assert isinstance(ranking, CoordinateRanking)
+        return ranking.chosen(k)
+
     def gradient(self, record: UpdateRecord) -> NDArray[np.float32]:
         """:func:`estimate_gradient` of a record of this run."""
         return estimate_gradient(self.blocks, self._directions, record)
@@ -184,6 +197,8 @@ class Replica:
         self._optimiser.restore(0, self._optimiser.state)
         if self._average is not None:
             self._average.restore(0)
+        for ranking in self._rankings:
+            ranking.restart()
         self._digest, self._head = weights_digest(self._weights), self._start
 
     def apply(self, record: UpdateRecord) -> None:
@@ -259,6 +274,9 @@ class Replica:
             self._digest = digest
             if self._average is not None:
                 self._average.add(self._weights)
+            for basis, (start, stop) in zip(self._directions, _pieces(self.blocks, record), strict=True):
+                if isinstance(basis, CoordinateRanking):
+                    basis.advance(record.coefficients[start:stop])
             return
         np.copyto(self._weights, weights)
         self._optimiser.restore(record.index, state)
@@ -276,7 +294,8 @@ class Replica:
         """Everything that :meth:`restore` needs, about ``4 * n_survivors`` bytes per array, little-endian."""
         arrays = (self._weights, *self._optimiser.state, *self._average_sums())
         header = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, self._weights.size, self.index, self._start, self._head, self._digest)
-        return header + b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays)
+        rankings = b"".join(ranking.state() for ranking in self._rankings)
+        return header + b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays) + rankings
 
     def _average_sums(self) -> tuple[NDArray[np.float32], ...]:
         return () if self._average is None else (self._average.sums,)
@@ -290,16 +309,21 @@ class Replica:
         moments = len(self._optimiser.state)
         arrays = 1 + moments + len(self._average_sums())
         size = self._weights.size
-        if len(snapshot) != _SNAPSHOT.size + 4 * arrays * size:
+        ends = list(accumulate([_SNAPSHOT.size + 4 * arrays * size, *(r.state_bytes for r in self._rankings)]))
+        if len(snapshot) != ends[-1]:
             raise ProtocolError(f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries")
         magic, found, index, start, head, digest = _SNAPSHOT.unpack_from(snapshot)
         if magic != _SNAPSHOT_MAGIC or found != size or start != self._start:
             raise ProtocolError("the snapshot belongs to a run with other settings")
-        values = np.frombuffer(snapshot, dtype="<f4", offset=_SNAPSHOT.size).reshape(arrays, size)
+        values = np.frombuffer(snapshot[: ends[0]], dtype="<f4", offset=_SNAPSHOT.size).reshape(arrays, size)
         if weights_digest(values[0]) != digest or not np.isfinite(values).all():
             raise ProtocolError("the snapshot's arrays are damaged")
+        for ranking, (first, end) in zip(self._rankings, pairwise(ends), strict=True):
+            ranking.check(snapshot[first:end])
         np.copyto(self._weights, values[0])
         self._optimiser.restore(index, tuple(values[1 : 1 + moments]))
         if self._average is not None:
             self._average.restore(index, values[-1])
+        for ranking, (first, end) in zip(self._rankings, pairwise(ends), strict=True):
+            ranking.restore(index, snapshot[first:end])
         self._digest, self._head = digest, head

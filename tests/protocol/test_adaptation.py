@@ -17,6 +17,7 @@ from fedzo.protocol.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Report, ReportKind
 from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.ranking import CoordinateRanking
 from fedzo.protocol.settings import Assignment, TrainingSettings
 from fedzo.protocol.update import Replica
 
@@ -48,7 +49,10 @@ def rounds(
             parts: list[NDArray[np.float64]] = []
             for one, basis in zip(deals, directions, strict=True):
                 part = own[one.block.first : one.block.first + one.block.size].astype(np.float32)
-                parts.append(basis.project(one.block.basis_round(head.round), one.positions(one.slot(rank)), part))
+                if isinstance(basis, CoordinateRanking):
+                    parts.append(part[replica.coordinates(one.block.number, one.k)].astype(np.float64))
+                else:
+                    parts.append(basis.project(head.round, one.positions(one.slot(rank)), part))
             reports.append((rank, report(*parts)))
         segments, coefficients = combine_probes(deals, reports)
         record = replica.prepare(index, head.round, 2.0**-10, segments, coefficients)
@@ -83,9 +87,9 @@ def test_one_device_learns_from_its_own_rounds() -> None:
 
 
 def test_sketches_do_not_count() -> None:
-    blocks = (Block(0, 0, 100, "probe", "hadamard", K), Block(1, 100, SIZE - 100, "sketch", "hadamard", 9))
+    blocks = (Block(0, 0, 100, "probe", "hadamard", K), Block(1, 100, SIZE - 100, "sketch", "ranked", 9))
     assert 13 <= np.median(rounds("dealt", 1.0, blocks=blocks)[10:]) <= 20
-    only = (Block(0, 0, SIZE, "sketch", "hadamard", K),)
+    only = (Block(0, 0, SIZE, "sketch", "ranked", K),)
     assert set(rounds("dealt", 1.0, blocks=only)) == {0}
 
 

@@ -52,7 +52,7 @@ def report(kind: ReportKind, *blocks: NDArray[np.float32], **changes: Any) -> Re
 
 
 SHARED = (Deal(Block(0, 0, 134, "probe", "gaussian", 4), 4, 1, 0),)
-FRONT, TAIL = Block(0, 0, 100, "probe", "gaussian", 4), Block(1, 100, 34, "sketch", "hadamard", 3)
+FRONT, TAIL = Block(0, 0, 100, "probe", "gaussian", 4), Block(1, 100, 34, "sketch", "ranked", 3)
 
 
 def check(found: Report, settings: RunSettings = SETTINGS, kind: ReportKind | None = None) -> None:
@@ -200,11 +200,11 @@ def test_a_probed_and_a_sketched_block() -> None:
         (2, report(ReportKind.PROBE, row(-8, -16, 8, 16), row(5, -2, 3), samples=3)),
     ]
     segments, coefficients = combine_probes(deals, reports)
-    # Step 2: rank 0 has slot 2 and rank 2 has slot 1; the sketch has walked over 6 rows.
-    assert segments == ((24 + 4, 8), (MAX_POSITION + 6, 3))
+    # Step 2: rank 0 has slot 2 and rank 2 has slot 1; of a sketch positions are places in its ranking.
+    assert segments == ((24 + 4, 8), (MAX_POSITION, 3))
     assert coefficients.tolist() == [-1, -2, 1, 2, 0.125, 0.25, 0.375, 0.5, 4, -1, 3]
     shared, values = combine_probes(deal((FRONT, TAIL), "shared", 2, 3), reports)
-    assert shared == ((8, 4), (MAX_POSITION + 6, 3))
+    assert shared == ((8, 4), (MAX_POSITION, 3))
     mean = np.array([(1 - 24) / 4, (2 - 48) / 4, (3 + 24) / 4, (4 + 48) / 4]) / 4
     np.testing.assert_allclose(values, [*mean, 4, -1, 3], rtol=2e-4)
 
@@ -242,7 +242,7 @@ def test_the_update_holds_what_the_device_probed(step: int, assignment: Assignme
     roster.number()
     roster.number()
     head = Announcement("r", 9, "train", pack_participants(np.array([0, 2, 3, 5])), log_length=step)
-    blocks = (Block(0, 0, 100, "probe", "hadamard", 3), Block(1, 100, 34, "sketch", "hadamard", 2))
+    blocks = (Block(0, 0, 100, "probe", "hadamard", 3), Block(1, 100, 34, "sketch", "ranked", 2))
     layout = one_parameter(134)
     replica = Replica(layout, Mask.dense(layout), 1, 2, blocks, OptimiserConfig())
     settings = RunSettings(training=TrainingSettings(assignment=assignment))
@@ -255,7 +255,8 @@ def test_the_update_holds_what_the_device_probed(step: int, assignment: Assignme
         answer = report(ReportKind.PROBE, row(1, 2, 3), row(4, 5), weights_digest=replica.digest)
         current.check(name, answer, MANIFEST, replica.digest)
         segments, _ = combine_probes(deal(blocks, assignment, step, 4), [(current.rank(name), answer)])
-        probed = [int(p) + i * MAX_POSITION for i, part in enumerate(task.positions) for p in part]
+        assert np.array_equal(task.positions[1], replica.coordinates(1, 2))
+        probed = [*task.positions[0].tolist(), MAX_POSITION, MAX_POSITION + 1]
         assert [p for first, count in segments for p in range(first, first + count)] == probed
     assert make_task(run, head, 1, 1, replica) is None
 
@@ -284,7 +285,7 @@ BLOCKS: dict[str, tuple[Block, ...]] = {
     "probed": tuple(Block(i, i << 20, 1 << 20, "probe", "gaussian", 60_000) for i in range(2)),
     "sketched": (
         Block(0, 0, 1 << 20, "probe", "gaussian", 60_000),
-        Block(1, 1 << 20, 1 << 20, "sketch", "hadamard", 60_000),
+        Block(1, 1 << 20, 1 << 20, "sketch", "ranked", 60_000),
     ),
     "small": (Block(0, 0, 9, "probe", "hadamard", 60_000), Block(1, 9, 5, "probe", "hadamard", 60_000)),
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedzo.protocol.blocks import Block, BlockKind, Deal, blocks_of, deal, directions_of, whole_block
@@ -18,7 +18,6 @@ from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Report, ReportKind
 from fedzo.protocol.run_progress import RunProgress
 from fedzo.protocol.settings import Assignment, EstimatorName, RunSettings, TrainingSettings
-from fedzo.protocol.sketch import BASIS_ROUND
 from fedzo.protocol.tasks import make_task
 from fedzo.protocol.update import Replica
 from fedzo.protocol.wire import MAX_SCALARS
@@ -37,7 +36,7 @@ def block_lists(draw: st.DrawFn) -> tuple[Block, ...]:
     blocks = []
     for number, size in enumerate(sizes):
         kind = draw(kinds)
-        family: Family = "hadamard" if kind == "sketch" else draw(families)
+        family: Family | Literal["ranked"] = "ranked" if kind == "sketch" else draw(families)
         blocks.append(Block(number, sum(sizes[:number]), size, kind, family, draw(st.integers(1, 60_000))))
     return tuple(blocks)
 
@@ -67,8 +66,8 @@ def half_mask() -> Mask:
         ),
         (
             "node",
-            [(0, 0, 28, "probe", "rademacher", 5), (1, 28, 12, "sketch", "hadamard", 9)],
-            [(0, 0, 14, "probe", "rademacher", 5), (1, 14, 6, "sketch", "hadamard", 9)],
+            [(0, 0, 28, "probe", "rademacher", 5), (1, 28, 12, "sketch", "ranked", 9)],
+            [(0, 0, 14, "probe", "rademacher", 5), (1, 14, 6, "sketch", "ranked", 9)],
         ),
     ],
 )
@@ -113,15 +112,23 @@ def test_an_estimator_needs_its_cut(estimator: EstimatorName, without: dict[str,
         RunProgress(RunDocument("r", bytes(32).hex(), 1, settings), manifest)
 
 
-def test_a_sketch_keeps_its_basis() -> None:
-    sketch, probe = Block(1, 9, 9, "sketch", "hadamard", 1), Block(0, 0, 9, "probe", "hadamard", 1)
-    assert {sketch.basis_round(round_) for round_ in (0, 1, 77)} == {BASIS_ROUND}
-    assert [probe.basis_round(round_) for round_ in (0, 1, 77)] == [0, 1, 77]
+def test_positions_of_a_sketch_are_places_in_its_ranking() -> None:
+    """They begin at 0 in every round; the ranking tells the coordinates, and a task has these."""
+    manifest = cut_manifest()
+    run = run_document(RunSettings(training=TrainingSettings(estimator="node", tail_k=5)))
+    mask = Mask.dense(manifest.layout)
+    blocks = blocks_of(run.training, manifest, mask)
+    replica = Replica(manifest.layout, mask, manifest.seed, 1, blocks, run.training.optimiser)
+    assert [one.first for one in deal(replica.blocks, "dealt", 7, 3)][1] == 0
+    head = Announcement("run", 1, "train", pack_participants(np.arange(3)))
+    task = make_task(run, head, 1, 1, replica)
+    assert task is not None
+    np.testing.assert_array_equal(task.positions[1], replica.coordinates(1, 5))
 
 
 def test_blocks_have_streams_of_their_own() -> None:
     blocks = (Block(0, 0, 64, "probe", "rademacher", 1), Block(1, 64, 64, "probe", "rademacher", 1))
-    bases = directions_of(blocks, 9)
+    bases = [basis for basis in directions_of(blocks, 9) if isinstance(basis, Directions)]
     for block, basis in zip(blocks, bases, strict=True):
         alone = Directions("rademacher", 9, 64, block.number)
         found, wanted = (b.direction(3, 5, np.empty(64, np.float32)).tobytes() for b in (basis, alone))
@@ -197,7 +204,7 @@ def test_how_many_directions_a_device_gets(k: int, n_devices: int, family: Famil
 
 
 def test_two_blocks_share_the_room_of_a_message() -> None:
-    blocks = (Block(0, 0, 9, "probe", "gaussian", 60_000), Block(1, 9, 1 << 16, "sketch", "hadamard", 60_000))
+    blocks = (Block(0, 0, 9, "probe", "gaussian", 60_000), Block(1, 9, 1 << 16, "sketch", "ranked", 60_000))
     assert [one.k for one in deal(blocks, "dealt", 0, 1)] == [30_000, 30_000]
     assert [one.k for one in deal(blocks, "dealt", 0, 100)] == [300, 30_000]
 
@@ -237,6 +244,7 @@ def test_rounds_follow_each_other(step: int, n_devices: int, k: int, family: Fam
 # --- both sides -----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     estimator=st.sampled_from(["stein", "split", "node"]),
     assignment=assignments,
@@ -271,15 +279,15 @@ def test_both_sides_derive_the_same_positions(
         for rank, task in enumerate(tasks):
             assert task is not None
             for one, part in zip(dealt, task.positions, strict=True):
-                assert np.array_equal(one.positions(one.slot(rank)), part)
-        record = server.make_update(head, reports)
+                if one.block.kind == "sketch":
+                    assert np.array_equal(server.replica.coordinates(one.block.number, one.k), part)
+                else:
+                    assert np.array_equal(one.positions(one.slot(rank)), part)
         probed = {
-            number * MAX_POSITION + int(position)
-            for task in tasks
-            if task is not None
-            for number, part in enumerate(task.positions)
-            for position in part
-        }
+            one.block.offset + int(position) for one in dealt for slot in map(one.slot, range(len(tasks)))
+            for position in one.positions(slot)
+        }  # fmt: skip
+        record = server.make_update(head, reports)
         assert set(record.positions().tolist()) == probed
         device.apply(record)
     assert device.digest == server.replica.digest

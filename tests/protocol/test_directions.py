@@ -253,3 +253,22 @@ def test_products_with_table_entries_are_exact(value: float, entry: int) -> None
 def test_impossible_coefficients_are_refused(value: float) -> None:
     with pytest.raises(ProtocolError):
         round_coefficients(np.array([1.0, value]))
+
+
+@pytest.mark.parametrize("family", ["gaussian", "rademacher", "hadamard"])
+def test_projections_are_inner_products(family: str) -> None:
+    directions, values = Directions(family, 9, 77, block=2), seeded_normals(1, 0, 77)  # type: ignore[arg-type]
+    positions = np.array([0, 3, 40])
+    direction = np.empty(77, np.float32)
+    wanted = [float(directions.direction(4, p, direction).astype(np.float64) @ values) for p in positions.tolist()]
+    np.testing.assert_allclose(directions.project(4, positions, values), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gaussian", "rademacher", "hadamard"])
+def test_blocks_have_directions_of_their_own(family: str) -> None:
+    found = [Directions(family, 9, 64, block=b).direction(1, 5, np.empty(64, np.float32)) for b in range(4)]  # type: ignore[arg-type]
+    for a in range(4):
+        for b in range(a):
+            assert abs(float(found[a] @ found[b])) < 40  # 64 if they were equal; sd 8
+    with pytest.raises(ConfigError, match="block"):
+        Directions(family, 9, 64, block=8)  # type: ignore[arg-type]

@@ -29,7 +29,8 @@ def test_chosen_coordinates_are_distinct_ascending_and_of_the_block(size: int, k
         chosen = advance(ranking, rng.standard_normal(size).astype(np.float32), k)
         assert len(chosen) == k
         assert (np.diff(chosen) > 0).all()
-        assert 0 <= chosen[0] and chosen[-1] < size
+        assert chosen[0] >= 0
+        assert chosen[-1] < size
 
 
 def test_the_first_pass_has_an_order_of_the_seed_and_misses_nobody() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weight
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
-from fedzo.protocol.sketch import BASIS_ROUND, GradientSketch
+from fedzo.protocol.ranking import CoordinateRanking
+from fedzo.protocol.sketch import GradientSketch
 from fedzo.protocol.update import Replica, chain_digest, empty_log_digest, estimate_gradient, weights_digest
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
 
@@ -116,7 +118,7 @@ def test_every_setting_changes_the_first_head() -> None:
     n = mask.n_survivors
     front = Block(0, 0, 20, "probe", "hadamard", 1)
     two = (front, Block(1, 20, n - 20, "probe", "hadamard", 1))
-    sketched = (front, Block(1, 20, n - 20, "sketch", "hadamard", 1))
+    sketched = (front, Block(1, 20, n - 20, "sketch", "ranked", 1))
     moved = (Block(0, 0, 21, "probe", "hadamard", 1), Block(1, 21, n - 21, "probe", "hadamard", 1))
     heads = [
         empty_log_digest(layout, mask, 11, 12, whole(), adam),
@@ -244,7 +246,8 @@ def test_a_mask_of_another_layout_is_refused() -> None:
 def two_blocks(kind: BlockKind = "sketch") -> tuple[Block, ...]:
     """A front of 20 weights, and what is left of the small mask's survivors."""
     n = small_mask().n_survivors
-    return Block(0, 0, 20, "probe", "rademacher", 3), Block(1, 20, n - 20, kind, "hadamard", 4)
+    family: Family | Literal["ranked"] = "ranked" if kind == "sketch" else "hadamard"
+    return Block(0, 0, 20, "probe", "rademacher", 3), Block(1, 20, n - 20, kind, family, 4)
 
 
 def record_of(segments: tuple[tuple[int, int], ...], round_: int = 6) -> UpdateRecord:
@@ -256,12 +259,12 @@ def record_of(segments: tuple[tuple[int, int], ...], round_: int = 6) -> UpdateR
 def test_every_block_has_its_own_sum(kind: BlockKind) -> None:
     blocks = two_blocks(kind)
     front, tail = directions_of(blocks, 12)
-    record = record_of(((2, 2), (9, 1), (MAX_POSITION + 5, 3)))
+    first_position = 0 if kind == "sketch" else 5
+    record = record_of(((2, 2), (9, 1), (MAX_POSITION + first_position, 3)))
     found = estimate_gradient(blocks, (front, tail), record)
     assert found.dtype == np.float32
     first = front.combine(6, np.array([2, 3, 9]), record.coefficients[:3])
-    round_ = BASIS_ROUND if kind == "sketch" else 6
-    second = tail.combine(round_, np.array([5, 6, 7]), record.coefficients[3:])
+    second = tail.combine(6, np.arange(first_position, first_position + 3), record.coefficients[3:])
     assert found.tobytes() == np.concatenate([first, second]).tobytes()
     assert first.any()
     assert second.any()
@@ -306,7 +309,7 @@ def test_replicas_of_two_blocks_follow_each_other() -> None:
     server, device = (Replica(small_layout(), small_mask(), 11, 12, two_blocks(), OptimiserConfig()) for _ in range(2))
     start = device.digest
     for index in range(6):
-        segments = ((3 * index, 3), (MAX_POSITION + 4 * index, 4))
+        segments = ((3 * index, 3), (MAX_POSITION, 4))
         record = server.prepare(index, 2 * index, RATE, segments, seeded_coefficients(5, index, 7))
         message = decode(record.encode())
         assert isinstance(message, UpdateRecord)
@@ -415,19 +418,21 @@ def test_training_by_scalars_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_a_sketch_of_the_whole_basis_is_the_gradient(devices: int) -> None:
+def test_a_sketch_of_all_coordinates_is_the_gradient(devices: int) -> None:
     """Scalars of a sketch are final: averaged over the devices, they give the mean of the gradients."""
-    blocks = (Block(0, 0, 30, "probe", "hadamard", 32), Block(1, 30, 70, "sketch", "hadamard", 128))
-    directions = directions_of(blocks, 3)
+    blocks = (Block(0, 0, 30, "probe", "hadamard", 32), Block(1, 30, 70, "sketch", "ranked", 128))
+    front, ranking = directions_of(blocks, 3)
+    assert isinstance(front, Directions)
+    assert isinstance(ranking, CoordinateRanking)
     gradients = [seeded_normals(1, device, 100) for device in range(devices)]
     deals = deal(blocks, "shared", 0, devices)
     reports = []
     for rank, gradient in enumerate(gradients):
-        slopes_ = directions[0].project(6, deals[0].positions(0), gradient[:30]).astype(np.float32)
-        rows = GradientSketch(directions[1], 0.0).encode(gradient[30:], deals[1].positions(0))
+        slopes_ = front.project(6, deals[0].positions(0), gradient[:30]).astype(np.float32)
+        rows = GradientSketch(70, 0.0).encode(gradient[30:], ranking.chosen(deals[1].k))
         reports.append((rank, Report(ReportKind.PROBE, bytes(4), 6, 1, 5, bytes(16), 0.0, 1, 1, 1, (slopes_, rows))))
     segments, coefficients = combine_probes(deals, reports)
     record = UpdateRecord(0, 6, RATE, segments, coefficients, bytes(16), bytes(16))
     exact = np.mean(gradients, axis=0)
-    found = estimate_gradient(blocks, directions, record)
+    found = estimate_gradient(blocks, (front, ranking), record)
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 1e-3

@@ -52,7 +52,7 @@ BLOCK_REPLAYS: tuple[tuple[str, tuple[Block, ...], int], ...] = (
         (Block(0, 0, 1_203, "probe", "hadamard", 16), Block(1, 1_203, 800, "probe", "hadamard", 64)),
         24,
     ),
-    ("node+rademacher", (Block(0, 0, 503, "probe", "rademacher", 4), Block(1, 503, 1_500, "sketch", "hadamard", 9)), 4),
+    ("node+rademacher", (Block(0, 0, 503, "probe", "rademacher", 4), Block(1, 503, 1_500, "sketch", "ranked", 9)), 4),
 )
 
 
@@ -81,13 +81,16 @@ def replay_blocks(
     updates: int = REPLAY_UPDATES,
     **constants: float,
 ) -> Replica:
-    """The same with two segments of each block."""
+    """The same with two segments of each block that is probed."""
     layout, mask = replay_layout(sum(block.size for block in blocks))
     replica = Replica(layout, mask, 1, 2, blocks, OptimiserConfig(optimiser, weight_decay=0.01, **constants))
     split = positions // 3
     for index in range(updates):
         segments: list[tuple[int, int]] = []
         for block in blocks:
+            if block.kind == "sketch":
+                segments.append((block.offset, positions))
+                continue
             first = block.offset + index * (positions + 1) % (block.n_positions - positions - 1)
             segments += [(first, split), (first + split + 1, positions - split)]
         rate = float(np.float32(0.01) / np.float32(1 + index // 100))

@@ -14,6 +14,7 @@ from fedzo.protocol.blocks import blocks_of, directions_of
 from fedzo.protocol.cut import Cut
 from fedzo.protocol.dense_tail import DenseLayer, DenseTail
 from fedzo.protocol.device_events import Outcome, Task
+from fedzo.protocol.directions import Directions
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer
@@ -132,14 +133,14 @@ class FakeEngine:
             counts = np.array([loss * self.y.size, correct, self.y.size], dtype=np.float32)
             return Outcome((counts,), self.y.size, loss)
         blocks, sigma, found = blocks_of(run.training, manifest, mask), task.sigma or run.training.sigma, []
-        for block, basis, positions in zip(
-            blocks, directions_of(blocks, run.settings.seed), task.positions, strict=True
-        ):
+        for block, positions in zip(blocks, task.positions, strict=True):
             part = slice(block.first, block.first + block.size)
             if block.kind == "sketch":  # without a residual: it would outlive the task
                 gradient = self.gradient(mask, w)[part].astype(np.float32)
-                found.append(GradientSketch(basis, run.training.feedback).encode(gradient, positions))
+                found.append(GradientSketch(block.size, run.training.feedback).encode(gradient, positions))
                 continue
+            (basis,) = directions_of([block], run.settings.seed)
+            assert isinstance(basis, Directions)
             buffer, scalars = np.empty(block.size, dtype=np.float32), []
             for position in positions.tolist():
                 step = np.zeros(w.size)
