@@ -35,6 +35,7 @@ class Labour:
 
     Attributes:
         sample_forwards: Samples sent through the network in training so far.
+        scoring_forwards: Those of scoring.
         detail: Why the first task that failed did.
     """
 
@@ -43,7 +44,7 @@ class Labour:
         self._waiting: list[tuple[float, Board, Task, Callable[[int, Outcome], None]]] = []
         self._shared: OrderedDict[bytes, None] = OrderedDict()
         self._masks: set[str] = set()
-        self.sample_forwards = 0.0
+        self.sample_forwards = self.scoring_forwards = 0.0
         self.detail = ""
 
     @property
@@ -78,6 +79,8 @@ class Labour:
         for (started, board, task, done), result in zip(waiting, self._pool.collect(), strict=True):
             if task.kind is ReportKind.PROBE:
                 self.sample_forwards += result.sample_passes
+            elif task.kind is ReportKind.SALIENCY:
+                self.scoring_forwards += result.sample_passes
             self.detail = self.detail or result.outcome.detail
             duration_s = board.duration_s(result.sample_passes)
             outcome = dataclasses.replace(result.outcome, elapsed_ms=min(round(1e3 * duration_s), 0xFFFFFFFF))

@@ -97,6 +97,7 @@ class SimulationResult:
         devices_agree: Every device that ended with the run holds these weights.
         devices_done: How many that are.
         sample_forwards: See :class:`RoundRow`.
+        scoring_sample_forwards: Those of the devices' scoring.
         scalars_per_device_round: Scalars of a report that counts.
         queries_per_device_round: Passes through the network or a part of it, for such a report.
         bytes_up_per_device_round: Bytes of PUBLISH packets that devices sent during training, a participant and round.
@@ -134,6 +135,7 @@ class SimulationResult:
     devices_agree: bool
     devices_done: int
     sample_forwards: float
+    scoring_sample_forwards: float
     scalars_per_device_round: float
     queries_per_device_round: float
     bytes_up_per_device_round: float

@@ -222,6 +222,7 @@ class _Simulation:
             devices_agree=bool(final) and all(one is not None and one.digest == replica.digest for one in final),
             devices_done=len(final),
             sample_forwards=world.labour.sample_forwards,
+            scoring_sample_forwards=world.labour.scoring_forwards,
             scalars_per_device_round=server.scalars / max(1, server.reports),
             queries_per_device_round=server.queries / max(1, server.reports),
             bytes_up_per_device_round=world.wires.training_up / max(1, server.asked),

@@ -74,8 +74,7 @@ def artifact_of(cell: Cell, channels: int, work: Path) -> Path:
     with _locked(work / f"{name}.lock"):
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            more = {"local_heads": True} if heads else {}
-            export_artifact(MODEL, (channels, 32, 32), classes, sparsity, cell.seed, folder, **more)
+            export_artifact(MODEL, (channels, 32, 32), classes, sparsity, cell.seed, folder, local_heads=heads)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedzo.protocol.errors import ConfigError
 
-from .settings import BUDGETS, Settings, resolved
+from .settings import BUDGETS, resolved
 
 __all__ = ["TARGETS", "Cell", "selected", "table"]
 

@@ -1,9 +1,9 @@
 """The data sets of the benchmark as files, ``python -m benchmarks.learning.data --help``.
 
-A data folder holds ``fashion_mnist.npz``, ``digits.npz``, ``cifar10.npz`` and, if wanted, ``cifar100.npz``: arrays ``x``
-and ``xt`` (``float32[n, channels, 32, 32]``, normalised), ``y`` and ``yt`` (``int64[n]``). Digits come with scikit-learn;
-Fashion-MNIST is made from its four IDX files, plain or ``.gz``, CIFAR from the folder of its "python version"
-(``cifar-10-batches-py``, ``cifar-100-python``), where torchvision also puts them::
+A data folder holds ``fashion_mnist.npz``, ``digits.npz``, ``cifar10.npz`` and, if wanted, ``cifar100.npz``: arrays
+``x`` and ``xt`` (``float32[n, channels, 32, 32]``, normalised), ``y`` and ``yt`` (``int64[n]``). Digits come with
+scikit-learn. Fashion-MNIST is made from its four IDX files, plain or ``.gz``, CIFAR from the folder of its "python
+version" (``cifar-10-batches-py``, ``cifar-100-python``), where torchvision also puts them::
 
     python -m benchmarks.learning.data OUT --fashion-mnist FashionMNIST/raw --cifar10 cifar-10-batches-py
 """
@@ -170,7 +170,7 @@ def cifar(folder: Path, name: str) -> Arrays:
             if not path.is_file():
                 raise DataError(f"{folder} has no {file}")
             raw = path.read_bytes()
-            stored = pickle.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw, encoding="bytes")  # noqa: S301
+            stored = pickle.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw, encoding="bytes")
             x.append(np.asarray(stored[b"data"], np.uint8).reshape(-1, 3, _SIDE, _SIDE))
             y.append(np.asarray(stored[b"labels" if name == "cifar10" else b"fine_labels"], np.int64))
         mean, deviation = (np.array(v[name], np.float32)[:, None, None] for v in (_MEANS, _DEVIATIONS))
@@ -198,7 +198,7 @@ def main() -> None:
         if getattr(options, name) is not None:
             made[name] = cifar(getattr(options, name), name)
     for name, arrays in made.items():
-        np.savez(options.out / FILES[name][0], **arrays)
+        np.savez(options.out / FILES[name][0], x=arrays["x"], y=arrays["y"], xt=arrays["xt"], yt=arrays["yt"])
         print(f"{name}: {len(arrays['x'])} to train, {len(arrays['xt'])} to test")
 
 

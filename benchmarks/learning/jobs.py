@@ -100,7 +100,7 @@ def run_cells(
 
 
 def _run(cell: Cell, data_folder: Path, work: Path) -> dict[str, Any]:
-    asked = {"cell": dataclasses.asdict(cell), "data": str(data_folder), "work": str(work)}
+    asked: dict[str, Any] = {"cell": dataclasses.asdict(cell), "data": str(data_folder), "work": str(work)}
     command = [sys.executable, "-m", "benchmarks.learning.measure"]
     environment = {**os.environ, **_ONE_THREAD}
     found = subprocess.run(

@@ -25,8 +25,8 @@ from .settings import TORCH
 __all__ = ["MAX_SCALARS", "measure"]
 
 MAX_SCALARS = 1024  # 4 KB of float32
-_POINTS = 40  # of a curve
-_FEW_POINTS = 10  # where only the end counts
+_FEWEST, _MOST = 3, 50  # points of a curve
+_EVALUATION = 0.15  # of the budget, beside it, goes to evaluations: they are forward passes too
 
 
 def measure(cell: Cell, data_folder: Path, work: Path) -> dict[str, Any]:
@@ -64,13 +64,16 @@ def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
     artifact, world = artifact_of(cell, channels, work), world_settings(cell)
     data, test = (parts.x, parts.y), (parts.xt, parts.yt)
     rounds = rounds_for_budget(artifact, run_settings(cell, 1), data, world, cell.budget_sf)
-    points = _POINTS if cell.part == "test" and cell.budget_sf * _POINTS > 20 * len(parts.xt) else _FEW_POINTS
-    every = max(1, -(-rounds // points))
+    points = 1 if cell.part == "validation" else int(_EVALUATION * cell.budget_sf / len(parts.xt))
+    every = max(1, -(-rounds // min(max(points, _FEWEST), _MOST)))
     settings = run_settings(cell, rounds, every)
 
+    seen: list[float | None] = [None]
+
     def watch(progress: Progress) -> None:
-        if progress.phase == "evaluate" and progress.accuracy is not None:
-            at = f"{progress.sample_forwards:,.0f} SF: {100 * progress.accuracy:.2f} %"
+        if progress.accuracy != seen[0]:
+            seen[0] = progress.accuracy
+            at = f"{progress.sample_forwards:,.0f} SF: {100 * (progress.accuracy or 0.0):.2f} %"
             print(f"{cell.key} {at}", file=sys.stderr, flush=True)
 
     found = simulate(artifact, settings, data, test, world, on_progress=watch)
@@ -93,7 +96,7 @@ def _outcome(found: SimulationResult, n_test: int) -> dict[str, Any]:
         "accuracy": found.accuracy,
         "n_test": n_test,
         "sample_forwards": found.sample_forwards,
-        "pruning_sample_forwards": getattr(found, "scoring_sample_forwards", 0.0),
+        "pruning_sample_forwards": found.scoring_sample_forwards,
         "curve": [[row.sample_forwards, row.test_accuracy] for row in found.curve],
         "loss_queries": found.queries_per_device_round * reports,
         "queries_per_device_round": found.queries_per_device_round,

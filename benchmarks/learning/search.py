@@ -90,9 +90,10 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
         names = group.split("/")
         if len(names) != 4 or names[0] not in FILES:
             raise ConfigError(f"{group!r} is no group", hint="DATA/METHOD/MASK/WORLD, as digits/ours/dense/main")
-        settings = resolved(*names, changes(options.set))
+        data, method, mask, world = names
+        settings = resolved(data, method, mask, world, changes(options.set))
         for seed in numbers(options.seeds):
-            cell = Cell(*names, options.budget, seed, options.budget_scale, "validation", settings)
+            cell = Cell(data, method, mask, world, options.budget, seed, options.budget_scale, "validation", settings)
             found += points(cell, grid)
     return found
 

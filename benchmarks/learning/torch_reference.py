@@ -6,7 +6,6 @@ that of McMahan et al. (arXiv 1602.05629): some local steps of SGD, then the mea
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.exporter.reference import network
 from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.settings import RunSettings
 from fedzo.simulation.clients import load_clients
 from fedzo.simulation.simulate import simulate
 
@@ -53,7 +51,7 @@ class _Network:
             self.parameters[parameter.name] = torch.from_numpy(weights[part].reshape(shape).copy())
             self.parameters[parameter.name] *= self.masks[parameter.name]
         self.survivors = int(kept.sum())
-        self._xt, self._yt = parts.xt, torch.from_numpy(np.asarray(parts.yt))
+        self._xt, self.labels = parts.xt, torch.from_numpy(np.asarray(parts.yt))
 
     def loss(self, parameters: Parameters, x: NDArray[Any], y: NDArray[Any]) -> Tensor:
         """Mean cross-entropy under the mask."""
@@ -65,16 +63,15 @@ class _Network:
         masked = {name: value.detach() * self.masks[name] for name, value in parameters.items()}
         right = 0
         with torch.no_grad():
-            for first in range(0, len(self._yt), 500):
+            for first in range(0, len(self.labels), 500):
                 x = torch.from_numpy(np.array(self._xt[first : first + 500]))
-                right += int((self._forward(masked, x).argmax(1) == self._yt[first : first + 500]).sum())
-        return right / len(self._yt)
+                right += int((self._forward(masked, x).argmax(1) == self.labels[first : first + 500]).sum())
+        return right / len(self.labels)
 
 
 def _mask(cell: Cell, parts: Parts, folder: Path) -> NDArray[np.bool_]:
     """The mask of a run with as many devices, which makes no update."""
     layout = load_artifact(folder).manifest.layout
-    settings: RunSettings
     if cell.mask == "dense":
         return np.ones(layout.size, bool)
     names = {"saliency", "run"}
@@ -152,5 +149,6 @@ def _batches(n: int, size: int, rng: np.random.Generator) -> Iterator[NDArray[np
 def _outcome(curve: list[list[float]], net: _Network) -> dict[str, Any]:
     layout = net.manifest.layout
     removed = (layout.size - net.survivors) / max(1, layout.maskable_size)
-    last = copy.copy(curve[-1])
-    return {"accuracy": last[1], "n_test": len(net._yt), "sample_forwards": last[0], "curve": curve, "sparsity": removed}
+    spent, accuracy = curve[-1]
+    found = {"accuracy": accuracy, "n_test": len(net.labels), "sample_forwards": spent, "curve": curve}
+    return {**found, "sparsity": removed}
