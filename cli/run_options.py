@@ -42,8 +42,8 @@ def run_options(
     estimator: Annotated[
         str | None,
         typer.Option(
-            help="stein: directions over all weights; split: many over the layers behind the cut; node: node "
-            "perturbation of the fully connected layers.",
+            help="stein: directions over all weights; split: many over the layers behind the cut; node: noise on what "
+            "the layers yield.",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
@@ -71,6 +71,13 @@ def run_options(
         bool | None, typer.Option("--two-sided/--one-sided", help="Kind of difference.", rich_help_panel=_TRAINING)
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Samples behind one loss.", rich_help_panel=_TRAINING)] = None,
+    probe_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="split, node: samples behind a direction of the first layers; 0: the batch.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     optimiser: Annotated[
         str | None, typer.Option(help="adam, sgd, momentum or sign_momentum.", rich_help_panel=_TRAINING)
     ] = None,
@@ -173,6 +180,7 @@ def run_options(
         "training.sigma": sigma,
         "training.two_sided": two_sided,
         "training.batch": batch,
+        "training.probe_batch": probe_batch,
         "training.optimiser.name": optimiser,
         **_rate(learning_rate, tune_rounds),
         "training.optimiser.front_rate": front_rate,

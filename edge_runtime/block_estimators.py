@@ -161,10 +161,11 @@ class SplitBlocks(_Stateless):
     def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
         self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
         self._behind = SteinEstimator(directions[1], training.sigma, training.two_sided)
+        self._samples = training.probe_batch
 
     def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
-        front = _whole(self._front, engine, request, cancelled)
+        front = _whole(self._front, engine, request, cancelled, self._samples)
         weights, batch = request.weights, request.batch
         with Suffix(engine, weights, batch.x, batch.y) as suffix:
             source, moved = SuffixLosses(suffix), weights[suffix.first :]
@@ -187,6 +188,7 @@ class NodeBlocks:
         directions = Directions(training.directions, seed, front.size, front.number)
         self._front = SteinEstimator(directions, training.sigma, training.two_sided)
         self._sketch = GradientSketch(behind.size, training.feedback)
+        self._samples = training.probe_batch
 
     def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`BlockEstimator.probe`."""
@@ -195,7 +197,7 @@ class NodeBlocks:
             if cancelled():
                 raise Cancelled(f"the probe of round {request.round} was cancelled")
 
-        front = _whole(self._front, engine, request, cancelled)
+        front = _whole(self._front, engine, request, cancelled, self._samples)
         noise = NodeNoise(self._repeats, self._sigma, self._seed, request.round, request.index)
         found = node_gradient(engine, request.weights, request.batch.x, request.batch.y, noise, before_pass)
         try:
@@ -214,9 +216,12 @@ class NodeBlocks:
         self._sketch.restore(state)
 
 
-def _whole(estimator: SteinEstimator, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool]) -> Scalars:
-    """Differences along the positions of the first block, by whole passes."""
-    source = WholeLosses(engine, request.batch)
+def _whole(
+    estimator: SteinEstimator, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool], samples: int = 0
+) -> Scalars:
+    """Differences along the positions of the first block, by whole passes over the first samples, or all of them."""
+    batch = request.batch
+    source = WholeLosses(engine, Batch(batch.x[:samples], batch.y[:samples]) if samples else batch)
     return estimator.measure(source, request.weights, request.round, request.positions[0], cancelled, request.sigma)
 
 

@@ -107,19 +107,21 @@ class TrainingSettings:
         rounds: Updates to make.
         estimator: ``stein``: directions over all weights (BAFFLE, arXiv 2301.12195). ``split``: some over the layers in
             front of the artifact's cut, many over those behind it, from stored features. ``node``: directions over the
-            layers in front of the fully connected ones, and a sketch of these layers' gradient by node perturbation.
+            first layers, and a sketch of the others' gradient by node perturbation.
             ``local``: a sketch of each stage's gradient of a loss of its own, in closed form from forward passes, which
             is **not** zeroth-order. ``local-node``: the same by node perturbation, zeroth-order in each stage.
         directions: Family of the perturbations.
         assignment: ``shared``: every device evaluates the same directions; ``dealt``: disjoint ones.
         k: Directions per device and round; of the front layers unless the estimator is ``stein``.
-        tail_k: Directions, or rows of the sketch, per device and round for the layers behind the cut; of all sketches
+        tail_k: Directions, or coordinates of the sketch, per device and round for the layers behind; of all sketches
             together for ``local`` and ``local-node``.
         repeats: Passes with fresh noise of ``node`` and ``local-node``.
         feedback: How much of what a sketch could not carry counts in the next round.
         sigma: Length scale of a perturbation; rounded to float32.
         two_sided: Central instead of forward differences.
         batch: Samples behind one loss.
+        probe_batch: Samples of the batch behind a direction of the front layers of ``split`` and ``node``, where more
+            directions say more than more samples do; 0 for all.
         optimiser: Server optimiser, replayed on every device.
         learning_rate: Peak learning rate.
         schedule: How the rate changes over the rounds, see ``schedules.py``; ``range`` makes the run a range test.
@@ -144,6 +146,7 @@ class TrainingSettings:
     sigma: float = 1e-3
     two_sided: bool = False
     batch: int = 16
+    probe_batch: int = 0
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     learning_rate: float = 1e-2
     schedule: Schedule = "cosine"
@@ -166,6 +169,7 @@ class TrainingSettings:
         _check(MIN_SIGMA < self.sigma < MAX_SIGMA, "sigma", self.sigma, f"above {MIN_SIGMA} and below {MAX_SIGMA}")
         object.__setattr__(self, "sigma", float(np.float32(self.sigma)))  # both sides multiply in float32
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
+        _check(0 <= self.probe_batch <= self.batch, "probe batch", self.probe_batch, f"0 to the batch, {self.batch}")
         _check(0 < self.learning_rate < 1e3, "learning rate", self.learning_rate, "above 0 and below 1000")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _check(0 <= self.warmup <= 1 << 30, "warmup", self.warmup, "0 to 2^30")

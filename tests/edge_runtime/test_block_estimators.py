@@ -177,6 +177,18 @@ def test_diverged_weights_are_told_and_leave_the_state(case: Case, name: Estimat
     assert estimator.state() == before
 
 
+@pytest.mark.parametrize("name", ["split", "node"])
+def test_directions_of_the_front_take_the_first_samples(case: Case, name: EstimatorName) -> None:
+    results = []
+    for batch, samples in ((case.batch, 3), (Batch(case.batch.x[:3], case.batch.y[:3]), 0)):
+        estimator, _, deals = made(case, settings(name, k=4, tail_k=8, repeats=2, probe_batch=samples))
+        with Engine(case.artifact, case.mask, queries=1) as engine:
+            found = estimator.probe(engine, dataclasses.replace(request(case, deals), batch=batch))
+        results.append(found.blocks)
+    assert results[0][0].tobytes() == results[1][0].tobytes()
+    assert results[0][1].tobytes() != results[1][1].tobytes()
+
+
 def test_states_of_others_are_refused(case: Case) -> None:
     node, _, _ = made(case, settings("node"))
     with pytest.raises(ProtocolError, match="residual of 3 bytes"):
