@@ -44,11 +44,24 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_fleet(tmp_path_factory: pytest.TempPathFactory, artifact: Path, data: list[Path]) -> MakeFleet:
+def artifact_with_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network with a loss of its own for every stage."""
+    from fedzo.exporter.artifact import export_artifact
+
+    folder = tmp_path_factory.mktemp("artifact") / "lenet-with-heads"
+    export_artifact("lenet5", (1, SIDE, SIDE), CLASSES, 0.9, 1, folder, local_heads=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_fleet(
+    tmp_path_factory: pytest.TempPathFactory, artifact: Path, artifact_with_heads: Path, data: list[Path]
+) -> MakeFleet:
     """Makes a fleet of a few devices; whoever makes it closes it."""
 
-    def make(devices: int = DEVICES, **settings: Any) -> Fleet:
-        return Fleet(tmp_path_factory.mktemp("fleet"), artifact, data[:devices], data[-1], **settings)
+    def make(devices: int = DEVICES, *, local_heads: bool = False, **settings: Any) -> Fleet:
+        folder = artifact_with_heads if local_heads else artifact
+        return Fleet(tmp_path_factory.mktemp("fleet"), folder, data[:devices], data[-1], **settings)
 
     return make
 

@@ -9,17 +9,26 @@ import pytest
 from fedzo.broker_server.replay import replay_run
 from fedzo.protocol.codec import decode
 from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.settings import LOCAL_ESTIMATORS
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 
-RIGS = {"split": ("computing:2", "saved:4", "received:5"), "node": ("residual:1", "saved:4", "residual:4")}
+WITH_RESIDUAL = ("residual:1", "saved:4", "residual:4")
+RIGS = {
+    "split": ("computing:2", "saved:4", "received:5"),
+    "node": WITH_RESIDUAL,
+    "local": WITH_RESIDUAL,
+    "local-node": ("residual:3", "saved:4", "received:5"),
+}
+SIZES = {"split": (3, 48), "node": (3, 48), "local": (5, 9, 8, 11, 15), "local-node": (5, 9, 8, 11, 15)}
 SETTINGS = ("--k", 3, "--tail-k", 48, "--repeats", 4)
 
 
-@pytest.mark.parametrize("estimator", ["split", "node"])
+@pytest.mark.parametrize("estimator", RIGS)
 def test_killed_devices_go_on_to_the_same_weights(estimator: str, fleets: MakeFleet) -> None:
     """What a sketch has not carried yet comes back from the disk, bit for bit, also between residual and outbox."""
-    quiet = fleets()
+    is_local = estimator in LOCAL_ESTIMATORS
+    quiet = fleets(local_heads=is_local)
     server = quiet.serve("--estimator", estimator, *SETTINGS)
     boards = quiet.devices()
     undisturbed = agree(server.answer(), [board.answer() for board in boards])
@@ -27,10 +36,10 @@ def test_killed_devices_go_on_to_the_same_weights(estimator: str, fleets: MakeFl
     assert coordinator.replica.digest.hex() == undisturbed
     messages = [decode(entry.payload) for entry in quiet.entries("report")]
     probes = [m for m in messages if isinstance(m, Report) and m.kind is ReportKind.PROBE]
-    assert [tuple(block.size for block in report.blocks) for report in probes] == [(3, 48)] * len(probes)
+    assert [tuple(block.size for block in report.blocks) for report in probes] == [SIZES[estimator]] * len(probes)
     assert all(float(abs(block).max()) > 0 for report in probes for block in report.blocks)
 
-    fleet = fleets()
+    fleet = fleets(local_heads=is_local)
     server = fleet.serve("--estimator", estimator, *SETTINGS)
     dying = [fleet.device(number, rig=rig) for number, rig in enumerate(RIGS[estimator])]
     again = []
@@ -45,3 +54,12 @@ def test_an_estimator_that_the_model_cannot_have_is_refused(fleets: MakeFleet) -
     server = fleet.serve("--estimator", "nonsense")
     assert server.wait() == 3
     assert "stein, split, node" in server.error["message"]
+
+
+@pytest.mark.parametrize(("estimator", "local_heads"), [("local", False), ("local-node", False), ("node", True)])
+def test_heads_and_estimators_that_do_not_fit_are_refused(estimator: str, local_heads: bool, fleets: MakeFleet) -> None:
+    fleet = fleets(local_heads=local_heads)
+    server = fleet.serve("--estimator", estimator, *SETTINGS)
+    assert server.wait() == 3
+    assert "local heads" in server.error["message"]
+    assert "--local-heads" in server.error["hint"]
