@@ -92,8 +92,8 @@ def local_bytes(training: TrainingSettings, manifest: Manifest, n_survivors: int
         n_survivors: Length of the weights.
     """
     stages, layout = local_stages(manifest.stages), manifest.layout
-    # The features of a stage and of the next one; and the noisy output, the signs and the gradient there.
-    rows = stage_bytes(stages, training.batch) * (1 if training.estimator == "local" else 4)
+    # What enters a stage and what leaves it; and that with noise, the signs and the gradient there.
+    rows = stage_bytes(stages, training.batch, 1 if training.estimator == "local" else 4)
     largest = max((s.layout(layout).size + s.head_size(layout) for s in stages), default=0)
     # A stage's dense gradient, of one micro-batch and of all, and the places of its survivors.
     dense = 16 * largest

@@ -131,9 +131,13 @@ def rows_of(batch: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return np.empty((batch, *shape), np.float32)
 
 
-def stage_bytes(stages: tuple[Stage, ...], batch: int) -> int:
-    """Bytes of the largest stage's input and output for a batch."""
-    return 4 * batch * max((math.prod(s.feature_shape) + math.prod(s.output_shape) for s in stages), default=0)
+def stage_bytes(stages: tuple[Stage, ...], batch: int, copies: int) -> int:
+    """Bytes of what a batch needs in the stage where that is most: its input, and so many arrays like its output.
+
+    The first stage's input is the batch itself.
+    """
+    sizes = [math.prod(s.feature_shape) * bool(s.number) + copies * math.prod(s.output_shape) for s in stages]
+    return 4 * batch * max(sizes, default=0)
 
 
 def _piece(counts: NDArray[np.int64], first: int, end: int) -> slice:

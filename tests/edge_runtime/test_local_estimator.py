@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,13 +16,17 @@ from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.estimators import Cancelled
 from fedzo.edge_runtime.local_estimator import LocalBlocks
 from fedzo.edge_runtime.loss import NonFiniteLossError
+from fedzo.edge_runtime.memory import SCORING_GRAPHS, plan
+from fedzo.edge_runtime.ort import arena_limit_holds
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.aggregation import combine_probes
 from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of
-from fedzo.protocol.errors import ConfigError, ProtocolError
+from fedzo.protocol.errors import ConfigError, MemoryBudgetError, ProtocolError
+from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
-from fedzo.protocol.settings import LOCAL_ESTIMATORS, EstimatorName, TrainingSettings
+from fedzo.protocol.run_files import needed_graphs
+from fedzo.protocol.settings import LOCAL_ESTIMATORS, EstimatorName, RunSettings, TrainingSettings
 from fedzo.protocol.stages import local_stages
 from fedzo.protocol.update import estimate_gradient
 from tests.edge_runtime.test_local_gradient import Case
@@ -211,3 +216,51 @@ def test_artifacts_without_heads_are_refused_and_heads_by_other_estimators(
         if model == "resnet8":
             with pytest.raises(ConfigError, match="local heads need a network that is one chain"):
                 export_artifact(model, shape, 10, 0.5, 3, folder.with_name("heads"), local_heads=True)
+
+
+@pytest.mark.parametrize("name", LOCAL_ESTIMATORS)
+@pytest.mark.parametrize("micro_batch", [1, 8, 32])
+def test_planned_tensors_are_enough(case: Case, name: EstimatorName, micro_batch: int) -> None:
+    """Under the limit of the arena that the plan says; half of it is not enough."""
+    manifest, mask = case.artifact.manifest, case.mask
+    run = RunSettings(training=settings(name, batch=32), sparsity=0.5)
+    graphs = [graph.name for graph in needed_graphs(manifest, run) if graph.name not in SCORING_GRAPHS]
+    limits = plan(manifest, mask.n_survivors, 1e6, graphs=graphs, batch=32, micro_batch=micro_batch)
+    estimator, _, deals = made(case, run.training)
+    asked = request_of(case, deals)
+    x, y = golden_batch(manifest.input_shape, 10, 1, 32)
+    asked = dataclasses.replace(asked, batch=Batch(x, y))
+    with Engine(case.artifact, mask, micro_batch=micro_batch, arena_bytes=limits.arena_bytes) as engine:
+        for _ in range(2):
+            estimator.probe(engine, asked)
+    if micro_batch == 32 and arena_limit_holds():
+        before = estimator.state()
+        tight = Engine(case.artifact, mask, micro_batch=micro_batch, arena_bytes=limits.arena_bytes // 2)
+        with tight, pytest.raises(MemoryBudgetError):
+            estimator.probe(tight, asked)
+        assert estimator.state() == before
+
+
+@pytest.mark.parametrize("name", LOCAL_ESTIMATORS)
+@pytest.mark.parametrize("batch", [8, 64])
+def test_planned_arrays_are_enough(case: Case, name: EstimatorName, batch: int) -> None:
+    """What Python and numpy allocate for the estimator and one probe, against the plan."""
+    manifest, mask = case.artifact.manifest, case.mask
+    training = settings(name, batch=batch)
+    x, y = golden_batch(manifest.input_shape, 10, 1, batch)
+    with Engine(case.artifact, mask, micro_batch=8) as engine:
+        warm, _, deals = made(case, training)
+        asked = dataclasses.replace(request_of(case, deals), batch=Batch(x, y))
+        warm.probe(engine, asked)
+        del warm
+        tracemalloc.start()
+        try:
+            estimator, _, _ = made(case, training)
+            estimator.probe(engine, asked)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    planned = estimator_bytes(training, manifest, mask.n_survivors)
+    slack = 160 << 10  # objects of the interpreter, and the bytes of the largest graph
+    assert peak < planned + slack
+    assert planned < 2 * peak + slack
