@@ -64,6 +64,23 @@ def test_the_model_computes_what_the_trained_network_computes(
     assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("model", ["lenet5", "cnn1d"])
+def test_heads_of_stages_are_left_out(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(f"{model}_with_heads")
+    manifest, mask, weights = trained(folder)
+    report = deploy(folder, manifest, mask, weights, tmp_path / "model.onnx")
+    layout = manifest.model_layout
+    assert report.parameters == layout.size < manifest.layout.size
+    model_weights = weights[: int(mask.counts()[: len(layout.parameters)].sum())]
+    assert report.nonzero == np.count_nonzero(model_weights)
+    deployed = onnx.load(tmp_path / "model.onnx")
+    assert {t.name for t in deployed.graph.initializer} == {p.name for p in layout.parameters}
+    dense = mask.filled(weights, manifest.seed)[: layout.size]
+    x, _ = golden_batch(manifest.input_shape, 10, 1, 5)
+    expected = forward(manifest.model, layout, dense, x)
+    np.testing.assert_allclose(run_graph(deployed, {"x": x})["logits"], expected, atol=1e-4)
+
+
 def test_nothing_of_the_training_is_left(lenet5: Path, tmp_path: Path) -> None:
     manifest, mask, weights = trained(lenet5)
     deploy(lenet5, manifest, mask, weights, tmp_path / "model.onnx")

@@ -6,14 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from fedzo.exporter.artifact import export_artifact
+from fedzo.exporter.local_heads import HeadPlan, head_plan
 from fedzo.exporter.stages import find_stages
 from fedzo.exporter.units import find_units
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.stages import Stage, local_stages, stage_graph, stages_from_json
+from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.manifest import GRAPHS, Manifest
+from fedzo.protocol.run_files import needed_graphs
+from fedzo.protocol.settings import LOCAL_ESTIMATORS, RunSettings, TrainingSettings
+from fedzo.protocol.stages import Stage, StageHead, local_stages, stage_graph, stage_graphs, stages_from_json
 from tests.exporter.test_dense_tails import BRANCHES, SCALED, TOWER
 from tests.exporter.text_graphs import CONVOLUTION, layout_of, parse
 
@@ -125,6 +131,79 @@ def test_stages_without_graphs_are_refused(lenet5: Path) -> None:
     graphs = tuple(graph for graph in manifest.graphs if graph.name != "stage3_gradient.onnx")
     with pytest.raises(ArtifactError, match="stages without their graphs"):
         dataclasses.replace(manifest, graphs=graphs)
+
+
+def test_heads_lie_behind_the_network(lenet5: Path, lenet5_with_heads: Path) -> None:
+    """Small enough, never pruned, in no ordinary graph; the rest of the artifact is as without them."""
+    manifest, plain = read(lenet5_with_heads), read(lenet5)
+    heads = [stage.head for stage in manifest.stages]
+    assert heads == [StageHead(10, 11), StageHead(12, 13), StageHead(14, 15), None, None]
+    assert manifest.model_layout == plain.layout
+    shapes = [p.shape for p in manifest.layout.parameters[10:]]
+    assert shapes == [(10, 294), (10,), (10, 400), (10,), (10, 120), (10,)]
+    assert not any(p.maskable for p in manifest.layout.parameters[10:])
+    assert (manifest.learns_locally, plain.learns_locally) == (True, False)
+    assert (manifest.cut, manifest.tail, manifest.variants) == (None, None, ())
+    for name in (*GRAPHS, *stage_graphs(plain.stages, ("forward", "gradient"))):
+        model, other = onnx.load(lenet5_with_heads / name), onnx.load(lenet5 / name)
+        assert model.graph == other.graph
+    assert manifest.golden == plain.golden
+    first, whole = initial_weights(plain.layout, 7), initial_weights(manifest.layout, 7)
+    assert first.tobytes() == whole[: first.size].tobytes()
+    assert all(len(np.unique(whole[manifest.layout.slice_of(k)])) > 1 for k in (10, 12, 14))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "n_inputs"),
+    [
+        ((6, 14, 14), (2, 2), 294),
+        ((16, 5, 5), (), 400),
+        ((120,), (), 120),
+        ((1000,), (), 1000),
+        ((64, 8, 8), (3, 3), 256),
+        ((32, 61), (4,), 480),
+        ((600, 4, 2), (4, 2), 600),
+        ((8, 1, 90), (1, 2), 360),
+    ],
+)
+def test_heads_read_few_numbers(grid: tuple[int, ...], kernel: tuple[int, ...], n_inputs: int) -> None:
+    assert head_plan(grid, 10) == HeadPlan(grid, kernel, n_inputs, 10)
+
+
+@pytest.mark.parametrize(
+    ("number", "head", "message"),
+    [
+        (0, None, "all stages but the last two"),
+        (3, StageHead(16, 17), "all stages but the last two"),
+        (0, StageHead(11, 10), "head of stage 0"),
+        (1, StageHead(10, 11), "head of stage 1"),
+    ],
+)
+def test_heads_that_do_not_match_are_refused(
+    lenet5_with_heads: Path, number: int, head: StageHead | None, message: str
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        altered(read(lenet5_with_heads), number, {"head": head})
+
+
+def test_heads_without_graphs_are_refused(lenet5_with_heads: Path) -> None:
+    manifest = read(lenet5_with_heads)
+    for name in ("stage0_local.onnx", "stage3_head.onnx"):
+        graphs = tuple(graph for graph in manifest.graphs if graph.name != name)
+        with pytest.raises(ArtifactError, match="local heads without their graphs"):
+            dataclasses.replace(manifest, graphs=graphs)
+
+
+def test_a_device_fetches_what_its_estimator_needs(lenet5_with_heads: Path) -> None:
+    manifest = read(lenet5_with_heads)
+    names = {}
+    for estimator in LOCAL_ESTIMATORS:
+        settings = RunSettings(sparsity=0.0, training=TrainingSettings(estimator=estimator))
+        names[estimator] = [graph.name for graph in needed_graphs(manifest, settings)]
+    usual = ["probe.onnx", "predict.onnx"]
+    assert names["local"] == [*usual, *(f"stage{k}_local.onnx" for k in range(4))]
+    hidden = [f"stage{k}{kind}.onnx" for k in range(4) for kind in ("", "_head", "_gradient")]
+    assert names["local-node"] == [*usual, *hidden, "stage4.onnx", "stage4_gradient.onnx"]
 
 
 GOOD = {
