@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[set[str], set[str] | None]] = {
     "exporter": ({"protocol", "hardware_profiles"}, None),
     "broker_server": ({"protocol", "hardware_profiles", "edge_runtime", "exporter"}, None),
     "simulation": ({"protocol", "hardware_profiles", "edge_runtime", "broker_server"}, None),
+    "experiments": ({"protocol", "hardware_profiles", "edge_runtime", "exporter", "simulation"}, None),
     "cli": ({"protocol", "hardware_profiles", "edge_runtime", "exporter", "broker_server", "simulation"}, None),
 }
 # protocol/ computes: it reads no file, socket, clock, environment or process.

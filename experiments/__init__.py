@@ -1,0 +1,1 @@
+"""Experiments that answer the paper's claims one by one: ``python -m fedzo.experiments NAME``."""

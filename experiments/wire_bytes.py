@@ -1,0 +1,147 @@
+"""What seeds and scalars save: bytes of the project's own messages against whole vectors.
+
+``report`` and ``update`` are encoded messages of a round, without topics and MQTT headers. ``vectors`` is what a device
+would send without the seeds: K perturbations of all survivors as float32 beside its K scalars. ``weights`` is one
+float32 a survivor, what averaging of weights or of gradients sends each way.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..protocol.layout import initial_weights
+from ..protocol.mask import threshold
+from ..protocol.messages import Report as Message
+from ..protocol.messages import ReportKind, UpdateRecord
+from .experiment import Experiment
+from .lab import DIGEST, exported
+from .pictures import COLOURS
+from .report import Report, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT", "report_bytes", "update_record_bytes"]
+
+MODELS = ("lenet5", "resnet20", "resnet56")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Options of this experiment."""
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="for 3x32x32 and 10 classes")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.8, 0.9], help="of the masks")
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 64, 512, 1024], help="directions of a device")
+    parser.add_argument("--devices", type=int, default=8, help="with directions of their own (default: %(default)s)")
+
+
+def report_bytes(k: int) -> int:
+    """Length of an encoded report of ``k`` scalars in one block."""
+    scalars = np.zeros(k, np.float32)
+    return len(Message(ReportKind.PROBE, bytes(4), 0, 1, 1, DIGEST, 0.0, k + 1, 0, 0, (scalars,)).encode())
+
+
+def update_record_bytes(n: int) -> int:
+    """Length of an encoded update of ``n`` coefficients that lie in one piece."""
+    return len(UpdateRecord(0, 0, 0.5, ((0, n),), np.zeros(n, np.float32), DIGEST, DIGEST).encode())
+
+
+def measure(options: Namespace) -> Report:
+    """Every model, sparsity and K."""
+    rows: list[dict[str, Any]] = []
+    for model in options.models:
+        with exported(model, (3, 32, 32), 10, 0) as artifact:
+            layout = artifact.manifest.layout
+        # The mask by magnitude: how well its bits compress depends on the sparsity, hardly on the method.
+        scores = np.abs(initial_weights(layout, 0))
+        for sparsity in options.sparsities:
+            mask = threshold(layout, scores, sparsity)
+            weights = 4 * mask.n_survivors
+            for k in options.k:
+                up, down = report_bytes(k), update_record_bytes(options.devices * k)
+                rows.append(
+                    {
+                        "model": model,
+                        "parameters": layout.size,
+                        "sparsity": sparsity,
+                        "survivors": mask.n_survivors,
+                        "mask": len(mask.encode()) if sparsity else 0,
+                        "k": k,
+                        "report": up,
+                        "update": down,
+                        "vectors": k * weights + up,
+                        "weights": weights,
+                        "vectors_over_report": (k * weights + up) / up,
+                        "weights_over_report": weights / up,
+                        "weights_over_round": 2 * weights / (up + down),
+                    }
+                )
+    figures: dict[str, float] = {}
+    for row in rows:
+        if row["k"] == options.k[-1] or row["k"] == 64:
+            name = f"{row['model']}_sparsity{100 * row['sparsity']:.0f}_k{row['k']}"
+            for key in ("vectors_over_report", "weights_over_report", "weights_over_round"):
+                figures[f"{name}_{key}"] = row[key]
+    settings = {
+        "models": options.models,
+        "sparsities": options.sparsities,
+        "k": options.k,
+        "devices": options.devices,
+        "assignment": "dealt",
+    }
+    return Report.made(settings, rows, figures)
+
+
+def draw(report: Report, figure: Figure) -> None:
+    """Bytes up against K, a model a panel."""
+    models, sparsities = report.settings["models"], report.settings["sparsities"]
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
+        mine = [row for row in report.rows if row["model"] == model]
+        for colour, sparsity in zip(COLOURS, sparsities, strict=False):
+            rows = [row for row in mine if row["sparsity"] == sparsity]
+            ks = [row["k"] for row in rows]
+            panel.plot(ks, [row["vectors"] for row in rows], "s--", color=colour)
+            panel.plot(ks, [row["weights"] for row in rows], ":", color=colour, label=f"{100 * sparsity:.0f} % pruned")
+        rows = [row for row in mine if row["sparsity"] == sparsities[0]]
+        ks = [row["k"] for row in rows]
+        panel.plot(ks, [row["report"] for row in rows], "o-", color="black")
+        panel.set_title(f"{model}, {mine[0]['parameters']:,} weights")
+        panel.set_xlabel("directions K of a device")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+    panels[0].plot([], [], "o-", color="black", label="report: scalars")
+    panels[0].plot([], [], "s--", color="grey", label="K vectors")
+    panels[0].plot([], [], ":", color="grey", label="weights, once")
+    panels[0].set_ylabel("bytes up, a device and round")
+    panels[0].legend(fontsize=7)
+
+
+def table(report: Report) -> Table:
+    """All rows, with ratios."""
+    out = [
+        [
+            "model",
+            "sparsity",
+            "K",
+            "report",
+            "update",
+            "mask, once",
+            "K vectors",
+            "weights",
+            "vectors / report",
+            "weights / report",
+        ]
+    ]
+    for row in report.rows:
+        sizes = [f"{row[key]:,}" for key in ("report", "update", "mask", "vectors", "weights")]
+        ratios = [f"{row['vectors_over_report']:,.0f}", f"{row['weights_over_report']:,.1f}"]
+        out.append([row["model"], f"{row['sparsity']:.0%}", str(row["k"]), *sizes, *ratios])
+    return out
+
+
+EXPERIMENT = Experiment(
+    "bytes of seeds and scalars against whole vectors", add_options, measure, draw, table, (9.0, 3.4)
+)
