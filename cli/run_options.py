@@ -43,21 +43,22 @@ def run_options(
         str | None,
         typer.Option(
             help="stein: directions over all weights; split: many over the layers behind the cut; node: noise on what "
-            "the layers yield.",
+            "the layers yield; local: every stage's gradient of a loss of its own, in closed form by forward passes, "
+            "which is not zeroth-order; local-node: that by noise, zeroth-order in each stage.",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
     k: Annotated[int | None, typer.Option(help="Directions per device and round.", rich_help_panel=_TRAINING)] = None,
     tail_k: Annotated[
         int | None,
-        typer.Option(help="split, node: scalars for the layers behind the cut.", rich_help_panel=_TRAINING),
+        typer.Option(help="Scalars for the layers behind the cut (split, node) or in all (local, local-node).", rich_help_panel=_TRAINING),
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="node: passes with fresh noise.", rich_help_panel=_TRAINING)
+        int | None, typer.Option(help="node, local-node: passes with fresh noise.", rich_help_panel=_TRAINING)
     ] = None,
     feedback: Annotated[
         float | None,
-        typer.Option(help="node: part of what was not sent that counts next time.", rich_help_panel=_TRAINING),
+        typer.Option(help="All but stein, split: part of what was not sent that counts next time.", rich_help_panel=_TRAINING),
     ] = None,
     directions: Annotated[
         str | None, typer.Option(help="hadamard, rademacher or gaussian.", rich_help_panel=_TRAINING)
