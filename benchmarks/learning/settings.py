@@ -63,6 +63,7 @@ _MANY: dict[str, Settings] = {  # sixteen devices a round: each does less
     "local-node": {"batch": 16},
 }
 _PRUNED: Settings = {"saliency.samples": 64}
+_PRUNED_MANY: Settings = {"saliency.samples": 4}  # of each of 50 devices: 200 samples in all
 
 
 def resolved(data: str, method: str, mask: str, world: str, changes: Mapping[str, Any] | None = None) -> Settings:
@@ -87,7 +88,7 @@ def resolved(data: str, method: str, mask: str, world: str, changes: Mapping[str
     if world != "main":
         settings |= _MANY.get(method, {})
     if mask != "dense":
-        settings |= _PRUNED
+        settings |= _PRUNED if world == "main" else _PRUNED_MANY
     found = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.exists() else {}
     many = world != "main"
     for key in (
