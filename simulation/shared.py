@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -42,24 +43,30 @@ class _State:
 
 
 class SharedLog:
-    """One replica that has gone furthest, and the places of the log where somebody still is.
+    """The places of the log where somebody still is.
+
+    The server has made every update before a device hears of it, so devices read its replica as long as their log ends
+    with its digest; only what comes too late is applied again, by a replica of their own.
 
     Args:
         parts: Knows how to build a replica.
         run: The run.
         manifest: Its artifact.
         mask: Its survivors.
+        server: Gives the server's replica, which is only read here; None if there is none.
     """
 
-    def __init__(self, parts: SharedParts, run: RunDocument, manifest: Manifest, mask: Mask) -> None:
-        self._origin = parts, run, manifest, mask
-        self._leader = self._make()
-        self._laggard: Replica | None = None
+    def __init__(
+        self, parts: SharedParts, run: RunDocument, manifest: Manifest, mask: Mask, server: Callable[[], Replica] | None
+    ) -> None:
+        self._origin, self._server = (parts, run, manifest, mask), server
+        self._own: Replica | None = None
         self._records: list[UpdateRecord] = []
         self._heads: list[bytes] = []
         self._states: WeakValueDictionary[int, _State] = WeakValueDictionary()
-        self._latest = self._start = self._note(self._leader)
-        self.blocks = self._leader.blocks
+        first = self._make()
+        self._latest = self._start = self._note(first)
+        self.blocks = first.blocks
 
     @property
     def start(self) -> _State:
@@ -70,17 +77,20 @@ class SharedLog:
         return Parts.replica(*self._origin)
 
     def next(self, state: _State, record: UpdateRecord) -> _State:
-        """The place behind ``state`` once ``record`` is applied; the first who asks does the work.
+        """The place behind ``state`` once ``record`` is applied.
 
         Raises:
             ProtocolError: The record is not the next one of this log, or gives other weights than it says.
         """
         index = state.index
-        if index == self._leader.index:
-            self._leader.apply(record)
+        if index == len(self._records):
+            replica = self._servers(index + 1, _head_of(record))
+            if replica is None:
+                replica = self._replayed(index)
+                replica.apply(record)
             self._records.append(record)
-            self._heads.append(self._leader.head)
-            self._latest = self._note(self._leader)
+            self._heads.append(replica.head)
+            self._latest = self._note(replica)
             return self._latest
         known = self._records[index] if record.index == index else None
         is_known = record is known or (record.parent == state.head and self._heads[index] == _head_of(record))
@@ -96,13 +106,21 @@ class SharedLog:
 
     def _at(self, index: int) -> Replica:
         """A replica at some place, to be read at once."""
-        if index == self._leader.index:
-            return self._leader
-        if self._laggard is None or self._laggard.index > index:
-            self._laggard = self._make()
-        while self._laggard.index < index:
-            self._laggard.apply(self._records[self._laggard.index])
-        return self._laggard
+        head = self._heads[index - 1] if index else self._start.head
+        return self._servers(index, head) or self._replayed(index)
+
+    def _servers(self, index: int, head: bytes) -> Replica | None:
+        """The server's replica, if it is just there."""
+        server = self._server() if self._server is not None else None
+        return server if server is not None and (server.index, server.head) == (index, head) else None
+
+    def _replayed(self, index: int) -> Replica:
+        """A replica of our own at some place."""
+        if self._own is None or self._own.index > index:
+            self._own = self._make()
+        while self._own.index < index:
+            self._own.apply(self._records[self._own.index])
+        return self._own
 
     def _note(self, replica: Replica) -> _State:
         weights = replica.weights.copy()
@@ -161,9 +179,14 @@ class SharedReplica(Replica):
 
 
 class SharedParts(Parts):
-    """Gives all machines the same objects."""
+    """Gives all machines the same objects.
 
-    def __init__(self) -> None:
+    Args:
+        server: Gives the server's replica; None if there is none to read.
+    """
+
+    def __init__(self, server: Callable[[], Replica] | None = None) -> None:
+        self._server = server
         self._manifests: dict[bytes, Manifest] = {}
         self._masks: dict[bytes, Mask] = {}
         self._logs: dict[tuple[str, bytes], SharedLog] = {}
@@ -184,7 +207,7 @@ class SharedParts(Parts):
         """See :class:`Parts`."""
         key = (run.run, mask.digest)
         if key not in self._logs:
-            self._logs[key] = SharedLog(self, run, manifest, mask)
+            self._logs[key] = SharedLog(self, run, manifest, mask, self._server)
         return SharedReplica(self._logs[key])
 
 

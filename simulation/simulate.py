@@ -163,7 +163,7 @@ class _Simulation:
         files = {graph.sha256: b"" for graph in artifact.manifest.graphs}
         files[artifact.digest] = artifact.manifest_bytes
         away_s = _LONGER * run.settings.deadline_s
-        world = World(clock, wires, labour, SharedParts(), settings, files, away_s)
+        world = World(clock, wires, labour, SharedParts(lambda: coordinator.replica), settings, files, away_s)
         spread = uint64s(settings.seed, Purpose.CHANCE, 0, 1, len(self._clients)).astype(float) * 2.0**-64
         for number, (board, at) in enumerate(zip(self._board_of, spread.tolist(), strict=True)):
             samples, held = len(self._clients.train[number]), len(self._clients.test[number])

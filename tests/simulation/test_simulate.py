@@ -240,7 +240,8 @@ def test_a_process_that_cannot_begin_says_why(artifact: Path, tmp_path: Path) ->
         pool.close()
 
 
-def test_shared_weights_are_those_of_a_replica_of_its_own(artifact: Path) -> None:
+@pytest.mark.parametrize("reads_server", [False, True])
+def test_shared_weights_are_those_of_a_replica_of_its_own(artifact: Path, reads_server: bool) -> None:
     """Whoever follows, lags behind or starts over holds the same bits as a replica that is alone."""
     from fedzo.protocol.directions import round_coefficients
     from fedzo.protocol.documents import RunDocument
@@ -252,8 +253,9 @@ def test_shared_weights_are_those_of_a_replica_of_its_own(artifact: Path) -> Non
     loaded = load_artifact(artifact)
     manifest = loaded.manifest
     run_document = RunDocument("run", loaded.digest.hex(), len(loaded.manifest_bytes), run_settings(sparsity=0.0))
-    mask, parts = Mask.dense(manifest.layout), SharedParts()
+    mask = Mask.dense(manifest.layout)
     server, alone = (Parts().replica(run_document, manifest, mask) for _ in range(2))
+    parts = SharedParts((lambda: server) if reads_server else None)
     first, second, late = (parts.replica(run_document, manifest, mask) for _ in range(3))
     records = []
     for index in range(3):
