@@ -188,10 +188,8 @@ def test_states_of_others_are_refused(case: Case) -> None:
 def test_the_memory_is_planned(case: Case) -> None:
     """More samples and noise need more; a stage's features and dense gradient are in it."""
     manifest, n = case.artifact.manifest, case.mask.n_survivors
-    local, noisy, larger = (
-        estimator_bytes(settings(name, batch=batch), manifest, n)
-        for name, batch in (("local", 16), ("local-node", 16), ("local", 32))
-    )
+    forms: tuple[tuple[EstimatorName, int], ...] = (("local", 16), ("local-node", 16), ("local", 32))
+    local, noisy, larger = (estimator_bytes(settings(name, batch=batch), manifest, n) for name, batch in forms)
     assert 16 * n < local < min(noisy, larger)
     assert isinstance(
         make_estimator(settings("local"), blocks_of(settings("local"), manifest, case.mask), 1), LocalBlocks
@@ -201,9 +199,10 @@ def test_the_memory_is_planned(case: Case) -> None:
 def test_artifacts_without_heads_are_refused_and_heads_by_other_estimators(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    for name in ("stein", "split", "node"):
+    others: tuple[EstimatorName, ...] = ("stein", "split", "node")
+    for name in others:
         with pytest.raises(ConfigError, match=f"the estimator {name} does not train them") as caught:
-            blocks_of(settings(name), case.artifact.manifest, case.mask)  # type: ignore[arg-type]
+            blocks_of(settings(name), case.artifact.manifest, case.mask)
         assert "--local-heads" in caught.value.hint
     for model, shape in (("lenet5", (1, 16, 16)), ("resnet8", (3, 16, 16))):
         folder = tmp_path_factory.mktemp("plain") / model

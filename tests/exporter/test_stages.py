@@ -46,7 +46,7 @@ def test_stages_of_lenet(lenet5: Path) -> None:
     )
     for stage in manifest.stages:
         for kind in ("forward", "gradient"):
-            name = stage_graph(stage.number, kind)  # type: ignore[arg-type]
+            name = stage_graph(stage.number, kind)
             assert (lenet5 / name).exists()
             assert manifest.live_bytes(name, 4) > 0
     last = local_stages(manifest.stages)[-1]

@@ -152,7 +152,7 @@ def test_every_window(axes: int, size: int, kernel: int, stride: int, dilation: 
     convolve = functional.conv2d if axes == 2 else functional.conv1d
 
     def forward(x: Tensor, p: list[Tensor]) -> Tensor:
-        h = convolve(x, p[0], p[1] if bias else None, stride=stride, padding=padding, dilation=dilation)  # type: ignore[operator]
+        h = convolve(x, p[0], p[1] if bias else None, stride=stride, padding=padding, dilation=dilation)
         return torch.tanh(h).flatten(1)
 
     check(network(layers, named, ", ".join(map(str, [2, *sizes])), 4 * math.prod(target)), forward, sparsity=0.5)
@@ -170,7 +170,7 @@ def test_padding_by_rule(rule: str) -> None:
     check(network(layers, "float[4, 2, 2] w1", "2, 7", 4 * n), forward)
 
 
-POOLS_1D = {
+POOLS_1D: dict[str, Callable[[Tensor], Tensor]] = {
     "AveragePool <kernel_shape = [2], strides = [2]>": lambda h: functional.avg_pool1d(h, 2),
     "MaxPool <kernel_shape = [3], strides = [2], pads = [1, 1]>": lambda h: functional.max_pool1d(h, 3, 2, 1),
     "GlobalAveragePool": lambda h: h.mean(2, keepdim=True),
@@ -182,8 +182,7 @@ def test_one_axis(pool: str) -> None:
     layers = f"c = Conv (x, w1, b1)\n a = Relu (c)\n h = {pool} (a)"
 
     def forward(x: Tensor, p: list[Tensor]) -> Tensor:
-        h: Tensor = POOLS_1D[pool](torch.relu(functional.conv1d(x, p[0], p[1])))
-        return h.flatten(1)
+        return POOLS_1D[pool](torch.relu(functional.conv1d(x, p[0], p[1]))).flatten(1)
 
     n = {"A": 3, "M": 4, "G": 1}[pool[0]]
     check(network(layers, "float[4, 2, 3] w1, float[4] b1", "2, 9", 4 * n), forward, sparsity=0.5)
