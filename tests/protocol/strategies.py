@@ -24,7 +24,7 @@ from fedzo.protocol.documents import (
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig
 from fedzo.protocol.schedules import SCHEDULES
-from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.settings import ESTIMATORS, RunSettings, SaliencySettings, TrainingSettings
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
 
 u32 = st.integers(0, 2**32 - 1)
@@ -118,7 +118,7 @@ training_settings = st.builds(
     rounds=st.integers(0, 1 << 30),
     directions=st.sampled_from(FAMILIES),
     assignment=st.sampled_from(["shared", "dealt"]),
-    estimator=st.sampled_from(["stein", "split", "node"]),
+    estimator=st.sampled_from(ESTIMATORS),
     k=st.integers(1, 60_000),
     tail_k=st.integers(1, 60_000),
     repeats=st.integers(1, 65_535),
