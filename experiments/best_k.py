@@ -62,7 +62,7 @@ def run(
         quorum=devices,
         evaluate_every=0,
     )
-    return simulate(folder, settings, train, test, SimulationSettings(split="iid", seed=seed))
+    return simulate(folder, settings, train, test, SimulationSettings(split="iid", seed=seed, many_queries=False))
 
 
 def _training(options: Namespace, k: int, rate: float) -> TrainingSettings:
@@ -143,7 +143,7 @@ def _tests(report: Report, data: str, sparsity: float, k: int) -> list[Any]:
 
 
 def _median(report: Report, data: str, sparsity: float, k: int) -> float:
-    return statistics.median(row["accuracy"] for row in _tests(report, data, sparsity, k))
+    return float(statistics.median(row["accuracy"] for row in _tests(report, data, sparsity, k)))
 
 
 def draw(report: Report, figure: Figure) -> None:

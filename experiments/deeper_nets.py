@@ -200,12 +200,12 @@ def draw(report: Report, figure: Figure) -> None:
         values = [row[key] for row in report.rows]
         memory.bar(places + 0.27 * (number - 1), values, 0.27, color=COLOURS[number], label=label)
     memory.set_ylabel("planned peak of a device, MiB")
-    series = (
+    sums = (
         ("one query of one sample, measured", "query_ms_per_sample", 1e-3),
         ("scoring 64 inputs, computed", "computed_scoring_s", 1.0),
         ("3 M sample-forwards, computed", "computed_training_h", 3600.0),
     )
-    for number, (label, key, scale) in enumerate(series):
+    for number, (label, key, scale) in enumerate(sums):
         values = [scale * row[key] for row in report.rows]
         times.bar(places + 0.27 * (number - 1), values, 0.27, color=COLOURS[number], label=label)
     times.set_ylabel("seconds, one thread of this machine")
@@ -248,7 +248,7 @@ def table(report: Report) -> Table:
                 text(float(row["query_ms_per_sample"])),
                 f"{row['computed_scoring_s']:,.1f}",
                 sizes,
-                f"{row['computed_training_h']:,.1f}",
+                text(float(row["computed_training_h"])),
             ]
         )
     return out

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from ..edge_runtime.data import Batch, batch_indices
 from ..edge_runtime.engine import Engine
 from ..edge_runtime.estimators import SteinEstimator
-from ..edge_runtime.partition import partition_dirichlet, partition_iid
 from ..protocol.directions import Directions
 from ..protocol.errors import ConfigError
 from ..protocol.layout import initial_weights
 from ..protocol.streams import Purpose, permutation
 from .data import Images, load_images
 from .experiment import Experiment
-from .lab import combined, exported, gaussian_mask
+from .lab import check_splits, combined, dealt, exported, gaussian_mask
 from .metrics import cosine_squared, relative_error
 from .pictures import COLOURS
 from .report import Report, Table, text
@@ -66,12 +65,7 @@ def _one_seed(images: Images, options: Namespace, seed: int) -> list[dict[str, A
         estimator = SteinEstimator(directions, options.sigma)
         with Engine(artifact, mask, micro_batch=32) as engine:
             for split in options.splits:
-                kind, _, alpha = split.partition(":")
-                parts = (
-                    partition_iid(len(images.x), most, seed)
-                    if kind == "iid"
-                    else partition_dirichlet(images.y, most, float(alpha), seed)
-                )
+                parts = dealt(split, images.y, most, seed)
                 sums: dict[str, NDArray[np.float64]] = {what: np.zeros(mask.n_survivors) for what in KINDS}
                 for device, part in enumerate(parts):
                     chosen = part[batch_indices(seed, 0, device, len(part), options.batch)]
@@ -103,6 +97,7 @@ def measure(options: Namespace) -> Report:
     """Every data set, seed, split and number of devices."""
     if min(options.devices) < 1 or options.k < 1 or options.batch < 1:
         raise ConfigError(f"devices ({options.devices}), k ({options.k}) and batch ({options.batch}) must be 1 or more")
+    check_splits(options.splits)
     sets = load_images(options.data)
     rows = [row for images in sets for seed in range(options.seeds) for row in _one_seed(images, options, seed)]
     settings = {

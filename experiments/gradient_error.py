@@ -191,9 +191,9 @@ def draw(report: Report, figure: Figure) -> None:
     for colour, k in zip(COLOURS, settings["k"], strict=False):
         where = {"data": data, "steps": steps, "family": family, "k": k}
         sizes = [_median(report, "survivors", sparsity=s, **where) for s in settings["sparsities"]]
-        for key, style, label in (("relative_error", "o-", f"K = {k}"), ("relative_error_jvp", ":", "")):
+        for key, style, label in (("relative_error", "o-", f"K = {k}"), ("relative_error_jvp", ":", "_")):
             values = [_median(report, key, sparsity=s, **where) for s in settings["sparsities"]]
-            error.plot(sizes, values, style, color=colour, label=label or None)
+            error.plot(sizes, values, style, color=colour, label=label)
     error.plot([], [], ":", color="black", label="exact slopes (JVP)")
     error.set_xlabel("surviving weights n")
     error.set_ylabel("relative error of the estimate")
@@ -202,7 +202,7 @@ def draw(report: Report, figure: Figure) -> None:
         for one, style in zip(settings["families"], ("o--", "s-"), strict=False):
             where = {"data": data, "steps": steps, "sparsity": sparsity, "family": one}
             values = [_median(report, "cos2", k=k, **where) for k in settings["k"]]
-            label = f"{100 * sparsity:.0f} % pruned" if one == settings["families"][-1] else None
+            label = f"{100 * sparsity:.0f} % pruned" if one == settings["families"][-1] else "_"
             aligned.plot(settings["k"], values, style, color=colour, label=label)
     for one, style in zip(settings["families"], ("o--", "s-"), strict=False):
         aligned.plot([], [], style, color="black", label=one)

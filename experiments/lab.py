@@ -12,19 +12,24 @@ from numpy.typing import NDArray
 
 from ..edge_runtime.artifact import Artifact, load_artifact
 from ..edge_runtime.engine import Engine
+from ..edge_runtime.partition import partition_dirichlet, partition_iid
 from ..edge_runtime.saliency import SaliencyResult, UnitShiftScorer
 from ..exporter.artifact import export_artifact
 from ..protocol.aggregation import average_blocks
 from ..protocol.directions import Directions, round_coefficients
+from ..protocol.errors import ConfigError
 from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask, threshold
 from ..protocol.messages import Report, ReportKind
 from ..protocol.saliency import diagonal_scores, gaussian_inputs
+from ..simulation.settings import parse_split
 
 __all__ = [
     "DIGEST",
     "Scored",
+    "check_splits",
     "combined",
+    "dealt",
     "exported",
     "exported_folder",
     "gaussian_mask",
@@ -37,6 +42,21 @@ _TAG = bytes(4)
 
 Scored = tuple[SaliencyResult, int]
 """What a device measured, and on how many samples."""
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Raise ConfigError unless every split is ``iid`` or ``dirichlet:ALPHA``."""
+    for split in splits:
+        if parse_split(split)[0] not in ("iid", "dirichlet"):
+            raise ConfigError(f"the split is {split!r}", hint="use iid or dirichlet:0.1 (any number above 0)")
+
+
+def dealt(split: str, labels: NDArray[np.int64], devices: int, seed: int) -> list[NDArray[np.int64]]:
+    """Rows of every device, ``int64[n]`` each, as the simulation deals them."""
+    kind, alpha = parse_split(split)
+    if kind == "dirichlet":
+        return partition_dirichlet(labels, devices, alpha, seed)
+    return partition_iid(len(labels), devices, seed)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from ..protocol.errors import ConfigError
 from .experiment import Experiment
@@ -14,7 +15,7 @@ __all__ = ["COLOURS", "check_matplotlib", "save_figure"]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 """Told apart with any kind of colour vision (Okabe and Ito)."""
 SUFFIXES = (".png", ".svg")
-_STYLE = {
+_STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..edge_runtime.engine import Engine
-from ..edge_runtime.partition import partition_dirichlet, partition_iid
+from ..protocol.errors import ConfigError
 from ..protocol.layout import initial_weights
 from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask, threshold
@@ -23,7 +23,7 @@ from ..protocol.saliency import gaussian_inputs
 from ..protocol.streams import Purpose, permutation
 from .data import Images, load_images
 from .experiment import Experiment
-from .lab import Scored, exported, pooled_scores, score_inputs
+from .lab import Scored, check_splits, dealt, exported, pooled_scores, score_inputs
 from .metrics import overlap, relative_error, spearman
 from .pictures import COLOURS
 from .report import Report, Table, text
@@ -43,13 +43,6 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, default=16, help="that score (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=64, help="a device, at most (default: %(default)s)")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), help="default: %(default)s")
-
-
-def _parts(split: str, labels: NDArray[np.int64], devices: int, seed: int) -> list[NDArray[np.int64]]:
-    kind, _, alpha = split.partition(":")
-    if kind == "iid":
-        return partition_iid(len(labels), devices, seed)
-    return partition_dirichlet(labels, devices, float(alpha), seed)
 
 
 def compared(manifest: Manifest, estimate: NDArray[np.float32], reference: NDArray[np.float32]) -> dict[str, float]:
@@ -92,7 +85,7 @@ def _one_seed(images: Images, options: Namespace, seed: int) -> list[dict[str, A
             drawn = np.array_split(others[: options.devices * options.samples], options.devices)
             real = pooled_scores(manifest, weights, scored([images.x[part] for part in drawn]))
             for split in options.splits:
-                parts = _parts(split, images.y[mine], options.devices, seed)
+                parts = dealt(split, images.y[mine], options.devices, seed)
                 batches = []
                 for device, part in enumerate(parts):
                     chosen = permutation(seed, Purpose.BATCH, 0, device, len(part)).astype(np.int64)[: options.samples]
@@ -110,6 +103,9 @@ def _one_seed(images: Images, options: Namespace, seed: int) -> list[dict[str, A
 
 def measure(options: Namespace) -> Report:
     """Every data set, seed and split."""
+    check_splits(options.splits)
+    if min(options.devices, options.samples) < 1:
+        raise ConfigError(f"devices ({options.devices}) and samples ({options.samples}) must be 1 or more")
     sets = load_images(options.data)
     rows = [row for images in sets for seed in range(options.seeds) for row in _one_seed(images, options, seed)]
     figures: dict[str, float] = {}
