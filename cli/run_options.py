@@ -43,22 +43,31 @@ def run_options(
         str | None,
         typer.Option(
             help="stein: directions over all weights; split: many over the layers behind the cut; node: noise on what "
-            "the layers yield; local: every stage's gradient of a loss of its own, in closed form by forward passes, "
-            "which is not zeroth-order; local-node: that by noise, zeroth-order in each stage.",
+            "the layers yield; coordinate: one weight at a time; local: every stage's gradient of a loss of its own, "
+            "in closed form by forward passes, which is not zeroth-order; local-node: that by noise, zeroth-order in "
+            "each stage.",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
-    k: Annotated[int | None, typer.Option(help="Directions per device and round.", rich_help_panel=_TRAINING)] = None,
+    k: Annotated[
+        int | None, typer.Option(help="Directions, or single weights, per device and round.", rich_help_panel=_TRAINING)
+    ] = None,
     tail_k: Annotated[
         int | None,
-        typer.Option(help="Scalars for the layers behind the cut (split, node) or in all (local, local-node).", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Scalars for the layers behind the cut (split, node) or in all (local, local-node).",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(help="node, local-node: passes with fresh noise.", rich_help_panel=_TRAINING)
     ] = None,
     feedback: Annotated[
         float | None,
-        typer.Option(help="All but stein, split: part of what was not sent that counts next time.", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="All but stein, split, coordinate: part of what was not sent that counts next time.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     directions: Annotated[
         str | None, typer.Option(help="hadamard, rademacher or gaussian.", rich_help_panel=_TRAINING)
@@ -78,6 +87,13 @@ def run_options(
             help="split, node: samples behind a direction of the first layers; 0: the batch.",
             rich_help_panel=_TRAINING,
         ),
+    ] = None,
+    local_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of a device on its own between two reports.", rich_help_panel=_TRAINING),
+    ] = None,
+    local_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of these steps.", rich_help_panel=_TRAINING)
     ] = None,
     optimiser: Annotated[
         str | None, typer.Option(help="adam, sgd, momentum or sign_momentum.", rich_help_panel=_TRAINING)
@@ -182,6 +198,8 @@ def run_options(
         "training.two_sided": two_sided,
         "training.batch": batch,
         "training.probe_batch": probe_batch,
+        "training.local_steps": local_steps,
+        "training.local_rate": local_rate,
         "training.optimiser.name": optimiser,
         **_rate(learning_rate, tune_rounds),
         "training.optimiser.front_rate": front_rate,

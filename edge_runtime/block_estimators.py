@@ -8,12 +8,15 @@ name       in front of the cut                        behind it
 ``node``   differences of losses, whole passes        a sketch of the gradient that node perturbation gives
 =========  =========================================  ==================================================
 
-Only ``node`` has a state between rounds: what its sketches have not carried yet.
+Only ``node`` has a state between rounds: what its sketches have not carried yet. Modules of their own: the estimators
+``coordinate``, ``local`` and ``local-node``, and the steps that a device makes alone (:mod:`.local_steps`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +33,7 @@ from ..protocol.settings import LOCAL_ESTIMATORS, TrainingSettings
 from ..protocol.sketch import GradientSketch
 from .data import Batch
 from .engine import Engine
-from .estimators import Cancelled, Scalars, SteinEstimator, never
+from .estimators import Basis, Cancelled, Scalars, SteinEstimator, never
 from .loss import NonFiniteLossError
 from .loss_source import SuffixLosses, WholeLosses
 from .node_gradient import NodeNoise, node_gradient
@@ -43,6 +46,7 @@ __all__ = [
     "ProbeRequest",
     "SplitBlocks",
     "SteinBlocks",
+    "StepEstimator",
     "estimator_bytes",
     "make_estimator",
 ]
@@ -60,6 +64,8 @@ class ProbeRequest:
         positions: ``int64[k]`` for every block.
         sigma: Length scale of the directions in place of the settings', a float32 value; 0 for theirs. Noise on
             pre-activations has a scale of its own and keeps the settings'.
+        draw: Number of the batch in the run, which tells the noise; None for the round.
+        later: Gives the batches of further local steps, by number from 1 on; None where there are none.
     """
 
     weights: NDArray[np.float32]
@@ -68,6 +74,13 @@ class ProbeRequest:
     index: int
     positions: tuple[NDArray[np.int64], ...]
     sigma: float = 0.0
+    draw: int | None = None
+    later: Callable[[int], Batch] | None = None
+
+    @property
+    def noise_round(self) -> int:
+        """Tells the streams of noise."""
+        return self.round if self.draw is None else self.draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +131,39 @@ class BlockEstimator(Protocol):
         ...
 
 
-class _Stateless:
-    """An estimator that begins every round anew."""
+class StepEstimator(ABC):
+    """An estimator in two halves, so that a device can make several steps before it sends anything.
+
+    Without a sketch it begins every round anew.
+
+    Attributes:
+        bases: The directions of every block that is measured along some; None for one whose whole gradient is found.
+    """
+
+    bases: tuple[Basis | None, ...]
+
+    @abstractmethod
+    def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """What one batch says; no state is read or changed.
+
+        Arguments, determinism and errors are those of :meth:`BlockEstimator.probe`.
+
+        Returns:
+            One scalar a position, but the gradient ``float32[size]`` of a block without a basis.
+        """
+
+    def encode(self, found: BlockScalars, request: ProbeRequest) -> BlockScalars:
+        """Scalars of all blocks, with gradients sketched; the residuals change.
+
+        Raises:
+            NonFiniteLossError: A gradient cannot be sketched. Nothing has changed then.
+        """
+        del request
+        return found
+
+    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """See :meth:`BlockEstimator.probe`."""
+        return self.encode(self.measure(engine, request, cancelled), request)
 
     def state(self) -> bytes:
         """See :meth:`BlockEstimator.state`."""
@@ -131,7 +175,7 @@ class _Stateless:
             raise ProtocolError(f"a state of {len(state)} bytes belongs to another estimator")
 
 
-class SteinBlocks(_Stateless):
+class SteinBlocks(StepEstimator):
     """Differences of losses along directions of all weights.
 
     Args:
@@ -140,15 +184,16 @@ class SteinBlocks(_Stateless):
     """
 
     def __init__(self, training: TrainingSettings, directions: Directions) -> None:
+        self.bases = (directions,)
         self._estimator = SteinEstimator(directions, training.sigma, training.two_sided)
 
-    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
-        """See :meth:`BlockEstimator.probe`."""
+    def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """See :meth:`StepEstimator.measure`."""
         found = _whole(self._estimator, engine, request, cancelled)
         return BlockScalars((found.values,), found.mean_loss, found.queries)
 
 
-class SplitBlocks(_Stateless):
+class SplitBlocks(StepEstimator):
     """Few directions over the front layers, many over those behind the cut for a fraction of the price each.
 
     The form of DeepZero's feature reuse (Chen et al., arXiv 2310.02025, section 4) with random directions.
@@ -159,12 +204,13 @@ class SplitBlocks(_Stateless):
     """
 
     def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
+        self.bases = tuple(directions)
         self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
         self._behind = SteinEstimator(directions[1], training.sigma, training.two_sided)
         self._samples = training.probe_batch
 
-    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
-        """See :meth:`BlockEstimator.probe`."""
+    def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """See :meth:`StepEstimator.measure`."""
         front = _whole(self._front, engine, request, cancelled, self._samples)
         weights, batch = request.weights, request.batch
         with Suffix(engine, weights, batch.x, batch.y) as suffix:
@@ -173,7 +219,7 @@ class SplitBlocks(_Stateless):
         return BlockScalars((front.values, behind.values), behind.mean_loss, front.queries + behind.queries + 1)
 
 
-class NodeBlocks:
+class NodeBlocks(StepEstimator):
     """Directions over the first layers; for the others the gradient of node perturbation, as a sketch.
 
     Args:
@@ -186,26 +232,32 @@ class NodeBlocks:
         front, behind = blocks
         self._repeats, self._sigma, self._seed = training.repeats, np.float32(training.sigma), seed
         directions = Directions(training.directions, seed, front.size, front.number)
+        self.bases = directions, None
         self._front = SteinEstimator(directions, training.sigma, training.two_sided)
         self._sketch = GradientSketch(behind.size, training.feedback)
         self._samples = training.probe_batch
 
-    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
-        """See :meth:`BlockEstimator.probe`."""
+    def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """See :meth:`StepEstimator.measure`."""
 
         def before_pass() -> None:
             if cancelled():
                 raise Cancelled(f"the probe of round {request.round} was cancelled")
 
         front = _whole(self._front, engine, request, cancelled, self._samples)
-        noise = NodeNoise(self._repeats, self._sigma, self._seed, request.round, request.index)
+        noise = NodeNoise(self._repeats, self._sigma, self._seed, request.noise_round, request.index)
         found = node_gradient(engine, request.weights, request.batch.x, request.batch.y, noise, before_pass)
+        mean_loss = float(found.losses.mean())
+        return BlockScalars((front.values, found.values), mean_loss, front.queries + found.passes)
+
+    def encode(self, found: BlockScalars, request: ProbeRequest) -> BlockScalars:
+        """See :meth:`StepEstimator.encode`."""
+        front, gradient = found.blocks
         try:
-            scalars = self._sketch.encode(found.values, request.positions[1])
+            scalars = self._sketch.encode(gradient, request.positions[1])
         except ProtocolError as error:
             raise NonFiniteLossError(f"round {request.round}: {error.message}", hint=error.hint) from error
-        mean_loss = float(found.losses.mean())
-        return BlockScalars((front.values, scalars), mean_loss, front.queries + found.passes)
+        return dataclasses.replace(found, blocks=(front, scalars))
 
     def state(self) -> bytes:
         """The residual of the sketch."""
@@ -236,10 +288,23 @@ def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: in
     Raises:
         ConfigError: The settings do not fit together.
     """
+    estimator = _of_one_step(training, blocks, seed)
+    if training.local_steps == 1:
+        return estimator
+    from .local_steps import LocalSteps  # it needs the contract above
+
+    return LocalSteps(estimator, blocks, training.local_steps, training.local_rate)
+
+
+def _of_one_step(training: TrainingSettings, blocks: Sequence[Block], seed: int) -> StepEstimator:
     if training.estimator in LOCAL_ESTIMATORS:
         from .local_estimator import LocalBlocks  # it needs the contract above
 
         return LocalBlocks(training, blocks, seed)
+    if training.estimator == "coordinate":
+        from .coordinate_estimator import CoordinateBlocks  # it needs the contract above
+
+        return CoordinateBlocks(training, blocks)
     if training.estimator == "node":
         return NodeBlocks(training, blocks, seed)
     directions = [Directions(training.directions, seed, block.size, block.number) for block in blocks]
@@ -249,22 +314,30 @@ def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: in
 
 
 def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors: int) -> int:
-    """Memory that an estimator and an average of the weights take besides what every training takes, in bytes.
+    """Memory that an estimator, local steps and an average of the weights take besides what every training takes.
 
     Args:
         training: Names it.
         manifest: Of the artifact.
         n_survivors: Length of the weights.
+
+    Returns:
+        Bytes.
     """
-    batch, average = training.batch, 4 * n_survivors if training.optimiser.ema else 0
+    batch, own = training.batch, 4 * n_survivors if training.optimiser.ema else 0
+    if training.local_steps > 1:
+        # Weights of its own, and the batch of another step.
+        own += 4 * n_survivors + 4 * batch * math.prod(manifest.input_shape)
+        # The gradient over the steps so far.
+        own += 4 * n_survivors if training.estimator in (*LOCAL_ESTIMATORS, "node") else 0
     if training.estimator in LOCAL_ESTIMATORS:
         from .local_estimator import local_bytes
 
-        return average + local_bytes(training, manifest, n_survivors)
-    if training.estimator == "split" and manifest.cut is not None:
-        return average + 4 * batch * math.prod(manifest.cut.feature_shape)
+        return own + local_bytes(training, manifest, n_survivors)
+    if training.estimator in ("split", "coordinate") and manifest.cut is not None:
+        return own + 4 * batch * math.prod(manifest.cut.feature_shape)
     if training.estimator != "node" or manifest.tail is None:
-        return average
+        return own
     shapes, stages = manifest.tail.shapes(manifest.layout), noisy_stages(manifest)
     units, inputs = sum(n for n, _ in shapes), sum(n for _, n in shapes)
     # Features and inputs of the layers, and once more joined; noise, its signs, the gradient at the units, and joined.
@@ -274,4 +347,4 @@ def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors:
     rows += 4 * batch * (2 * sum(outputs) + 2 * max(outputs, default=0))
     # The largest layer's dense gradient, and the places of its survivors; gradient and residual.
     dense = [*(a * b for a, b in shapes), *(4 * stage.layout(manifest.layout).size for stage in stages)]
-    return average + rows + 4 * max(dense) + 12 * n_survivors
+    return own + rows + 4 * max(dense) + 12 * n_survivors

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.buffers import aligned_zeros
-from ..protocol.directions import Directions
 from ..protocol.errors import ConfigError, FedzoError
 from .data import Batch
 from .engine import Engine, NonFiniteLossError
 from .loss_source import LossSource, WholeLosses
 
-__all__ = ["Cancelled", "Scalars", "SteinEstimator", "never"]
+__all__ = ["Basis", "Cancelled", "Scalars", "SteinEstimator", "never"]
 
 
 class Cancelled(FedzoError):  # noqa: N818 - it reports no error but that nobody wants the result any more
@@ -29,6 +29,25 @@ class Cancelled(FedzoError):  # noqa: N818 - it reports no error but that nobody
 def never() -> bool:
     """The ``cancelled`` of a caller that always wants the result."""
     return False
+
+
+class Basis(Protocol):
+    """Numbered directions of some weights: seeded ones, or the axes."""
+
+    @property
+    def size(self) -> int:
+        """Weights that a direction moves."""
+        ...
+
+    def scaled(self, round_: int, position: int, scale: np.float32, out: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Write ``scale`` times one direction into ``out float32[size]``."""
+        ...
+
+    def combine(
+        self, round_: int, positions: NDArray[np.int64], coefficients: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """Sum of coefficient times direction: ``float32[size]``, owned by the caller."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +84,7 @@ class SteinEstimator:
         ConfigError: ``sigma`` is not a positive, finite float32 value.
     """
 
-    def __init__(self, directions: Directions, sigma: float, two_sided: bool = False) -> None:
+    def __init__(self, directions: Basis, sigma: float, two_sided: bool = False) -> None:
         self._sigma = np.float32(sigma)
         if not (np.isfinite(self._sigma) and self._sigma > 0 and float(self._sigma) == sigma):
             raise ConfigError(f"sigma is {sigma!r}, it must be a positive float32 value such as {2.0**-10}")

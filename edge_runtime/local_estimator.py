@@ -7,6 +7,7 @@ that travels is scalars. ``local`` takes the gradients in closed form: forward p
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.settings import TrainingSettings
 from ..protocol.sketch import GradientSketch
 from ..protocol.stages import local_stages
-from .block_estimators import BlockScalars, ProbeRequest
+from .block_estimators import BlockScalars, ProbeRequest, StepEstimator
 from .engine import Engine
 from .estimators import Cancelled, never
 from .local_gradient import local_gradients, noisy_gradients
@@ -28,7 +29,7 @@ from .stage_graphs import stage_bytes
 __all__ = ["LocalBlocks", "local_bytes"]
 
 
-class LocalBlocks:
+class LocalBlocks(StepEstimator):
     """A sketch of every stage's gradient of its own loss, and one of the heads' gradients.
 
     Args:
@@ -41,10 +42,11 @@ class LocalBlocks:
         self._exact = training.estimator == "local"
         self._repeats, self._sigma = training.repeats, np.float32(training.sigma)
         self._seed, self._blocks = seed, tuple(blocks)
+        self.bases = (None,) * len(blocks)
         self._sketches = tuple(GradientSketch(block.size, training.feedback) for block in blocks)
 
-    def probe(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
-        """See :meth:`~.block_estimators.BlockEstimator.probe`."""
+    def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
+        """See :meth:`~.block_estimators.StepEstimator.measure`."""
 
         def before_pass() -> None:
             if cancelled():
@@ -54,19 +56,23 @@ class LocalBlocks:
         if self._exact:
             found = local_gradients(engine, weights, batch.x, batch.y, before_pass)
         else:
-            noise = NodeNoise(self._repeats, self._sigma, self._seed, request.round, request.index)
+            noise = NodeNoise(self._repeats, self._sigma, self._seed, request.noise_round, request.index)
             found = noisy_gradients(engine, weights, batch.x, batch.y, noise, before_pass)
+        blocks = tuple(found.values[block.first : block.first + block.size] for block in self._blocks)
+        return BlockScalars(blocks, float(found.losses.mean()), found.passes)
+
+    def encode(self, found: BlockScalars, request: ProbeRequest) -> BlockScalars:
+        """See :meth:`~.block_estimators.StepEstimator.encode`."""
         before = [sketch.residual.copy() for sketch in self._sketches]
         scalars = []
         try:
-            for block, sketch, positions in zip(self._blocks, self._sketches, request.positions, strict=True):
-                part = found.values[block.first : block.first + block.size]
-                scalars.append(sketch.encode(part, positions))
+            for gradient, sketch, positions in zip(found.blocks, self._sketches, request.positions, strict=True):
+                scalars.append(sketch.encode(gradient, positions))
         except ProtocolError as error:
             for sketch, residual in zip(self._sketches, before, strict=True):
                 np.copyto(sketch.residual, residual)
             raise NonFiniteLossError(f"round {request.round}: {error.message}", hint=error.hint) from error
-        return BlockScalars(tuple(scalars), float(found.losses.mean()), found.passes)
+        return dataclasses.replace(found, blocks=tuple(scalars))
 
     def state(self) -> bytes:
         """The residuals of all sketches, in the order of the blocks."""

@@ -22,7 +22,7 @@ from ..protocol.errors import DataError, FedzoError, MemoryBudgetError, Protocol
 from ..protocol.messages import Decline, ReportKind
 from ..protocol.saliency import gaussian_inputs
 from .block_estimators import ProbeRequest, make_estimator
-from .data import Dataset, batch_indices
+from .data import Batch, Dataset, batch_indices
 from .engine import Engine
 from .estimators import Cancelled
 from .loss import NonFiniteLossError
@@ -44,7 +44,7 @@ class Measured:
 
     Attributes:
         blocks: Scalars ``float32[n]``.
-        samples: Samples behind them.
+        samples: Samples behind each of them.
         mean_loss: At the unperturbed weights.
         queries: Forward passes.
         residual: What the estimator keeps for the next round, with what it had before this one; None for nothing.
@@ -117,10 +117,13 @@ class RoundWork:
         self, task: Task, dataset: Dataset, residual: Residual | None, cancelled: Callable[[], bool]
     ) -> Measured:
         settings, train = self.run.training, dataset.train
-        seed = self.run.settings.seed
-        batch = train.batch(batch_indices(seed, task.round, task.ordinal, len(train), settings.batch))
-        before = self._restored(residual, task.round)
-        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions, task.sigma)
+        seed, first = self.run.settings.seed, task.round * settings.local_steps
+
+        def draw(step: int) -> Batch:
+            return train.batch(batch_indices(seed, first + step, task.ordinal, len(train), settings.batch))
+
+        before, batch = self._restored(residual, task.round), draw(0)
+        request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions, task.sigma, later=draw)
         result = self._estimator.probe(self.engine, request, cancelled)
         after = self._estimator.state()
         kept = Residual(self.key, task.round, before, after) if after else None

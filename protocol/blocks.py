@@ -121,6 +121,8 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
         )
     if training.estimator == "stein":
         return whole_block(family, n, training.k)
+    if training.estimator == "coordinate":
+        return (Block(0, 0, n, "sketch", "ranked", training.k),)
     cut = manifest.cut if training.estimator == "split" else manifest.tail.cut if manifest.tail else None
     if cut is None:
         layers = (

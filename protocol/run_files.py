@@ -30,12 +30,13 @@ def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile,
     names = ["probe.onnx", "predict.onnx"]
     if settings.sparsity > 0 and settings.saliency.is_federated:
         names += [graph.name for graph in manifest.graphs if graph.name in ("saliency.onnx", "moments.onnx")]
-    if settings.training.estimator == "split":
+    estimator = settings.training.estimator
+    if estimator == "split" or (estimator == "coordinate" and manifest.cut is not None):
         names += CUT_GRAPHS
-    elif settings.training.estimator == "node":
+    elif estimator == "node":
         names += node_graphs(manifest)
-    elif settings.training.estimator in LOCAL_ESTIMATORS:
-        names += local_run_graphs(manifest.stages, noisy=settings.training.estimator == "local-node")
+    elif estimator in LOCAL_ESTIMATORS:
+        names += local_run_graphs(manifest.stages, noisy=estimator == "local-node")
     return tuple(manifest.graph(name) for name in names)
 
 

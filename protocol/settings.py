@@ -25,13 +25,14 @@ __all__ = [
 ]
 
 Assignment = Literal["shared", "dealt"]
-EstimatorName = Literal["stein", "split", "node", "local", "local-node"]
-ESTIMATORS: tuple[EstimatorName, ...] = ("stein", "split", "node", "local", "local-node")
+EstimatorName = Literal["stein", "split", "node", "coordinate", "local", "local-node"]
+ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
 LOCAL_ESTIMATORS: tuple[EstimatorName, ...] = ("local", "local-node")
 Inputs = Literal["gaussian", "data"]
 PruningMethod = Literal["diagonal", "ntk-sap", "synflow", "magnitude", "erk", "random"]
 MAX_DIRECTIONS = 60_000
 MIN_SIGMA, MAX_SIGMA = 1e-8, 10.0
+MAX_LOCAL_STEPS = 1_000
 MAX_REPEATS = 65_535  # what the streams of a device's noise have room for
 MAX_SCALAR = 1e20  # well below the largest coefficient of an update, 2**80
 
@@ -107,12 +108,14 @@ class TrainingSettings:
         rounds: Updates to make.
         estimator: ``stein``: directions over all weights (BAFFLE, arXiv 2301.12195). ``split``: some over the layers in
             front of the artifact's cut, many over those behind it, from stored features. ``node``: directions over the
-            first layers, and a sketch of the others' gradient by node perturbation.
+            first layers, and a sketch of the others' gradient by node perturbation. ``coordinate``: one weight at a
+            time (DeepZero, arXiv 2310.02025), exact and for few survivors.
             ``local``: a sketch of each stage's gradient of a loss of its own, in closed form from forward passes, which
             is **not** zeroth-order. ``local-node``: the same by node perturbation, zeroth-order in each stage.
         directions: Family of the perturbations.
         assignment: ``shared``: every device evaluates the same directions; ``dealt``: disjoint ones.
-        k: Directions per device and round; of the front layers unless the estimator is ``stein``.
+        k: Directions, or coordinates of ``coordinate``, per device and round; of the front layers for ``split`` and
+            ``node``.
         tail_k: Directions, or coordinates of the sketch, per device and round for the layers behind; of all sketches
             together for ``local`` and ``local-node``.
         repeats: Passes with fresh noise of ``node`` and ``local-node``.
@@ -122,6 +125,9 @@ class TrainingSettings:
         batch: Samples behind one loss.
         probe_batch: Samples of the batch behind a direction of the front layers of ``split`` and ``node``, where more
             directions say more than more samples do; 0 for all.
+        local_steps: Steps that a device makes on weights of its own in a round, each with a fresh batch and an equal
+            part of the round's directions (DeComFL, arXiv 2405.15861).
+        local_rate: Learning rate of these steps, plain descent; above 0 where there are several.
         optimiser: Server optimiser, replayed on every device.
         learning_rate: Peak learning rate.
         schedule: How the rate changes over the rounds, see ``schedules.py``; ``range`` makes the run a range test.
@@ -147,6 +153,8 @@ class TrainingSettings:
     two_sided: bool = False
     batch: int = 16
     probe_batch: int = 0
+    local_steps: int = 1
+    local_rate: float = 0.0
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     learning_rate: float = 1e-2
     schedule: Schedule = "cosine"
@@ -170,6 +178,7 @@ class TrainingSettings:
         object.__setattr__(self, "sigma", float(np.float32(self.sigma)))  # both sides multiply in float32
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 <= self.probe_batch <= self.batch, "probe batch", self.probe_batch, f"0 to the batch, {self.batch}")
+        self._check_local_steps()
         _check(0 < self.learning_rate < 1e3, "learning rate", self.learning_rate, "above 0 and below 1000")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _check(0 <= self.warmup <= 1 << 30, "warmup", self.warmup, "0 to 2^30")
@@ -178,6 +187,15 @@ class TrainingSettings:
         _check(0.0 <= self.final_rate <= 1.0, "final rate", self.final_rate, "0 to 1, relative to the peak")
         most = f"0, or k ({self.k}) to {MAX_DIRECTIONS}"
         _check(self.k_max == 0 or self.k <= self.k_max <= MAX_DIRECTIONS, "k max", self.k_max, most)
+
+    def _check_local_steps(self) -> None:
+        steps, rate = self.local_steps, self.local_rate
+        _check(1 <= steps <= MAX_LOCAL_STEPS, "local steps", steps, f"1 to {MAX_LOCAL_STEPS}")
+        _check(0 <= rate < 1e3, "local rate", rate, "0 to 1000")
+        _check(steps == 1 or rate > 0, "local rate", rate, f"above 0 for {steps} local steps")
+        each = f"a multiple of local steps, {steps}: every step takes an equal part"
+        _check(self.estimator in LOCAL_ESTIMATORS or self.k % steps == 0, "k", self.k, each)
+        _check(self.estimator != "split" or self.tail_k % steps == 0, "tail k", self.tail_k, each)
 
     def rate(self, step: int) -> float:
         """Learning rate of update ``step``, a float32 value; computed by the server only and sent."""

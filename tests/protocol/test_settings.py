@@ -38,6 +38,8 @@ BAD: list[tuple[type, str, list[Any]]] = [
     (TrainingSettings, "decay_factor", [0.0, -0.5, 1.5, NAN]),
     (TrainingSettings, "final_rate", [-0.1, 1.5, NAN]),
     (TrainingSettings, "k_max", [-1, 63, 60_001]),
+    (TrainingSettings, "local_steps", [0, 1_001]),
+    (TrainingSettings, "local_rate", [-0.1, 1e3, NAN, INFINITY]),
     (RunSettings, "seed", [-1, 1 << 64]),
     (RunSettings, "sparsity", [-0.1, 1.0, NAN]),
     (RunSettings, "devices", [0, 100_001]),
@@ -57,6 +59,30 @@ def test_values_out_of_range_are_refused(kind: type, name: str, values: list[Any
     for value in values:
         with pytest.raises(ConfigError, match=name.removesuffix("_s").replace("_", " ")):
             kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"local_rate": 0.0}, r"local rate is 0\.0, it must be above 0 for 4 local steps"),
+        ({"k": 6}, r"k is 6, it must be a multiple of local steps, 4"),
+        ({"k": 6, "estimator": "coordinate"}, "a multiple of local steps"),
+        ({"k": 6, "estimator": "node"}, "a multiple of local steps"),
+        ({"tail_k": 6, "estimator": "split"}, r"tail k is 6, it must be a multiple of local steps, 4"),
+    ],
+)
+def test_local_steps_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"local_steps": 4, "local_rate": 0.1, "k": 8, "tail_k": 8}
+    for estimator in ("stein", "split", "node", "coordinate"):
+        TrainingSettings(**{**good, "estimator": estimator})
+    with pytest.raises(ConfigError, match=message):
+        TrainingSettings(**{**good, **changes})
+
+
+def test_sketches_and_settings_without_local_steps_need_no_multiple() -> None:
+    TrainingSettings(local_steps=3, local_rate=0.1, estimator="local", k=1, tail_k=7)
+    TrainingSettings(local_steps=3, local_rate=0.1, estimator="node", k=3, tail_k=7)
+    TrainingSettings(local_rate=0.1, k=7)
 
 
 @given(sigma=st.floats(1e-6, 9.0))

@@ -72,7 +72,7 @@ DOCUMENTS: dict[str, Document] = {
                 feedback=0.875, sigma=0.0009765625, two_sided=True,
                 batch=4, optimiser=OptimiserConfig("momentum", 0.5, 0.75, 0.125, 0.25, 0.5, 0.875),
                 learning_rate=0.5, schedule="step", warmup=5, decay_every=50, decay_factor=0.25, final_rate=0.125,
-                k_max=96, adapt_sigma=True,
+                k_max=96, adapt_sigma=True, local_steps=1, local_rate=0.0625,
             ),
             devices=5, quorum=3, deadline_s=12.5, enrol_deadline_s=60.0, patience=2, evaluate_every=10,
             scalar_limit=1e4, tune_rounds=40,
