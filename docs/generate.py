@@ -24,6 +24,17 @@ FIGURES = {
     "figures": ("saliency", "replay"),
     "memory": ("memory", "footprint"),
 }
+LEARNERS = ("baseline", "decomfl", "split", "ours", "local", "backprop")
+BUDGETS = {
+    "60k": "60 k",
+    "150k": "150 k",
+    "300k": "300 k",
+    "600k": "600 k",
+    "1m5": "1.5 M",
+    "3m": "3 M",
+    "6m": "6 M",
+    "30m": "30 M",
+}
 _INTRODUCTION = """\
 # Command line
 
@@ -179,8 +190,52 @@ def figures_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def learning_tables() -> str:
+    """Accuracies of ``results/learning.json`` by data set and budget, the other figures, and what each run pays."""
+    if not (DOCS / "results" / "learning.json").exists():
+        return "There is no committed result yet."
+    data = _result("learning")
+    figures, rows = data["figures"], data["rows"]
+    learners = [name for name in LEARNERS if any(row["method"] == name for row in rows)]
+    lines = [f"| data, SF | {' | '.join(learners)} |", "|---|" + "---:|" * len(learners)]
+    for name in dict.fromkeys(row["data"] for row in rows):
+        for budget, number in BUDGETS.items():
+            found = [figures.get(f"{name}_{method}_{budget}") for method in learners]
+            if any(value is not None for value in found):
+                cells = ["" if value is None else f"{value:.1f} %" for value in found]
+                lines.append(f"| {name}, {number} | {' | '.join(cells)} |")
+    compared = [(key, value) for key, value in figures.items() if "_minus_" in key or key.startswith("sf_ratio")]
+    lines += ["", "| figure | value |", "|---|---:|", *(f"| `{key}` | {value:.3g} |" for key, value in compared)]
+    columns = (
+        ("accuracy", "accuracy", "{:.1%}"),
+        ("SF", "sample_forwards", "{:,.0f}"),
+        ("rounds", "rounds", "{:,.0f}"),
+        ("loss queries", "loss_queries", "{:,.0f}"),
+        ("seconds", "seconds", "{:,.0f}"),
+        ("scalars up", "scalars_per_device_round", "{:,.0f}"),
+        ("bytes up", "bytes_up_per_device_round", "{:,.0f}"),
+        ("bytes down", "bytes_down_per_device_round", "{:,.0f}"),
+        ("planned MiB", "planned_mib", "{:.0f}"),
+    )
+    lines += ["", f"| run | seeds | {' | '.join(title for title, _, _ in columns)} |"]
+    lines.append("|---|---:|" + "---:|" * len(columns))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["key"].rpartition("/")[0], []).append(row)
+    for key, group in groups.items():
+        cells = []
+        for _, name, style in columns:
+            values = [row[name] for row in group if row.get(name) is not None]
+            cells.append(style.format(statistics.median(values)) if values else "")
+        lines.append(f"| {key} | {len(group)} | {' | '.join(cells)} |")
+    if data["settings"]["absent"]:
+        lines += ["", f"Not run: {', '.join(f'`{key}`' for key in data['settings']['absent'])}."]
+    return "\n".join(lines)
+
+
 def results_page(text: str) -> str:
     """The page with all its tables renewed."""
+    text = renewed(text, "learning", learning_tables())
     text = renewed(text, "demo", demo_table())
     for block, names in FIGURES.items():
         text = renewed(text, block, figures_table(*names))
