@@ -7,47 +7,16 @@ texts quote, by name).
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fedzo.experiments.machine import machine
 
 __all__ = ["Report", "machine", "median_s"]
-
-
-def _cpu() -> str:
-    """Name of the processor as Linux gives it: x86 by model name, Arm by part number."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    for key in ("model name", "Model", "Hardware", "CPU part"):
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() == key and value.strip():
-                return value.strip()
-    return platform.processor() or "unknown"
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the software that a measurement depends on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu(),
-        "architecture": platform.machine(),
-        "cores": cores,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
-    }
 
 
 def median_s(call: Callable[[int], object], repeats: int, *, number: int = 1) -> float:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.ort import runtime_version
 from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.experiments.metrics import overlap, spearman
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import exact_scores
 from fedzo.protocol.layout import initial_weights
@@ -46,22 +46,6 @@ class Setting:
 
 
 SETTINGS = {"lenet5": Setting((1, 32, 32), 64, 0), "resnet20": Setting((3, 32, 32), 8, 4)}
-
-
-def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Spearman's rank correlation, ties at their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - 0.5 * (counts - 1))[inverse], np.float64)
-
-
-def overlap(a: Mask, b: Mask) -> float:
-    """Intersection over union of the maskable survivors."""
-    maskable = a.layout.maskable()
-    return float((a.kept & b.kept & maskable).sum() / ((a.kept | b.kept) & maskable).sum())
 
 
 def score(model: str, setting: Setting, seed: int) -> list[dict[str, Any]]:

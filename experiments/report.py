@@ -5,54 +5,23 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..edge_runtime.ort import runtime_version
 from ..protocol.errors import DataError
+from .machine import machine
 
-__all__ = ["KEYS", "Report", "Table", "machine", "text"]
+__all__ = ["KEYS", "Report", "Table", "text"]
 
 KEYS = ("machine", "settings", "rows", "figures")
 _DIGITS = 6
 
 Table = Sequence[Sequence[str]]
 """Cells of a table for people; the first row is the heading."""
-
-
-def _cpu() -> str:
-    """Name of the processor as Linux gives it: x86 by model name, Arm by part number."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    for key in ("model name", "Model", "Hardware", "CPU part"):
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() == key and value.strip():
-                return value.strip()
-    return platform.processor() or "unknown"
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the software that a measurement depends on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": _cpu(),
-        "architecture": platform.machine(),
-        "cores": cores,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "onnxruntime": runtime_version(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
-    }
 
 
 @dataclass(frozen=True)
@@ -77,7 +46,7 @@ class Report:
     ) -> Report:
         """A report of this machine and this day."""
         day = dt.datetime.now(dt.timezone.utc).date().isoformat()
-        return cls(machine(), {**settings, "date": day}, rows, figures)
+        return cls({**machine(), "onnxruntime": runtime_version()}, {**settings, "date": day}, rows, figures)
 
     def encode(self) -> str:
         """One JSON object, numbers with six significant digits, one row a line."""

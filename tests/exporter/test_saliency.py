@@ -13,6 +13,7 @@ from benchmarks import saliency as benchmark
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.experiments.metrics import overlap, spearman
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.reference import exact_kernel_scores, exact_scores, forward
@@ -73,10 +74,10 @@ def test_resnet20_saliency_in_874_forward_passes() -> None:
 
 def test_rank_correlation_and_overlap() -> None:
     a = np.array([3.0, 1.0, 1.0, 2.0])
-    assert benchmark.spearman(a, a) == pytest.approx(1.0)
-    assert benchmark.spearman(a, -a) == pytest.approx(-1.0)
+    assert spearman(a, a) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
     # Ranks (4, 1.5, 1.5, 3) and (1, 2, 3, 4), minus 2.5: the product is -1.5, the squares are 4.5 and 5.
-    assert benchmark.spearman(a, np.arange(4.0)) == pytest.approx(-1.5 / np.sqrt(4.5 * 5.0))
+    assert spearman(a, np.arange(4.0)) == pytest.approx(-1.5 / np.sqrt(4.5 * 5.0))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -90,12 +91,12 @@ def test_ntk_sap_s_score_against_its_linearisation(seed: int, tmp_path: Path) ->
     maskable = layout.maskable()
     scores = kernel_scores(manifest, weights, found.sensitivities, found.moments, maskable)
     exact = exact_kernel_scores("lenet5", layout, weights, x)
-    assert benchmark.spearman(scores[maskable], exact[maskable]) >= 0.93
+    assert spearman(scores[maskable], exact[maskable]) >= 0.93
     for unit in manifest.units:
         part = layout.slice_of(layout.position_of(unit.parameter))
-        assert benchmark.spearman(scores[part], exact[part]) >= 0.8, unit.parameter
+        assert spearman(scores[part], exact[part]) >= 0.8, unit.parameter
     wanted, kept = (threshold(layout, s.astype(np.float32), 0.8) for s in (exact, scores))
-    assert benchmark.overlap(wanted, kept) >= 0.5
+    assert overlap(wanted, kept) >= 0.5
     traces = exact_scores("lenet5", layout, weights, x)
     assert np.corrcoef(scores[maskable], traces[maskable])[0, 1] < 0.999, "it is not the diagonal score"
     # Without a chain's identity the totals would differ; with it every layer has the same.
