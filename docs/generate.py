@@ -205,7 +205,8 @@ def learning_tables() -> str:
                 cells = ["" if value is None else f"{value:.1f} %" for value in found]
                 lines.append(f"| {name}, {number} | {' | '.join(cells)} |")
     compared = [(key, value) for key, value in figures.items() if "_minus_" in key or key.startswith("sf_ratio")]
-    lines += ["", "| figure | value |", "|---|---:|", *(f"| `{key}` | {value:.3g} |" for key, value in compared)]
+    if compared:
+        lines += ["", "| figure | value |", "|---|---:|", *(f"| `{key}` | {value:.3g} |" for key, value in compared)]
     columns = (
         ("accuracy", "accuracy", "{:.1%}"),
         ("SF", "sample_forwards", "{:,.0f}"),

@@ -24,6 +24,7 @@ import argparse
 import datetime as dt
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
             rows = run_cells(
                 wanted, options.data_folder, options.work or Path(folder), jobs=options.jobs, resume=options.resume
             )
-    good = newest(rows, wanted, any_settings=options.any_settings)
+    good = [_compact(row) for row in newest(rows, wanted, any_settings=options.any_settings)]
     if options.list:
         missing = absent(good, wanted)
         print("\n".join(f"{'-' if cell.key in missing else 'x'} {cell.key}" for cell in wanted))
@@ -90,6 +91,12 @@ def _run(options: argparse.Namespace) -> int:
     shown = good if options.json else [{name: row.get(name, "") for name in _COLUMNS} for row in good]
     Report(settings, shown, figures(good)).write(as_json=options.json)
     return 0 if options.report_only or len(good) == len(wanted) else 1
+
+
+def _compact(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with shorter numbers."""
+    short = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
+    return {**short, "curve": [[round(sf), round(accuracy, 5)] for sf, accuracy in row["curve"]]}
 
 
 if __name__ == "__main__":
