@@ -31,7 +31,7 @@ from fedzo.protocol.settings import EstimatorName, TrainingSettings
 from fedzo.protocol.update import estimate_gradient
 
 SEED = 7
-NAMES: tuple[EstimatorName, ...] = ("stein", "split", "node")
+NAMES: tuple[EstimatorName, ...] = ("stein", "split", "node", "coordinate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,9 @@ def test_scalars_are_deterministic_and_of_the_asked_number(case: Case, name: Est
         estimator, _, deals = made(case, training)
         with Engine(case.artifact, case.mask) as engine:
             results.append([estimator.probe(engine, request(case, deals, r)).blocks for r in (1, 2)])
-    assert [[b.size for b in blocks] for blocks in results[0]] == [[5] if name == "stein" else [5, 7]] * 2
+    assert [[b.size for b in blocks] for blocks in results[0]] == [
+        [5] if name in ("stein", "coordinate") else [5, 7]
+    ] * 2
     for one, other in zip(results[0], results[1], strict=True):
         assert all(a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
 
@@ -193,7 +195,7 @@ def test_states_of_others_are_refused(case: Case) -> None:
     node, _, _ = made(case, settings("node"))
     with pytest.raises(ProtocolError, match="residual of 3 bytes"):
         node.restore(b"abc")
-    for name in ("stein", "split"):
+    for name in ("stein", "split", "coordinate"):
         other, _, _ = made(case, settings(name))
         other.restore(other.state())
         with pytest.raises(ProtocolError, match="another estimator"):
@@ -204,13 +206,14 @@ def test_the_memory_of_an_estimator_is_planned(case: Case) -> None:
     manifest, n = case.artifact.manifest, case.mask.n_survivors
     assert estimator_bytes(settings("stein"), manifest, n) == 0
     assert estimator_bytes(settings("split", batch=16), manifest, n) == 4 * 16 * 400
+    assert estimator_bytes(settings("coordinate", batch=16), manifest, n) == 4 * 16 * 400
     assert estimator_bytes(settings("node", batch=16), manifest, n) > 4 * 120 * 400
     for name in NAMES:
         bare, averaged = settings(name, batch=16), settings(name, batch=16, optimiser=OptimiserConfig(ema=0.9))
         assert estimator_bytes(averaged, manifest, n) == estimator_bytes(bare, manifest, n) + 4 * n
 
 
-@pytest.mark.parametrize("name", ["stein", "split"])
+@pytest.mark.parametrize("name", ["stein", "split", "coordinate"])
 def test_an_announced_sigma_counts_instead_of_the_settings_own(case: Case, name: EstimatorName) -> None:
     training = settings(name, k=5, tail_k=5)
     estimator, _, deals = made(case, training)
