@@ -23,7 +23,7 @@ __all__ = ["artifact_of", "run_settings", "world_settings"]
 
 MODEL = "lenet5"
 _FORMS: dict[str, Any] = {"": TrainingSettings, "optimiser": OptimiserConfig, "saliency": SaliencySettings}
-_WORLD = ("split", "devices", "participants", "local_heads", "local_steps")
+_WORLD = ("split", "devices", "participants", "local_heads", "sgd_steps")
 
 
 def run_settings(cell: Cell, rounds: int, evaluate_every: int = 0) -> RunSettings:

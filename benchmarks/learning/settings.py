@@ -47,7 +47,7 @@ METHODS: dict[str, Settings] = {
     "local": {**_NODE, "estimator": "local", "k": 1, "tail_k": 976, "local_heads": True, "learning_rate": 3e-3},
     "local-node": {**_NODE, "estimator": "local-node", "k": 1, "local_heads": True, "learning_rate": 3e-3},
     "backprop": {"batch": 64, "learning_rate": 1e-3},
-    "fedavg": {"batch": 32, "local_steps": 10, "learning_rate": 5e-2},
+    "fedavg": {"batch": 32, "sgd_steps": 10, "learning_rate": 5e-2},
 }
 WORLDS: dict[str, Settings] = {
     "main": {"split": "iid", "devices": 1, "participants": 0},

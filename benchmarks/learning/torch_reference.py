@@ -109,7 +109,7 @@ def fedavg(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
     settings, world = cell.settings, world_settings(cell)
     devices = int(settings["devices"])
     clients = load_clients((parts.x, parts.y), net.manifest, world, devices).train
-    asked, batch, local = int(settings["participants"]) or devices, int(settings["batch"]), int(settings["local_steps"])
+    asked, batch, local = int(settings["participants"]) or devices, int(settings["batch"]), int(settings["sgd_steps"])
     rounds = max(1, int(cell.budget_sf / (BACKPROP_SF * batch * local * asked)))
     rng, every, curve = np.random.default_rng(cell.seed), max(1, -(-rounds // _POINTS)), []
     shared, spent = net.parameters, 0
