@@ -16,6 +16,7 @@ from .directions import round_coefficients
 from .errors import ProtocolError
 from .manifest import Manifest
 from .messages import Report, ReportKind
+from .scalar_rows import round_to_halves
 from .settings import RunSettings
 
 __all__ = [
@@ -119,7 +120,10 @@ def combine_probes(
         if deal.n_slots == 1:
             scale = 1.0 / deal.k if deal.block.kind == "probe" else 1.0
             ordered = sorted(reports, key=lambda item: item[0])
-            parts.append(_weighted_mean([(report.samples, report.blocks[number]) for _, report in ordered]) * scale)
+            mean = _weighted_mean([(report.samples, report.blocks[number]) for _, report in ordered]) * scale
+            if deal.block.kind == "sketch":
+                mean = round_to_halves(round_coefficients(mean)).astype(np.float64)
+            parts.append(mean)
             segments.append((first, deal.k))
             continue
         dealt = sorted(((deal.slot(rank), report) for rank, report in reports), key=lambda item: item[0])

@@ -327,7 +327,7 @@ def _plain(value: Any) -> dict[str, Any]:
 
 @functools.cache
 def _optional(kind: type) -> frozenset[str]:
-    """Keys that may be missing. A setting that came later has a default that changes nothing; a document is complete."""
+    """Keys that may be missing: a setting that came later has a default that changes nothing."""
     fields, unset = dataclasses.fields(kind), dataclasses.MISSING
     if issubclass(kind, Document):
         return frozenset()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from .directions import MAX_BLOCKS, MAX_POSITION
 from .documents import Phase
 from .errors import ProtocolError
+from .scalar_rows import ROW_PREFIX_BYTES, pack_row, unpack_row
 from .wire import (
     COUNT,
     MAX_PAYLOAD_BYTES,
@@ -26,9 +29,7 @@ from .wire import (
     check_digest,
     check_reserved,
     check_unsigned,
-    pack_scalars,
     unpack_exactly,
-    unpack_scalars,
 )
 
 __all__ = [
@@ -152,7 +153,7 @@ class Report:
             self.micro_batch,
         )
         counts = b"".join(COUNT.pack(b.size) for b in self.blocks)
-        return head + counts + b"".join(pack_scalars(b) for b in self.blocks)
+        return head + counts + b"".join(pack_row(b) for b in self.blocks)
 
     @classmethod
     def decode(cls, data: bytes) -> Report:
@@ -164,12 +165,15 @@ class Report:
         if n_blocks > MAX_REPORT_BLOCKS or len(data) < start:
             raise ProtocolError(f"a report of {len(data)} bytes cannot hold {n_blocks} blocks")
         counts = [COUNT.unpack_from(data, _REPORT.size + i * COUNT.size)[0] for i in range(n_blocks)]
-        if sum(counts) > MAX_SCALARS or len(data) != start + 4 * sum(counts):
-            raise ProtocolError(f"a report of {len(data)} bytes does not hold {sum(counts)} scalars")
-        blocks = []
+        if sum(counts) > MAX_SCALARS:
+            raise ProtocolError(f"a report of {sum(counts)} scalars is over the limit of {MAX_SCALARS}")
+        blocks, rest = [], memoryview(data)[start:]
         for count in counts:
-            blocks.append(unpack_scalars(memoryview(data)[start : start + 4 * count], count))
-            start += 4 * count
+            values, length = unpack_row(rest, count)
+            blocks.append(values)
+            rest = rest[length:]
+        if len(rest):
+            raise ProtocolError(f"a report of {sum(counts)} scalars has {len(rest)} bytes too many")
         return cls(
             ReportKind(kind & 15), tag, round_, session, samples, digest, loss, queries, elapsed, peak,
             tuple(blocks), Decline(kind >> 4), micro_batch,
@@ -243,22 +247,40 @@ class UpdateRecord:
             self.digest,
             self.coefficients.size,
         )
-        return head + b"".join(_SEGMENT.pack(*s) for s in self.segments) + pack_scalars(self.coefficients)
+        rows = np.split(self.coefficients, np.cumsum(_row_lengths(self.segments))[:-1])
+        return head + b"".join(_SEGMENT.pack(*s) for s in self.segments) + b"".join(pack_row(row) for row in rows)
 
     @classmethod
     def decode(cls, data: bytes) -> UpdateRecord:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
         _, _, n_segments, index, round_, rate, parent, digest, count = _UPDATE.unpack_from(data)
         start = _UPDATE.size + n_segments * _SEGMENT.size
-        if count > MAX_SCALARS or len(data) != start + 4 * count:
+        if count > MAX_SCALARS or n_segments < 1 or len(data) < start:
             raise ProtocolError(f"an update of {len(data)} bytes does not hold {n_segments} segments, {count} scalars")
         segments = tuple(_SEGMENT.iter_unpack(data[_UPDATE.size : start]))
-        return cls(index, round_, rate, segments, unpack_scalars(data[start:], count), parent, digest)
+        if sum(n for _, n in segments) != count:
+            raise ProtocolError(f"an update has {sum(n for _, n in segments)} positions and {count} coefficients")
+        rows, rest = [], memoryview(data)[start:]
+        for length in _row_lengths(segments):
+            row, taken = unpack_row(rest, length)
+            rows.append(row)
+            rest = rest[taken:]
+        if len(rest):
+            raise ProtocolError(f"an update of {count} coefficients has {len(rest)} bytes too many")
+        coefficients = np.concatenate(rows) if len(rows) > 1 else rows[0]
+        coefficients.flags.writeable = False
+        return cls(index, round_, rate, segments, coefficients, parent, digest)
+
+
+def _row_lengths(segments: Sequence[tuple[int, int]]) -> list[int]:
+    """Coefficients of every block that an update moves: each has a row of its own."""
+    return [sum(n for _, n in group) for _, group in groupby(segments, key=lambda segment: segment[0] // MAX_POSITION)]
 
 
 def update_bytes(n_segments: int, n_scalars: int) -> int:
-    """Length of an encoded update record."""
-    return _UPDATE.size + n_segments * _SEGMENT.size + 4 * n_scalars
+    """Most bytes of an encoded update record."""
+    rows = min(n_segments, MAX_BLOCKS)
+    return _UPDATE.size + n_segments * _SEGMENT.size + rows * ROW_PREFIX_BYTES + 4 * n_scalars
 
 
 _RECEIPT = struct.Struct("<BBBB4sI")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError, ProtocolError
+from .scalar_rows import LARGEST, round_to_halves
 
 __all__ = ["GradientSketch"]
 
@@ -46,18 +47,18 @@ class GradientSketch:
             coordinates: ``int64[n]``, those of the round, distinct.
 
         Returns:
-            ``float32[n]``: what this round carries of each of them.
+            ``float32[n]``: what this round carries of each of them, in 11 bits.
 
         Raises:
-            ProtocolError: The sum of gradient and residual is not finite. Nothing has changed then.
+            ProtocolError: The sum of gradient and residual is not finite, or too large. Nothing has changed then.
         """
         with np.errstate(over="ignore", invalid="ignore"):
             total = np.multiply(self.residual, self._decay)
             np.add(total, gradient, out=total)
-        if not np.isfinite(total).all():
+        if not (np.abs(total) < LARGEST).all():
             raise ProtocolError("a gradient is too large to be sketched", hint="use a smaller learning_rate")
-        scalars: NDArray[np.float32] = total[coordinates]
-        total[coordinates] = 0.0
+        scalars = round_to_halves(total[coordinates])
+        total[coordinates] -= scalars
         np.copyto(self.residual, total)
         return scalars
 

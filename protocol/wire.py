@@ -7,9 +7,6 @@ import hashlib
 import struct
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from .errors import ProtocolError
 
 __all__ = [
@@ -23,10 +20,8 @@ __all__ = [
     "check_digest",
     "check_reserved",
     "check_unsigned",
-    "pack_scalars",
     "run_tag",
     "unpack_exactly",
-    "unpack_scalars",
 ]
 
 VERSION: Final = 1
@@ -65,26 +60,6 @@ def check_reserved(value: int) -> None:
     """Raise ProtocolError unless the padding of a header is zero, so that a message has one encoding only."""
     if value:
         raise ProtocolError(f"a reserved field is {value}, it must be zero")
-
-
-def unpack_scalars(raw: bytes | memoryview, count: int) -> NDArray[np.float32]:
-    """Read-only ``float32[count]`` from little-endian bytes.
-
-    Raises:
-        ProtocolError: A value is not finite.
-    """
-    out = np.frombuffer(raw, dtype="<f4", count=count).astype(np.float32)
-    if not bool(np.isfinite(out).all()):
-        raise ProtocolError("a scalar is not finite")
-    out.flags.writeable = False
-    return out
-
-
-def pack_scalars(values: NDArray[np.float32]) -> bytes:
-    """Inverse of :func:`unpack_scalars`; refuses what that would refuse."""
-    if values.ndim != 1 or not bool(np.isfinite(values).all()):
-        raise ProtocolError("scalars must be one row of finite float32 values")
-    return values.astype("<f4", copy=False).tobytes()
 
 
 def run_tag(run: str) -> bytes:

@@ -27,8 +27,9 @@ from fedzo.protocol.messages import (
     UpdateRecord,
     Verdict,
 )
+from fedzo.protocol.scalar_rows import pack_row
 from fedzo.protocol.transfers import MAX_BLOCK_BYTES, MAX_LOG_RECORDS, BlobBlock, BlobRequest, LogRequest, LogSlice
-from fedzo.protocol.wire import MAX_PAYLOAD_BYTES, MAX_SCALARS, VERSION, MessageType, pack_scalars
+from fedzo.protocol.wire import MAX_PAYLOAD_BYTES, MAX_SCALARS, VERSION, MessageType
 from tests.protocol.golden.message_cases import MESSAGES, PAYLOADS
 from tests.protocol.strategies import binary_messages
 
@@ -230,7 +231,7 @@ def test_scalars_that_are_not_finite_are_refused_on_the_wire() -> None:
         with pytest.raises(ProtocolError, match="not finite"):
             decode(payload[:-4] + struct.pack("<f", bad))
     with pytest.raises(ProtocolError):
-        pack_scalars(np.array([1.0, np.nan], dtype=np.float32))
+        pack_row(np.array([1.0, np.nan], dtype=np.float32))
 
 
 def test_the_last_allowed_position_replays() -> None:
@@ -250,7 +251,7 @@ def test_counts_that_lie_allocate_nothing() -> None:
     """Headers that promise 2**32 scalars or segments are refused by their length."""
     head = bytearray(report(blocks=(floats(3),)).encode())
     head[58:62] = b"\xff\xff\xff\xff"
-    with pytest.raises(ProtocolError, match="does not hold"):
+    with pytest.raises(ProtocolError, match="over the limit"):
         decode(bytes(head))
     record = bytearray(update().encode())
     record[48:52] = b"\xff\xff\xff\xff"
