@@ -131,6 +131,22 @@ def test_a_cancelled_probe_leaves_the_state(case: Case, name: EstimatorName, par
 
 
 @pytest.mark.parametrize("name", LOCAL_ESTIMATORS)
+def test_local_steps_send_the_average_of_their_gradients(case: Case, name: EstimatorName) -> None:
+    training = settings(name, local_steps=2, local_rate=0.1)
+    estimator, blocks, deals = made(case, training)
+    batches = [Batch(case.x, case.y), Batch(case.x[::-1].copy(), case.y[:1].repeat(len(case.y)))]
+    request = dataclasses.replace(request_of(case, deals), later=lambda step: batches[step])
+    single = LocalBlocks(training, blocks, SEED)
+    with Engine(case.artifact, case.mask) as engine:
+        found = estimator.probe(engine, request)
+        one = np.concatenate(single.measure(engine, dataclasses.replace(request, draw=2)).blocks)
+        moved = dataclasses.replace(request, weights=case.weights - np.float32(0.1) * one, batch=batches[1], draw=3)
+        mean = (one + np.concatenate(single.measure(engine, moved).blocks)) / 2
+    for block, positions, scalars in zip(blocks, request.positions, found.blocks, strict=True):
+        np.testing.assert_allclose(scalars, mean[block.first + positions], rtol=1e-3, atol=1e-8)  # they have 11 bits
+
+
+@pytest.mark.parametrize("name", LOCAL_ESTIMATORS)
 def test_what_the_sketches_left_counts_in_the_next_round(case: Case, name: EstimatorName) -> None:
     """In every block; and it comes back from the disk."""
     training = settings(name)

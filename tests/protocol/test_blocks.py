@@ -59,6 +59,7 @@ def half_mask() -> Mask:
     ("estimator", "dense", "half"),
     [
         ("stein", [(0, 0, 40, "probe", "rademacher", 5)], [(0, 0, 20, "probe", "rademacher", 5)]),
+        ("coordinate", [(0, 0, 40, "sketch", "ranked", 5)], [(0, 0, 20, "sketch", "ranked", 5)]),
         (
             "split",
             [(0, 0, 28, "probe", "rademacher", 5), (1, 28, 12, "probe", "rademacher", 9)],
@@ -246,7 +247,7 @@ def test_rounds_follow_each_other(step: int, n_devices: int, k: int, family: Fam
 
 @settings(deadline=None)
 @given(
-    estimator=st.sampled_from(["stein", "split", "node"]),
+    estimator=st.sampled_from(["stein", "split", "node", "coordinate"]),
     assignment=assignments,
     family=families,
     ordinals=st.sets(st.integers(0, 500), min_size=1, max_size=12),

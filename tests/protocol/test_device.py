@@ -255,6 +255,7 @@ def fetch_everything(bench: Bench) -> list[str]:
         ({}, ["manifest", "plan", *GRAPHS[:2]]),
         ({"sparsity": 0.5}, ["manifest", "plan", *GRAPHS]),
         ({"estimator": "split"}, ["cut manifest", "plan", *GRAPHS[:2], *CUT_GRAPHS]),
+        ({"estimator": "coordinate"}, ["cut manifest", "plan", *GRAPHS[:2], *CUT_GRAPHS]),
         ({"estimator": "node"}, ["cut manifest", "plan", *GRAPHS[:2], CUT_GRAPHS[0], TAIL_GRAPHS[1]]),
         ({"estimator": "node", "sparsity": 0.5}, ["cut manifest", "plan", *GRAPHS, CUT_GRAPHS[0], TAIL_GRAPHS[1]]),
     ],
