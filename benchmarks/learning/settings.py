@@ -32,11 +32,12 @@ Settings = dict[str, Any]
 _STEIN: Settings = {"estimator": "stein", "directions": "gaussian", "k": 50, "batch": 16, "learning_rate": 7e-3}
 _NODE: Settings = {
     "estimator": "node",
-    "k": 8,
-    "tail_k": 976,  # with k 984 scalars: a report with its topic and header stays below 4,096 bytes
+    "k": 16,
+    "probe_batch": 4,
+    "tail_k": 1_920,  # halves: with k, header and topic a report stays below 4,096 bytes
     "repeats": 16,
     "feedback": 0.95,
-    "batch": 64,
+    "batch": 32,
     "learning_rate": 4e-3,
 }
 METHODS: dict[str, Settings] = {
@@ -44,7 +45,7 @@ METHODS: dict[str, Settings] = {
     "decomfl": {**_STEIN, "assignment": "shared", "k": 10, "optimiser.name": "sgd", "learning_rate": 1e-3},
     "ours": _NODE,
     "split": {"estimator": "split", "k": 10, "tail_k": 100, "batch": 16, "learning_rate": 3e-3},
-    "local": {**_NODE, "estimator": "local", "k": 1, "tail_k": 976, "local_heads": True, "learning_rate": 3e-3},
+    "local": {**_NODE, "estimator": "local", "k": 1, "local_heads": True, "batch": 64, "learning_rate": 6e-3},
     "local-node": {**_NODE, "estimator": "local-node", "k": 1, "local_heads": True, "learning_rate": 3e-3},
     "backprop": {"batch": 64, "learning_rate": 1e-3},
     "fedavg": {"batch": 32, "sgd_steps": 10, "learning_rate": 5e-2},
@@ -57,10 +58,10 @@ WORLDS: dict[str, Settings] = {
 _MANY: dict[str, Settings] = {  # sixteen devices a round: each does less
     "baseline": {"k": 10},
     "decomfl": {"k": 10},
-    "ours": {"k": 4, "tail_k": 980, "batch": 16},
+    "ours": {"k": 4, "batch": 8},
     "split": {"k": 4, "tail_k": 32},
-    "local": {"batch": 16},
-    "local-node": {"batch": 16},
+    "local": {"batch": 8},
+    "local-node": {"batch": 8},
 }
 _PRUNED: Settings = {"saliency.samples": 64}
 _PRUNED_MANY: Settings = {"saliency.samples": 4}  # of each of 50 devices: 200 samples in all
