@@ -34,10 +34,16 @@ def test_a_simulation_ends_with_the_weights_of_a_real_run(
     assert simulated(undisturbed.fleet.path, artifact, data) == undisturbed.digest
 
 
-@pytest.mark.parametrize("estimator", ["split", "node"])
-def test_so_it_does_with_every_estimator(estimator: str, fleets: MakeFleet, artifact: Path, data: list[Path]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [("split",), ("node",), ("coordinate",), ("stein", "--local-steps", 3, "--local-rate", 0.05)],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_so_it_does_with_every_estimator(
+    options: tuple[object, ...], fleets: MakeFleet, artifact: Path, data: list[Path]
+) -> None:
     fleet = fleets()
-    server = fleet.serve("--estimator", estimator, "--k", 3, "--tail-k", 48, "--repeats", 4)
+    server = fleet.serve("--k", 3, "--tail-k", 48, "--repeats", 4, "--estimator", *options)
     boards = fleet.devices()
     digest = agree(server.answer(), [board.answer() for board in boards])
     assert simulated(fleet.path, artifact, data) == digest
