@@ -129,7 +129,7 @@ def node_gradient(
         mean_loss(float(losses.sum()), len(y))
         estimate = partial(_estimate, losses=losses, tail=tail, noise=noise, before_pass=before_pass)
         hidden = estimate(tail.noise, np.zeros_like(tail.noise), runs=(), place=0)
-        cotangents = []
+        cotangents: list[NDArray[np.float32]] = []
         runs: list[StageRun] = []
         for k in reversed(range(len(stages))):
             cotangents.insert(0, estimate(flowing[k], entered[k + 1], runs=runs, place=stages[k].number + 1))

@@ -315,7 +315,7 @@ def test_steps_that_diverge_are_told_and_leave_the_state(case: Case, name: Estim
 
 @pytest.mark.parametrize(("n_positions", "sizes"), [(7, [3, 2, 2]), (2, [1, 1]), (1, [1])])
 def test_a_round_with_other_numbers_of_directions_is_shared_nearly_equally(
-    case: Case, n_positions: int, sizes: list[int]
+    case: Case, n_positions: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server may announce another number, and a small block holds fewer positions."""
     training = settings("stein", 3, k=9)
@@ -328,7 +328,7 @@ def test_a_round_with_other_numbers_of_directions_is_shared_nearly_equally(
         measured.append(request.positions[0].size)
         return measure(engine, request, *arguments)
 
-    inner.measure = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(inner, "measure", counted)
     request = dataclasses.replace(asked(case, deals), positions=(np.arange(5, 5 + n_positions, dtype=np.int64),))
     with Engine(case.artifact, case.mask) as engine:
         found = estimator.probe(engine, request)
@@ -337,7 +337,8 @@ def test_a_round_with_other_numbers_of_directions_is_shared_nearly_equally(
 
 def test_the_memory_of_steps_is_planned(case: Case) -> None:
     manifest, n = case.artifact.manifest, case.mask.n_survivors
-    for name, vectors in (("stein", 1), ("split", 1), ("coordinate", 1), ("node", 2)):
+    for name in NAMES:
+        vectors = 2 if name == "node" else 1
         one, two = (settings(name, steps, batch=16) for steps in (1, 2))
         further = estimator_bytes(two, manifest, n) - estimator_bytes(one, manifest, n)
         assert further == 4 * vectors * n + 4 * 16 * 256

@@ -35,7 +35,7 @@ STEPS = ("--local-steps", 3, "--local-rate", 0.05)
 @pytest.mark.parametrize("name", RIGS)
 def test_killed_devices_go_on_to_the_same_weights(name: str, fleets: MakeFleet) -> None:
     """What a sketch has not carried yet comes back from the disk, bit for bit, also between residual and outbox."""
-    estimator = name.split()[0]
+    estimator = name.split(maxsplit=1)[0]
     settings = ("--estimator", estimator, *SETTINGS, *(STEPS if name == IN_STEPS else ()))
     is_local = estimator in LOCAL_ESTIMATORS
     quiet = fleets(local_heads=is_local)
