@@ -24,7 +24,7 @@ from .settings import TORCH
 
 __all__ = ["MAX_SCALARS", "measure"]
 
-MAX_SCALARS = 1024  # 4 KB of float32
+MAX_BYTES_UP = 4096.0  # a report, everything around its scalars included
 _FEWEST, _MOST = 3, 50  # points of a curve
 _EVALUATION = 0.15  # of the budget, beside it, goes to evaluations: they are forward passes too
 
@@ -77,8 +77,8 @@ def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
             print(f"{cell.key} {at}", file=sys.stderr, flush=True)
 
     found = simulate(artifact, settings, data, test, world, on_progress=watch)
-    if found.scalars_per_device_round > MAX_SCALARS:
-        raise FedzoError(f"{cell.key}: a device sends {found.scalars_per_device_round:g} scalars a round, over 1,024")
+    if found.bytes_up_per_device_round > MAX_BYTES_UP:
+        raise FedzoError(f"{cell.key}: a device sends {found.bytes_up_per_device_round:,.0f} bytes a round, over 4,096")
     manifest = load_artifact(artifact).manifest
     clients = load_clients(data, manifest, world, len(world_devices(cell)))
     (board, *_), _ = choose_boards(manifest, settings, world, clients.dataset(0), 1)
