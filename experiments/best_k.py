@@ -159,6 +159,7 @@ def draw(report: Report, figure: Figure) -> None:
                 each = [100 * row["accuracy"] for row in _tests(report, data, sparsity, k)]
                 panel.plot([x] * len(each), each, ".", color=colour, alpha=0.5)
         panel.set_xscale("log", base=2)
+        panel.set_xticks(directions, map(str, directions))
         panel.set_xlabel("directions of a round, all devices")
         panel.set_ylabel("test accuracy, %")
         panel.set_title(f"LeNet-5, {data}, {settings['queries']:,} queries")

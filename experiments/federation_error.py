@@ -2,7 +2,8 @@
 
 Every device of a split has a batch of its own, drawn as in a run. ``exact`` averages the devices' exact gradients: what
 is left is sampling and skew. ``dealt`` and ``shared`` average estimates from differences of losses, with directions of
-their own for every device or the same for all. The reference is the gradient of the data of all devices.
+their own for every device or the same for all. The reference is the gradient of the data of all devices. Rows of ``n``
+devices are means over all disjoint groups of ``n`` out of the devices of the split.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..edge_runtime.data import Batch, batch_indices
 from ..edge_runtime.engine import Engine
@@ -66,30 +66,32 @@ def _one_seed(images: Images, options: Namespace, seed: int) -> list[dict[str, A
         with Engine(artifact, mask, micro_batch=32) as engine:
             for split in options.splits:
                 parts = dealt(split, images.y, most, seed)
-                sums: dict[str, NDArray[np.float64]] = {what: np.zeros(mask.n_survivors) for what in KINDS}
+                found = {what: np.empty((most, mask.n_survivors)) for what in KINDS}
                 for device, part in enumerate(parts):
                     chosen = part[batch_indices(seed, 0, device, len(part), options.batch)]
                     batch = Batch(np.ascontiguousarray(images.x[chosen]), images.y[chosen])
-                    sums["exact"] += exact_gradient(manifest, dense, batch.x, batch.y)[mask.kept]
+                    found["exact"][device] = exact_gradient(manifest, dense, batch.x, batch.y)[mask.kept]
                     for what, first in (("dealt", device * options.k), ("shared", 0)):
                         positions = np.arange(first, first + options.k, dtype=np.int64)
                         scalars = estimator.probe(engine, weights, batch, 0, positions).values
-                        sums[what] += combined(directions, 0, positions, scalars)
-                    if device + 1 in options.devices:
-                        for what in KINDS:
-                            mean = sums[what] / (device + 1)
-                            rows.append(
-                                {
-                                    "data": images.name,
-                                    "seed": seed,
-                                    "split": split,
-                                    "devices": device + 1,
-                                    "estimate": what,
-                                    "survivors": mask.n_survivors,
-                                    "relative_error": relative_error(mean, reference),
-                                    "cos2": cosine_squared(mean, reference),
-                                }
-                            )
+                        found[what][device] = combined(directions, 0, positions, scalars)
+                for n in options.devices:
+                    for what in KINDS:
+                        # Every n devices in turn are a round of their own; the row is the mean over these.
+                        means = [found[what][start : start + n].mean(0) for start in range(0, most - n + 1, n)]
+                        rows.append(
+                            {
+                                "data": images.name,
+                                "seed": seed,
+                                "split": split,
+                                "devices": n,
+                                "estimate": what,
+                                "survivors": mask.n_survivors,
+                                "rounds": len(means),
+                                "relative_error": float(np.mean([relative_error(mean, reference) for mean in means])),
+                                "cos2": float(np.mean([cosine_squared(mean, reference) for mean in means])),
+                            }
+                        )
     return rows
 
 
@@ -153,6 +155,7 @@ def draw(report: Report, figure: Figure) -> None:
     exact.set_ylim(0, 1)
     for axes in (exact, estimated):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, map(str, counts))
         axes.set_xlabel("devices of the round")
         axes.legend()
 

@@ -39,6 +39,7 @@ __all__ = ["EXPERIMENT"]
 
 SAMPLES = 2048  # behind the gradient of the data
 FITTED_K = 256
+ERRORS = (1, 2, 5, 10, 20, 50, 100)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -211,7 +212,12 @@ def draw(report: Report, figure: Figure) -> None:
     for axes in (error, aligned):
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.legend()
+    counts = [_median(report, "survivors", sparsity=s) for s in settings["sparsities"]]
+    error.set_xticks(counts, [f"{n:,.0f}" for n in counts])
+    error.set_yticks(ERRORS, map(str, ERRORS))
+    error.minorticks_off()
+    error.legend(loc="upper left")
+    aligned.legend(loc="lower right")
 
 
 def table(report: Report) -> Table:

@@ -154,6 +154,7 @@ def draw(report: Report, figure: Figure) -> None:
     iou.axhline(bias, color="black", linestyle=":", label="Gaussian against real")
     for axes in (error, iou):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(_sizes(everybody), map(str, _sizes(everybody)))
         axes.set_xlabel("devices whose scores are pooled")
         axes.set_ylim(bottom=0)
     error.set_ylabel("relative error of the score")

@@ -1,8 +1,9 @@
 """What seeds and scalars save: bytes of the project's own messages against whole vectors.
 
-``report`` and ``update`` are encoded messages of a round, without topics and MQTT headers. ``vectors`` is what a device
-would send without the seeds: K perturbations of all survivors as float32 beside its K scalars. ``weights`` is one
-float32 a survivor, what averaging of weights or of gradients sends each way.
+``report`` and ``update`` are encoded messages of a round, without topics and MQTT headers; ``sketch`` is the report of
+as many scalars of a sketch, which travel as halves. ``vectors`` is what a device would send without the seeds: K
+perturbations of all survivors as float32 beside its K scalars. ``weights`` is one float32 a survivor, what averaging of
+weights or of gradients sends each way.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..protocol.directions import round_coefficients
 from ..protocol.layout import initial_weights
 from ..protocol.mask import threshold
 from ..protocol.messages import Report as Message
 from ..protocol.messages import ReportKind, UpdateRecord
+from ..protocol.quantiles import gaussian_table
+from ..protocol.streams import Purpose, uint16s
 from .experiment import Experiment
 from .lab import DIGEST, exported
 from .pictures import COLOURS
@@ -33,19 +38,27 @@ def add_options(parser: ArgumentParser) -> None:
     """Options of this experiment."""
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="for 3x32x32 and 10 classes")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.8, 0.9], help="of the masks")
-    parser.add_argument("--k", type=int, nargs="+", default=[8, 64, 512, 1024], help="directions of a device")
+    parser.add_argument("--k", type=int, nargs="+", default=[8, 64, 1024], help="directions of a device")
     parser.add_argument("--devices", type=int, default=8, help="with directions of their own (default: %(default)s)")
 
 
-def report_bytes(k: int) -> int:
-    """Length of an encoded report of ``k`` scalars in one block."""
-    scalars = np.zeros(k, np.float32)
+def _slopes(n: int) -> NDArray[np.float32]:
+    """Scalars as they come: with all the bits of a float32."""
+    return gaussian_table()[uint16s(0, Purpose.CHANCE, 0, 0, n)] / np.float32(3.0)
+
+
+def report_bytes(k: int, *, sketch: bool = False) -> int:
+    """Length of an encoded report of ``k`` scalars in one block, slopes or a sketch, which has 11 bits a scalar."""
+    scalars = _slopes(k)
+    if sketch:
+        scalars = (scalars / np.float32(2.0)).astype(np.float16).astype(np.float32)
     return len(Message(ReportKind.PROBE, bytes(4), 0, 1, 1, DIGEST, 0.0, k + 1, 0, 0, (scalars,)).encode())
 
 
 def update_record_bytes(n: int) -> int:
     """Length of an encoded update of ``n`` coefficients that lie in one piece."""
-    return len(UpdateRecord(0, 0, 0.5, ((0, n),), np.zeros(n, np.float32), DIGEST, DIGEST).encode())
+    coefficients = round_coefficients(_slopes(n).astype(np.float64))
+    return len(UpdateRecord(0, 0, 0.5, ((0, n),), coefficients, DIGEST, DIGEST).encode())
 
 
 def measure(options: Namespace) -> Report:
@@ -70,6 +83,7 @@ def measure(options: Namespace) -> Report:
                         "mask": len(mask.encode()) if sparsity else 0,
                         "k": k,
                         "report": up,
+                        "sketch": report_bytes(k, sketch=True),
                         "update": down,
                         "vectors": k * weights + up,
                         "weights": weights,
@@ -90,6 +104,7 @@ def measure(options: Namespace) -> Report:
         "k": options.k,
         "devices": options.devices,
         "assignment": "dealt",
+        "seeds": [0],
     }
     return Report.made(settings, rows, figures)
 
@@ -102,9 +117,9 @@ def draw(report: Report, figure: Figure) -> None:
         mine = [row for row in report.rows if row["model"] == model]
         for colour, sparsity in zip(COLOURS, sparsities, strict=False):
             rows = [row for row in mine if row["sparsity"] == sparsity]
-            ks = [row["k"] for row in rows]
+            ks, label = [row["k"] for row in rows], "_" if panel is not panels[0] else f"{100 * sparsity:.0f} % pruned"
             panel.plot(ks, [row["vectors"] for row in rows], "s--", color=colour)
-            panel.plot(ks, [row["weights"] for row in rows], ":", color=colour, label=f"{100 * sparsity:.0f} % pruned")
+            panel.plot(ks, [row["weights"] for row in rows], ":", color=colour, label=label)
         rows = [row for row in mine if row["sparsity"] == sparsities[0]]
         ks = [row["k"] for row in rows]
         panel.plot(ks, [row["report"] for row in rows], "o-", color="black")
@@ -116,7 +131,7 @@ def draw(report: Report, figure: Figure) -> None:
     panels[0].plot([], [], "s--", color="grey", label="K vectors")
     panels[0].plot([], [], ":", color="grey", label="weights, once")
     panels[0].set_ylabel("bytes up, a device and round")
-    panels[0].legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=6)
 
 
 def table(report: Report) -> Table:
@@ -127,6 +142,7 @@ def table(report: Report) -> Table:
             "sparsity",
             "K",
             "report",
+            "of a sketch",
             "update",
             "mask, once",
             "K vectors",
@@ -136,12 +152,12 @@ def table(report: Report) -> Table:
         ]
     ]
     for row in report.rows:
-        sizes = [f"{row[key]:,}" for key in ("report", "update", "mask", "vectors", "weights")]
+        sizes = [f"{row[key]:,}" for key in ("report", "sketch", "update", "mask", "vectors", "weights")]
         ratios = [f"{row['vectors_over_report']:,.0f}", f"{row['weights_over_report']:,.1f}"]
         out.append([row["model"], f"{row['sparsity']:.0%}", str(row["k"]), *sizes, *ratios])
     return out
 
 
 EXPERIMENT = Experiment(
-    "bytes of seeds and scalars against whole vectors", add_options, measure, draw, table, (9.0, 3.4)
+    "bytes of seeds and scalars against whole vectors", add_options, measure, draw, table, (9.0, 3.7)
 )
