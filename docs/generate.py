@@ -1,7 +1,7 @@
 """Writes the parts of the documentation that follow from the code: `python docs/generate.py [--check]`.
 
 `cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, those of
-`results.md` and the README from the committed results. mkdocs also loads this file as a hook, which makes `index.md`
+`results.md`, `experiments.md`, `claims.md` and the README from the committed results. mkdocs also loads this file as a hook, which makes `index.md`
 from the README.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
+EXPERIMENTS, CLAIMS = DOCS / "experiments.md", DOCS / "claims.md"
 FIGURES = {
     "engine": ("engine",),
     "structured": ("structured",),
@@ -243,6 +244,33 @@ def results_page(text: str) -> str:
     return text
 
 
+def experiment_table(name: str) -> str:
+    """The table of a committed experiment, or that it was not run."""
+    from fedzo.experiments.experiment import find
+    from fedzo.experiments.report import Report
+
+    path = DOCS / "results" / "experiments" / f"{name}.json"
+    if not path.exists():
+        return f"Not run: there is no `{path.relative_to(DOCS.parent)}`."
+    report = Report.decode(path.read_text(encoding="utf-8"), path.name)
+    head, *rows = find(name).table(report)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    seeds = ", ".join(map(str, report.settings["seeds"]))
+    origin = f"{report.machine['cpu']}, {report.machine['cores']} cores, {report.settings['date']}; seeds {seeds}."
+    return "\n".join([*lines, "", origin])
+
+
+def experiments_page(text: str) -> str:
+    """The page with its tables renewed; that of ``methods`` stands on the page of claims."""
+    from fedzo.experiments.experiment import NAMES
+
+    for name in NAMES:
+        if name == "methods":
+            continue
+        text = renewed(text, name, experiment_table(name))
+    return text
+
+
 def index_page(readme: str) -> str:
     """The README as a page of this site: links into ``docs/`` become local, files of the repository plain text."""
     page = readme.replace("](docs/", "](")
@@ -265,12 +293,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is stale")
     check = parser.parse_args().check
-    texts = {page: page.read_text(encoding="utf-8") for page in (BOARDS, RESULTS, README)}
+    texts = {page: page.read_text(encoding="utf-8") for page in (BOARDS, RESULTS, README, EXPERIMENTS, CLAIMS)}
     pages = {
         DOCS / "cli.md": cli_reference(),
         BOARDS: renewed(texts[BOARDS], "boards", boards_table()),
         RESULTS: results_page(texts[RESULTS]),
         README: renewed(texts[README], "demo", demo_table()),
+        EXPERIMENTS: experiments_page(texts[EXPERIMENTS]),
+        CLAIMS: renewed(texts[CLAIMS], "methods", experiment_table("methods")),
     }
     stale = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
     for page in stale:
