@@ -50,7 +50,12 @@ def round_to_halves(values: NDArray[np.float32] | NDArray[np.float64]) -> NDArra
     exponent = _exponent(exact)
     if exponent > _LARGEST_EXPONENT or not np.isfinite(exact).all():
         raise ProtocolError("a scalar is not finite or is larger than 2**100", hint="lower the learning rate")
-    rounded: NDArray[np.float32] = np.ldexp(_halves(exact, exponent).astype(np.float64), exponent).astype(np.float32)
+    halves = _halves(exact, exponent)
+    if float(np.abs(halves).max(initial=0.0)) >= 1.0:  # rounded up to the next power: a row has the exponent of that
+        exponent += 1
+        halves = _halves(exact, exponent)
+    # A negative zero would make the row a long one.
+    rounded: NDArray[np.float32] = np.add(np.ldexp(halves.astype(np.float64), exponent), 0.0).astype(np.float32)
     return rounded
 
 
@@ -65,9 +70,10 @@ def pack_row(values: NDArray[np.float32]) -> bytes:
     exponent = _short_exponent(values)
     if exponent is None:
         return _FLOATS.to_bytes(1, "little", signed=True) + values.astype("<f4", copy=False).tobytes()
-    return exponent.to_bytes(1, "little", signed=True) + _halves(values.astype(np.float64), exponent).astype(
-        "<f2", copy=False
-    ).tobytes()
+    return (
+        exponent.to_bytes(1, "little", signed=True)
+        + _halves(values.astype(np.float64), exponent).astype("<f2", copy=False).tobytes()
+    )
 
 
 def _short_exponent(values: NDArray[np.float32]) -> int | None:

@@ -99,9 +99,9 @@ def test_a_cell_spends_its_budget(work: Path, method: str, mask: str, world: str
         assert row["bytes_up_per_device_round"] > 40_000
 
 
-def test_more_scalars_than_allowed_are_refused(work: Path) -> None:
-    asked = cell("ours", settings={"tail_k": 1017})
-    with pytest.raises(FedzoError, match="1025 scalars"):
+def test_more_bytes_than_allowed_are_refused_before_the_run(work: Path) -> None:
+    asked = cell("ours", budget="30m", settings={"tail_k": 2100})
+    with pytest.raises(FedzoError, match=r"4,\d\d\d bytes a round, over 4,096"):
         measure(asked, work, work)
 
 

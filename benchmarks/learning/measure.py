@@ -15,16 +15,17 @@ from fedzo.protocol.errors import FedzoError
 from fedzo.simulation.boards import choose_boards
 from fedzo.simulation.clients import load_clients
 from fedzo.simulation.result import Progress, SimulationResult
-from fedzo.simulation.simulate import rounds_for_budget, simulate
+from fedzo.simulation.simulate import simulate
 
 from .build import artifact_of, run_settings, world_settings
 from .cells import Cell
 from .data import Parts, prepare
 from .settings import TORCH
 
-__all__ = ["MAX_SCALARS", "measure"]
+__all__ = ["MAX_BYTES_UP", "measure"]
 
 MAX_BYTES_UP = 4096.0  # a report, everything around its scalars included
+_PILOT = 2  # rounds that tell what a round costs
 _FEWEST, _MOST = 3, 50  # points of a curve
 _EVALUATION = 0.15  # of the budget, beside it, goes to evaluations: they are forward passes too
 
@@ -42,7 +43,7 @@ def measure(cell: Cell, data_folder: Path, work: Path) -> dict[str, Any]:
         beside them in ``pruning_sample_forwards``.
 
     Raises:
-        FedzoError: The settings do not fit, training diverged, or a report had more than :data:`MAX_SCALARS` scalars.
+        FedzoError: The settings do not fit, training diverged, or reports took more than :data:`MAX_BYTES_UP`.
     """
     parts = Parts(prepare(data_folder, cell.data, cell.part, work))
     started = time.perf_counter()
@@ -63,7 +64,9 @@ def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
     channels = int(parts.x.shape[1])
     artifact, world = artifact_of(cell, channels, work), world_settings(cell)
     data, test = (parts.x, parts.y), (parts.xt, parts.yt)
-    rounds = rounds_for_budget(artifact, run_settings(cell, 1), data, world, cell.budget_sf)
+    pilot = simulate(artifact, run_settings(cell, _PILOT), data, None, world)
+    _check_bytes(cell, pilot)  # before hours are spent
+    rounds = max(1, int(cell.budget_sf * _PILOT / pilot.sample_forwards))
     points = 1 if cell.part == "validation" else int(_EVALUATION * cell.budget_sf / len(parts.xt))
     every = max(1, -(-rounds // min(max(points, _FEWEST), _MOST)))
     settings = run_settings(cell, rounds, every)
@@ -77,12 +80,17 @@ def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
             print(f"{cell.key} {at}", file=sys.stderr, flush=True)
 
     found = simulate(artifact, settings, data, test, world, on_progress=watch)
-    if found.bytes_up_per_device_round > MAX_BYTES_UP:
-        raise FedzoError(f"{cell.key}: a device sends {found.bytes_up_per_device_round:,.0f} bytes a round, over 4,096")
+    _check_bytes(cell, found)
     manifest = load_artifact(artifact).manifest
     clients = load_clients(data, manifest, world, len(world_devices(cell)))
     (board, *_), _ = choose_boards(manifest, settings, world, clients.dataset(0), 1)
     return {"rounds": rounds, "planned_mib": board.peak_mib, **_outcome(found, len(parts.xt))}
+
+
+def _check_bytes(cell: Cell, found: SimulationResult) -> None:
+    sent = found.bytes_up_per_device_round
+    if sent > MAX_BYTES_UP:
+        raise FedzoError(f"{cell.key}: a device sends {sent:,.0f} bytes a round, over {MAX_BYTES_UP:,.0f}")
 
 
 def world_devices(cell: Cell) -> range:

@@ -29,11 +29,16 @@ def test_rounded_rows_are_short_and_near(values: list[float]) -> None:
     row = np.array(values, np.float32)
     rounded = round_to_halves(row)
     assert round_to_halves(rounded).tobytes() == rounded.tobytes()
-    rounded = rounded + np.float32(0.0)  # no negative zeros
     assert len(pack_row(rounded)) == 1 + 2 * row.size
     largest = float(np.abs(row).max())
     error = np.abs(rounded.astype(np.float64) - row.astype(np.float64))
     assert (error <= np.maximum(2.0**-11 * np.abs(row.astype(np.float64)), 2.0**-24 * largest) + 2.0**-110).all()
+
+
+@pytest.mark.parametrize("first", [1.0 - 2.0**-20, -1e-12])
+def test_a_row_stays_short_where_rounding_changes_the_exponent_or_the_sign_of_zero(first: float) -> None:
+    row = np.array([first, 1e-4, 3e-8, 5e-8, 0.75, -0.5, 0.3, 0.0], np.float32)
+    assert len(pack_row(round_to_halves(row))) == 1 + 2 * row.size
 
 
 @given(st.binary(max_size=100), st.integers(0, 60))
