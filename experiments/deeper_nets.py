@@ -48,6 +48,7 @@ NETWORKS: dict[str, tuple[str, tuple[tuple[int, ...], int, int]]] = {
     "resnet50": (f"{__package__}.shapes:resnet50", LARGE),
 }
 SPARSITY = 0.9
+MEMORY_MIB = (50, 100, 200, 500, 1000, 2000)
 _NO_LIMIT_MIB = 1e6
 _QUERIES, _PASSES = 4, 3
 
@@ -198,7 +199,7 @@ def draw(report: Report, figure: Figure) -> None:
     )
     for number, (label, key) in enumerate(series):
         values = [row[key] for row in report.rows]
-        memory.bar(places + 0.27 * (number - 1), values, 0.27, color=COLOURS[number], label=label)
+        memory.plot(places, values, "os^"[number], color=COLOURS[number], label=label)
     memory.set_ylabel("planned peak of a device, MiB")
     sums = (
         ("one query of one sample, measured", "query_ms_per_sample", 1e-3),
@@ -207,14 +208,14 @@ def draw(report: Report, figure: Figure) -> None:
     )
     for number, (label, key, scale) in enumerate(sums):
         values = [scale * row[key] for row in report.rows]
-        times.bar(places + 0.27 * (number - 1), values, 0.27, color=COLOURS[number], label=label)
+        times.plot(places, values, "os^"[number], color=COLOURS[number], label=label)
     times.set_ylabel("seconds, one thread of this machine")
     for axes in (memory, times):
         axes.set_yscale("log")
         axes.set_xticks(places, names, rotation=20)
         axes.legend()
-    memory.set_ylim(top=40 * max(row["training_dense_mib"] for row in report.rows) / 10)
-    times.set_ylim(top=100 * max(3600 * row["computed_training_h"] for row in report.rows))
+    memory.set_yticks(MEMORY_MIB, map(str, MEMORY_MIB))
+    memory.minorticks_off()
 
 
 def table(report: Report) -> Table:
