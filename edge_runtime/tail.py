@@ -6,16 +6,18 @@ Sources: Jabri and Flower, "Weight perturbation", IEEE Trans. Neural Networks 3 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
 from ..protocol.dense_tail import DenseLayer, DenseTail
 from .cut_graphs import CutWeights, bind_input, bind_output, run_bound
 from .engine import Engine
 from .ort import release_arena
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["TailRun", "last_delta", "tail_weight_gradient"]
 
