@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 
+_GROUP = 4
+"""Directions that share samples where each has only a part of the batch; as many as graphs with several queries take."""
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeRequest:
     """What one round asks of one device.
@@ -271,10 +275,21 @@ class NodeBlocks(StepEstimator):
 def _whole(
     estimator: SteinEstimator, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool], samples: int = 0
 ) -> Scalars:
-    """Differences along the positions of the first block, by whole passes over the first samples, or all of them."""
-    batch = request.batch
-    source = WholeLosses(engine, Batch(batch.x[:samples], batch.y[:samples]) if samples else batch)
-    return estimator.measure(source, request.weights, request.round, request.positions[0], cancelled, request.sigma)
+    """Differences along the positions of the first block, by whole passes.
+
+    With ``samples`` below the batch, a few directions at a time have that many samples of their own, one group after
+    the other: they say more together than all directions say of the same few samples.
+    """
+    batch, positions = request.batch, request.positions[0]
+    n_groups = min(len(batch) // samples, -(-len(positions) // _GROUP)) if 0 < samples < len(batch) else 1
+    found = []
+    for group, part in enumerate(np.array_split(positions, n_groups)):
+        rows = slice(group * samples, (group + 1) * samples) if samples else slice(None)
+        source = WholeLosses(engine, Batch(batch.x[rows], batch.y[rows]))
+        found.append(estimator.measure(source, request.weights, request.round, part, cancelled, request.sigma))
+    values = np.concatenate([part.values for part in found])
+    mean_loss = float(np.mean([part.mean_loss for part in found]))
+    return Scalars(values, mean_loss, sum(part.queries for part in found))
 
 
 def make_estimator(training: TrainingSettings, blocks: Sequence[Block], seed: int) -> BlockEstimator:

@@ -124,7 +124,7 @@ class TrainingSettings:
         two_sided: Central instead of forward differences.
         batch: Samples behind one loss.
         probe_batch: Samples of the batch behind a direction of the front layers of ``split`` and ``node``, where more
-            directions say more than more samples do; 0 for all.
+            directions say more than more samples do; other directions have others of the batch. 0 for all.
         local_steps: Steps that a device makes on weights of its own in a round, each with a fresh batch and an equal
             part of the round's directions (DeComFL, arXiv 2405.15861).
         local_rate: Learning rate of these steps, plain descent; above 0 where there are several.

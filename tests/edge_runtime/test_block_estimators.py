@@ -180,15 +180,18 @@ def test_diverged_weights_are_told_and_leave_the_state(case: Case, name: Estimat
 
 
 @pytest.mark.parametrize("name", ["split", "node"])
-def test_directions_of_the_front_take_the_first_samples(case: Case, name: EstimatorName) -> None:
-    results = []
-    for batch, samples in ((case.batch, 3), (Batch(case.batch.x[:3], case.batch.y[:3]), 0)):
-        estimator, _, deals = made(case, settings(name, k=4, tail_k=8, repeats=2, probe_batch=samples))
-        with Engine(case.artifact, case.mask, queries=1) as engine:
-            found = estimator.probe(engine, dataclasses.replace(request(case, deals), batch=batch))
-        results.append(found.blocks)
-    assert results[0][0].tobytes() == results[1][0].tobytes()
-    assert results[0][1].tobytes() != results[1][1].tobytes()
+def test_directions_of_the_front_have_few_samples_each(case: Case, name: EstimatorName) -> None:
+    """Of nine directions five have the first three samples, and four the next three."""
+    estimator, _, deals = made(case, settings(name, k=9, tail_k=8, repeats=2, probe_batch=3))
+    asked = dataclasses.replace(request(case, deals), batch=Batch(case.batch.x[:8], case.batch.y[:8]))
+    positions = asked.positions[0]
+    with Engine(case.artifact, case.mask, queries=1) as engine:
+        found = estimator.probe(engine, asked).blocks[0]
+        for rows, part in ((slice(0, 3), slice(0, 5)), (slice(3, 6), slice(5, 9))):
+            alone, _, _ = made(case, settings(name, k=9, tail_k=8, repeats=2))
+            batch = Batch(case.batch.x[rows], case.batch.y[rows])
+            own = dataclasses.replace(asked, batch=batch, positions=(positions[part], asked.positions[1]))
+            assert alone.probe(engine, own).blocks[0].tobytes() == found[part].tobytes()
 
 
 def test_states_of_others_are_refused(case: Case) -> None:
