@@ -180,6 +180,12 @@ def test_a_search_chooses_by_the_median_on_the_validation_part(work: Path, tmp_p
     report = json.loads(found.stdout)
     assert report["settings"]["best"]["digits/baseline/dense/main"]["k"] in (2, 4)
     assert len(report["rows"]) == 2
+    kept = tmp_path / "search.jsonl"
+    kept.write_text("".join(json.dumps({**row, "part": "validation"}) + "\n" for row in report["rows"]))
+    again = command("benchmarks.learning.search", "--report-only", "--json", "--resume", str(kept))
+    assert json.loads(again.stdout)["settings"]["best"] == {
+        "digits/baseline/dense/main": {"k": report["settings"]["best"]["digits/baseline/dense/main"]["k"]}
+    }
     refused = command("benchmarks.learning.search", *options, "--only", "digits/baseline")
     assert refused.returncode == ConfigError.exit_code
 

@@ -7,7 +7,7 @@ Every group (data, method, mask, world) is trained on the training set without a
 the grid. The best point has the highest median accuracy over the seeds; ``--adopt`` writes it to ``found.json``, where
 the benchmark finds it, and the report is kept as ``docs/results/learning_search.json``. Without ``--grid`` the rate is
 tried at 1/2, 1 and 2 of its present value. Points are trained for the whole of ``--budget``, with a schedule that ends
-there. The test set is never looked at.
+there. The test set is never looked at. ``--report-only`` without ``--only`` reports on all rows of the file.
 """
 
 from __future__ import annotations
@@ -70,6 +70,15 @@ def best(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, d
     return found
 
 
+def varied(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings that are not the same in all rows of a group."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        for name, value in row["settings"].items():
+            seen.setdefault((row["key"].rsplit("/", 2)[0], name), set()).add(json.dumps(value))
+    return sorted({name for (_, name), values in seen.items() if len(values) > 1})
+
+
 def _grid(entries: Sequence[str]) -> dict[str, list[Any]]:
     found = {}
     for entry in entries:
@@ -83,6 +92,8 @@ def _grid(entries: Sequence[str]) -> dict[str, list[Any]]:
 def _cells(options: argparse.Namespace) -> list[Cell]:
     if options.budget not in BUDGETS:
         raise ConfigError(f"the budget {options.budget!r} is none of {', '.join(BUDGETS)}")
+    if not options.only and options.report_only:
+        return []
     if not options.only:
         raise ConfigError("no group is named", hint="--only fashion_mnist/ours/dense/main")
     grid, found = _grid(options.grid), []
@@ -108,15 +119,19 @@ def _run(options: argparse.Namespace) -> int:
             rows = run_cells(
                 cells, options.data_folder, work, jobs=options.jobs, resume=options.resume, done=lambda _: True
             )
-    good = [row for row in rows if any(cell.is_of(row) for cell in cells)]
-    names = list(_grid(options.grid)) or ["learning_rate"]
+    if cells:
+        good = [row for row in rows if any(cell.is_of(row) for cell in cells)]
+        names = list(_grid(options.grid)) or ["learning_rate"]
+    else:
+        good = [row for row in rows if row["part"] == "validation"]
+        names = varied(good)
     winners = best(good, names)
     if options.adopt:
         stored = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.exists() else {}
         for group, settings in winners.items():
             stored[group] = {**stored.get(group, {}), **settings}
         FOUND.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    columns = ("key", "accuracy", "sample_forwards", "settings", "error")
+    columns = ("key", "budget_sf", "accuracy", "sample_forwards", "settings", "error")
     shown = [{name: row.get(name) for name in columns} for row in good]
     if not options.json:
         shown = [{"key": r["key"], **{n: r["settings"].get(n) for n in names}, "accuracy": r["accuracy"]} for r in good]
@@ -143,7 +158,9 @@ def main() -> int:
     parser.add_argument("--grid", nargs="+", default=[], metavar="NAME=A,B", help="as learning_rate=1e-3,3e-3 k=4,8")
     parser.add_argument("--budget", default="300k", help="SF of each run (default %(default)s)")
     parser.add_argument("--adopt", action="store_true", help="write the best points to found.json")
-    parser.add_argument("--report-only", action="store_true", help="report on the rows that are there, run nothing")
+    parser.add_argument(
+        "--report-only", action="store_true", help="report on the rows that are there, all of them without --only"
+    )
     options = parser.parse_args()
     try:
         return _run(options)
