@@ -18,6 +18,7 @@ from ..protocol.mask import Mask
 __all__ = ["accuracy", "directional_derivative", "exact_gradient", "trained"]
 
 _PART = 512
+torch.set_num_threads(1)  # these networks are too small for more, least of all on a busy machine
 
 
 def _tensors(layout: Layout, dense: NDArray[np.float32], dtype: torch.dtype) -> dict[str, Tensor]:

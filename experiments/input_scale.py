@@ -192,7 +192,7 @@ def draw(report: Report, figure: Figure) -> None:
     masks.set_xlim(0, 1)
     masks.set_xlabel("overlap (IoU) with the mask of N(0, 1)")
     masks.set_title(f"masks at 90 %, {data}")
-    masks.legend(loc="lower left", facecolor="white", frameon=True)
+    figure.legend(*masks.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     reached = {what: 100 * v for (d, _, what), v in _medians(report, "accuracy", "test_accuracy").items() if d == data}
     learnt.barh(list(reached), list(reached.values()), color=COLOURS[0])
     for number, value in enumerate(reached.values()):

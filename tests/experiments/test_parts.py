@@ -87,7 +87,7 @@ def test_wrong_names_are_refused(entries: list[str]) -> None:
         (["federation-error", "--devices", "0"], "must be 1 or more"),
         (["best-k", "--k", "0"], "must be 1 or more"),
         (["deeper-nets", "--models", "alexnet"], "'alexnet'"),
-        (["saliency-inputs", "--splits", "dirichlet:-1"], "alpha is -1"),
+        (["saliency-inputs", "--splits", "dirichlet:-1"], "dirichlet:-1"),
     ],
 )
 def test_the_command_line_refuses(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
