@@ -1,8 +1,8 @@
 """Writes the parts of the documentation that follow from the code: `python docs/generate.py [--check]`.
 
 `cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, those of
-`results.md`, `experiments.md`, `claims.md` and the README from the committed results. mkdocs also loads this file as a hook, which makes `index.md`
-from the README.
+`results.md`, `experiments.md`, `claims.md` and the README from the committed results. mkdocs also loads this file as a
+hook, which makes `index.md` from the README.
 """
 
 from __future__ import annotations
