@@ -52,8 +52,8 @@ __all__ = [
 ]
 
 
-_GROUP = 4
-"""Directions that share samples where each has only a part of the batch; as many as graphs with several queries take."""
+_GROUP = 3
+"""Directions that share samples where each has only a part of the batch: with the clean loss one run of four queries."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,9 @@ Settings = dict[str, Any]
 _STEIN: Settings = {"estimator": "stein", "directions": "gaussian", "k": 50, "batch": 16, "learning_rate": 7e-3}
 _NODE: Settings = {
     "estimator": "node",
-    "k": 16,
+    "k": 15,
     "probe_batch": 4,
+    "sigma": 3e-3,
     "tail_k": 1_920,  # halves: with k, header and topic a report stays below 4,096 bytes
     "repeats": 16,
     "feedback": 0.95,
@@ -45,7 +46,7 @@ METHODS: dict[str, Settings] = {
     "decomfl": {**_STEIN, "assignment": "shared", "k": 10, "optimiser.name": "sgd", "learning_rate": 1e-3},
     "ours": _NODE,
     "split": {"estimator": "split", "k": 10, "tail_k": 100, "batch": 16, "learning_rate": 3e-3},
-    "local": {**_NODE, "estimator": "local", "k": 1, "local_heads": True, "batch": 64, "learning_rate": 6e-3},
+    "local": {**_NODE, "estimator": "local", "k": 1, "local_heads": True, "batch": 64, "learning_rate": 5e-3},
     "local-node": {**_NODE, "estimator": "local-node", "k": 1, "local_heads": True, "learning_rate": 3e-3},
     "backprop": {"batch": 64, "learning_rate": 1e-3},
     "fedavg": {"batch": 32, "sgd_steps": 10, "learning_rate": 5e-2},
@@ -58,7 +59,7 @@ WORLDS: dict[str, Settings] = {
 _MANY: dict[str, Settings] = {  # sixteen devices a round: each does less
     "baseline": {"k": 10},
     "decomfl": {"k": 10},
-    "ours": {"k": 4, "batch": 8},
+    "ours": {"k": 3, "batch": 8},
     "split": {"k": 4, "tail_k": 32},
     "local": {"batch": 8},
     "local-node": {"batch": 8},
