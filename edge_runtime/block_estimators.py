@@ -53,7 +53,7 @@ __all__ = [
 
 
 _GROUP = 3
-"""Directions that share samples where each has only a part of the batch: with the clean loss one run of four queries."""
+"""Directions that share samples where each has only a part of the batch: with the clean loss a run of four queries."""
 
 
 @dataclass(frozen=True, eq=False)
