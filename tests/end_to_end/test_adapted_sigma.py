@@ -18,7 +18,8 @@ from fedzo.edge_runtime.data import Batch
 from fedzo.edge_runtime.engine import Engine
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.adaptation import next_sigma
-from fedzo.protocol.blocks import deal, directions_of, whole_block
+from fedzo.protocol.blocks import deal, whole_block
+from fedzo.protocol.directions import Directions
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Report, ReportKind
 from fedzo.protocol.settings import TrainingSettings
@@ -67,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
 def test_the_gradient_comes_back(trained: Trained, start: float, two_sided: bool) -> None:
     blocks = whole_block("hadamard", trained.weights.size, K)
     training = TrainingSettings(k=K, sigma=1e-3, two_sided=two_sided)
-    estimator, (basis,) = make_estimator(training, blocks, SEED), directions_of(blocks, SEED)
+    estimator, basis = make_estimator(training, blocks, SEED), Directions("hadamard", SEED, trained.weights.size)
     sigma, cosines = float(np.float32(start)), []
     for round_ in range(ROUNDS):
         deals = deal(blocks, "shared", round_, 1)

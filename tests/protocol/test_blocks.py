@@ -220,7 +220,7 @@ def test_two_blocks_share_the_room_of_a_message() -> None:
 def test_the_walk_visits_every_row_once_a_lap(size: int, k: int, n_devices: int, assignment: Assignment) -> None:
     """While the fleet stays the same; laps follow each other without a gap."""
     blocks = whole_block("hadamard", size, k)
-    (directions,) = directions_of(blocks, 7)
+    directions = Directions("hadamard", 7, size)
     walked: list[int] = []
     laps = 3
     for step in range(10_000):

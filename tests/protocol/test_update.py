@@ -95,7 +95,7 @@ def test_one_step_is_the_sum_of_coefficient_times_direction() -> None:
     coefficients = round_coefficients(np.array([1.5, -2.0, 0.25]))
     replica.prepare(0, 9, 0.5, ((4, 2), (10, 1)), coefficients)
     expected = before.copy()
-    (directions,) = directions_of(replica.blocks, 12)
+    directions = Directions("gaussian", 12, before.size)
     for position, coefficient in zip((4, 5, 10), coefficients.tolist(), strict=True):
         z = directions.direction(9, position, np.empty(before.size, dtype=np.float32))
         expected -= 0.5 * coefficient * z
@@ -406,7 +406,7 @@ def test_training_by_scalars_lowers_the_loss() -> None:
     layout = Layout((Parameter("w", (60,), True, Initialiser("constant", 0.0)),))
     problem = Logistic(60, 300)
     replica = Replica(layout, Mask.dense(layout), 1, 2, whole_block("hadamard", 60), OptimiserConfig("adam"))
-    (directions,) = directions_of(replica.blocks, 2)
+    directions = Directions("hadamard", 2, 60)
     rate = float(np.float32(0.1))
     for index in range(40):
         first = 16 * index % 48
