@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .directions import MAX_POSITION, Directions, Family, n_positions
+from .directions import MAX_BLOCKS, MAX_POSITION, Directions, Family, n_positions
 from .errors import ConfigError
 from .manifest import Manifest
 from .mask import Mask
@@ -144,6 +144,7 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
 def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tuple[Block, ...]:
     """A sketch of every stage and one of all heads, which lie behind the stages.
 
+    Neighbours of a network of more stages share a sketch, so that there are at most :data:`~.directions.MAX_BLOCKS`.
     They share ``tail_k`` scalars in proportion to the square root of their survivors, so that a block of a hundred
     times as many weights gets ten times as many scalars.
     """
@@ -154,8 +155,11 @@ def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) ->
         )
     stages, counts = local_stages(manifest.stages), mask.counts()
     sizes = [int(counts[stage.first_parameter : stage.end_parameter].sum()) for stage in stages]
-    if sum(sizes) < mask.n_survivors:
-        sizes.append(mask.n_survivors - sum(sizes))
+    of_heads = [n] if (n := mask.n_survivors - sum(sizes)) else []
+    most = MAX_BLOCKS - len(of_heads)
+    if len(sizes) > most:
+        sizes = [sum(sizes[len(sizes) * i // most : len(sizes) * (i + 1) // most]) for i in range(most)]
+    sizes += of_heads
     roots = [math.sqrt(size) for size in sizes]
     blocks: list[Block] = []
     for number, (size, root) in enumerate(zip(sizes, roots, strict=True)):

@@ -98,7 +98,7 @@ class Report:
         session: Boot counter of the device.
         samples: Samples behind the scalars; the aggregation weight.
         weights_digest: Digest of the device's weights, 16 bytes; zero before training.
-        mean_loss: Loss at the unperturbed weights, for the log only.
+        mean_loss: Loss at the unperturbed weights: for people, for a range test and for adapting sigma.
         queries: Forward passes spent.
         elapsed_ms: Time spent.
         peak_rss_kib: Peak of the device's process.

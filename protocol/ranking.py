@@ -82,11 +82,11 @@ class CoordinateRanking:
         n_seen = int(np.count_nonzero(seen))
         largest = float(self._rates.max(initial=0.0))
         if n_seen and largest > 0.0:
-            exact = self._rates.astype(np.float64)
+            exact = np.maximum(self._rates, np.float32(0.0)).astype(np.float64)  # -1 times the scale is no int64
             np.multiply(exact, 2.0**30 / largest, out=exact)
             scaled = np.floor(exact, out=exact).astype(np.int64)
             del exact  # 8 bytes a weight
-            mean = int(scaled[seen].sum()) // n_seen
+            mean = int(scaled.sum()) // n_seen
             scaled[~seen] = mean
         else:
             scaled, mean = np.zeros(self.size, np.int64), 0

@@ -105,8 +105,9 @@ def unpack_row(raw: memoryview, count: int) -> tuple[NDArray[np.float32], int]:
     if exponent == _FLOATS:
         out = np.frombuffer(raw[1:end], dtype="<f4").astype(np.float32)
     else:
-        halves = np.frombuffer(raw[1:end], dtype="<f2").astype(np.float64)
-        out = np.ldexp(halves, exponent).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # foreign bytes: what is no number is refused below
+            halves = np.frombuffer(raw[1:end], dtype="<f2").astype(np.float64)
+            out = np.ldexp(halves, exponent).astype(np.float32)
     if not bool(np.isfinite(out).all()):
         raise ProtocolError("a scalar is not finite")
     if _short_exponent(out) != (None if exponent == _FLOATS else exponent):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Deal, deal
+from .blocks import deal
 from .device_events import Outcome, Task
 from .documents import Announcement, RunDocument, unpack_participants
 from .errors import ProtocolError
@@ -52,13 +52,6 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
         )
     weights, digest = replica.evaluated() if kind is ReportKind.EVALUATE else (replica.weights.copy(), replica.digest)
     return Task(number, kind, head.round, ordinal, positions, weights, digest, head.sigma)
-
-
-def _positions(one: Deal, rank: int, replica: Replica) -> NDArray[np.int64]:
-    """A device's positions of a probed block, the coordinates of a sketched one."""
-    if one.block.kind == "sketch":
-        return replica.coordinates(one.block.number, one.k)
-    return one.positions(one.slot(rank))
 
 
 def make_report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:

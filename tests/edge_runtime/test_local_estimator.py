@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fedzo.edge_runtime.ort import arena_limit_holds
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.aggregation import combine_probes
 from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of
+from fedzo.protocol.directions import MAX_BLOCKS
 from fedzo.protocol.errors import ConfigError, MemoryBudgetError, ProtocolError
 from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask
@@ -28,7 +30,7 @@ from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
 from fedzo.protocol.run_files import needed_graphs
 from fedzo.protocol.settings import LOCAL_ESTIMATORS, EstimatorName, RunSettings, TrainingSettings
 from fedzo.protocol.stages import local_stages
-from fedzo.protocol.update import estimate_gradient
+from fedzo.protocol.update import Replica, estimate_gradient
 from tests.edge_runtime.test_local_gradient import Case
 from tests.edge_runtime.test_local_gradient import case as made_case
 
@@ -210,6 +212,29 @@ def test_the_memory_is_planned(case: Case) -> None:
     assert isinstance(
         make_estimator(settings("local"), blocks_of(settings("local"), manifest, case.mask), 1), LocalBlocks
     )
+
+
+def test_stages_of_a_deep_network_share_sketches(tmp_path: Path) -> None:
+    """Twelve layers, and no more blocks than a record can name."""
+    export_artifact("tests.exporter.user_models:deep", (6,), 3, 0.0, 3, tmp_path / "deep", local_heads=True)
+    artifact = load_artifact(tmp_path / "deep")
+    mask = Mask.dense(artifact.manifest.layout)
+    training = settings("local")
+    blocks = blocks_of(training, artifact.manifest, mask)
+    assert len(local_stages(artifact.manifest.stages)) > len(blocks) == MAX_BLOCKS
+    replica = Replica(mask.layout, mask, artifact.manifest.seed, SEED, blocks, training.optimiser)
+    estimator, deals = make_estimator(training, blocks, SEED), deal(blocks, "shared", 0, 1)
+    positions = tuple(replica.coordinates(one.block.number, one.k) for one in deals)
+    x = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    batch = Batch(x, np.arange(5) % 3)
+    with Engine(artifact, mask) as engine:
+        found = estimator.probe(engine, ProbeRequest(replica.weights, batch, 1, 0, positions))
+    report = Report(ReportKind.PROBE, bytes(4), 1, 1, 5, bytes(16), 1.0, 1, 1, 1, found.blocks)
+    segments, coefficients = combine_probes(deals, [(0, report)])
+    before = replica.weights.copy()
+    record = replica.prepare(0, 1, 0.5, segments, coefficients)
+    assert UpdateRecord.decode(record.encode()).segments == segments
+    assert (replica.weights != before).any()
 
 
 def test_artifacts_without_heads_are_refused_and_heads_by_other_estimators(

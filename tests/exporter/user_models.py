@@ -202,3 +202,8 @@ def one_layer() -> nn.Module:
 
 def two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def deep() -> nn.Module:
+    layers = [layer for _ in range(11) for layer in (nn.Linear(6, 6), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(6, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
@@ -58,6 +59,14 @@ def test_a_coordinate_of_zeros_keeps_its_turn() -> None:
     ranking, seen = CoordinateRanking(3, 100, 0), set()
     for _ in range(40):
         seen |= set(advance(ranking, np.zeros(100, np.float32), 5).tolist())
+    assert len(seen) == 100
+
+
+def test_tiny_gradients_rank_without_a_warning() -> None:
+    ranking, sizes = CoordinateRanking(3, 100, 0), np.full(100, 2.0**-90, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen = {place for _ in range(30) for place in advance(ranking, sizes, 5).tolist()}
     assert len(seen) == 100
 
 

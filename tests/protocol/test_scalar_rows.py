@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -60,11 +62,15 @@ def test_foreign_bytes_are_refused_or_are_what_they_say(data: bytes, count: int)
         (b"\x05" + bytes(16), 8, "only encoding"),  # zeros have the exponent 0
         (b"\x80" + bytes(32), 8, "only encoding"),  # floats where halves do
         (b"\x00" + b"\x00\x7c" * 8, 8, "not finite"),
+        (b"\x00" + b"\x01\x7c" * 8, 8, "not finite"),  # a signalling NaN
+        (b"\x7f" + b"\xff\x7b" * 8, 8, "not finite"),  # beyond float32
     ],
 )
-def test_other_encodings_are_refused(data: bytes, count: int, what: str) -> None:
-    with pytest.raises(ProtocolError, match=what):
-        unpack_row(memoryview(data), count)
+def test_other_encodings_are_refused_without_a_warning(data: bytes, count: int, what: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ProtocolError, match=what):
+            unpack_row(memoryview(data), count)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 2.0**101])
