@@ -31,11 +31,13 @@ from ..protocol.manifest import Manifest
 from ..protocol.node_stages import noisy_stages
 from ..protocol.settings import LOCAL_ESTIMATORS, TrainingSettings
 from ..protocol.sketch import GradientSketch
+from ..protocol.stages import stage_graph
 from .data import Batch
 from .engine import Engine
 from .estimators import Basis, Cancelled, Scalars, SteinEstimator, never
 from .loss import NonFiniteLossError
 from .loss_source import SuffixLosses, WholeLosses
+from .memory import further_session_bytes
 from .node_gradient import NodeNoise, node_gradient
 from .suffix import Suffix
 
@@ -357,9 +359,11 @@ def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors:
     units, inputs = sum(n for n, _ in shapes), sum(n for _, n in shapes)
     # Features and inputs of the layers, and once more joined; noise, its signs, the gradient at the units, and joined.
     rows = batch * (8 * inputs + 16 * units)
-    # What enters and leaves the stages, once more with noise, its signs and their sum.
+    # What all stages yield; of those with noise once more with it, and the gradient there; the signs.
     outputs = [math.prod(stage.output_shape) for stage in manifest.stages[: stages[-1].number + 1]] if stages else []
-    rows += 4 * batch * (2 * sum(outputs) + 2 * max(outputs, default=0))
+    rows += 4 * batch * (sum(outputs) + 2 * sum(outputs[len(outputs) - len(stages) :]) + max(outputs, default=0))
+    # Noise goes through the stages behind, whose graphs are loaded beside that of the tail.
+    rows += sum(further_session_bytes(manifest, stage_graph(stage.number, "forward"), batch) for stage in stages[1:])
     # The largest layer's dense gradient, and the places of its survivors; gradient and residual.
     dense = [*(a * b for a, b in shapes), *(4 * stage.layout(manifest.layout).size for stage in stages)]
     return own + rows + 4 * max(dense) + 12 * n_survivors

@@ -5,7 +5,8 @@ The plan adds what was measured to what can be computed:
 ========  =====================================================================================================
 process   Python, numpy, ONNX Runtime, the MQTT client and this package at work, without their code. Measured.
 code      What of their code is resident at the peak. Measured; it depends on the kernel and its page cache.
-session   Structures of one loaded graph; at most one is loaded at a time. Measured.
+session   Structures of one loaded graph. Measured. At most one is loaded at a time, but for ``node`` with several
+          noisy stages, which counts the others itself (:func:`further_session_bytes`).
 feeds     Weights, indices, one batch, the state of optimiser and directions, the data set if it is in memory.
 live      Largest set of tensors alive at once (manifest), the copies of weights and indices that the graph splits
           off, and the workspace of further threads.
@@ -39,6 +40,7 @@ __all__ = [
     "MemoryPlan",
     "arena_bytes_of",
     "available_mib",
+    "further_session_bytes",
     "peak_rss_mib",
     "plan",
     "reset_peak",
@@ -271,6 +273,19 @@ def arena_bytes_of(manifest: Manifest, graphs: Sequence[str], n_survivors: int, 
     return math.ceil(tensors + spare)
 
 
+def further_session_bytes(manifest: Manifest, name: str, batch: int) -> int:
+    """What a graph takes that is loaded beside the one that the plan counts: its structures, and its own arena.
+
+    Args:
+        manifest: Of the artifact.
+        name: File name of the graph.
+        batch: Samples held at once; the micro-batch is at most that, and not known yet.
+    """
+    live = manifest.live_bytes(name, min(batch, _LARGEST_MICRO_BATCH))
+    structures = SESSION_MIB * _MIB + SESSION_BYTES_PER_GRAPH_BYTE * manifest.graph(name).size
+    return math.ceil(structures + (1.0 + FRAGMENTATION) * live + ARENA_SLACK_BYTES)
+
+
 def _arena(
     manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int
 ) -> tuple[int, float]:
@@ -289,6 +304,8 @@ def _arena(
 def _training_state_bytes(n_survivors: int) -> int:
     """Optimiser state (2 arrays), copies to undo an update (3), signs, directions, gradient: 11 arrays; and for
     Hadamard directions the permutation of all padded rows, whose making takes 20 bytes a row for a moment.
+
+    The ranking of a sketch takes the place of signs and rows: 8 bytes a weight, and 21 more while it chooses.
     """
     padded = 1 << max(0, n_survivors - 1).bit_length()
     return 44 * n_survivors + 20 * padded

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,10 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from fedzo.edge_runtime.artifact import Artifact, load_artifact
+from fedzo.edge_runtime.block_estimators import estimator_bytes
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.loss import NonFiniteLossError
+from fedzo.edge_runtime.memory import further_session_bytes
 from fedzo.edge_runtime.node_gradient import NodeGradient, NodeNoise, node_gradient
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import network
@@ -19,6 +25,7 @@ from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.node_stages import noisy_stages
+from fedzo.protocol.settings import TrainingSettings
 
 from .conftest import Tiny
 
@@ -115,6 +122,33 @@ def test_noise_goes_through_the_stages_behind(artifacts: dict[str, Artifact]) ->
         assert cosine(found.values[part.start - first : part.stop - first], exact[part]) > 0.8
     parts = estimated(artifact, mask, x, y, 2, micro_batch=7)
     assert cosine(parts.values, estimated(artifact, mask, x, y, 2).values) > 0.999
+
+
+def test_every_graph_that_is_loaded_at_once_is_planned(artifacts: dict[str, Artifact]) -> None:
+    """The tail's, which the plan counts, and those of the noisy stages but the first one."""
+    manifest, mask = artifacts["cnn1d"].manifest, Mask.dense(artifacts["cnn1d"].manifest.layout)
+    open_now, most = set[int](), 0
+    x, y = golden_batch(MODELS["cnn1d"], 10, 1, 8)
+
+    class Counting(Engine):
+        def open_session(self, file_name: str) -> Any:
+            nonlocal most
+            session = super().open_session(file_name)
+            open_now.add(id(session))
+            weakref.finalize(session, open_now.discard, id(session))
+            most = max(most, len(open_now))
+            return session
+
+    weights = initial_weights(manifest.layout, 3)
+    with Counting(artifacts["cnn1d"], mask) as engine:
+        node_gradient(engine, weights, x, y, NodeNoise(1, SIGMA, 5, 2, 0))
+    assert most == len(noisy_stages(manifest)) == 2
+    training = TrainingSettings(estimator="node", batch=8)
+    planned = estimator_bytes(training, manifest, mask.n_survivors)
+    assert planned > further_session_bytes(manifest, "stage2.onnx", 8) > manifest.live_bytes("stage2.onnx", 8)
+    one = dataclasses.replace(manifest, stages=())
+    further = further_session_bytes(manifest, "stage2.onnx", 8)
+    assert planned - estimator_bytes(training, one, mask.n_survivors) > further
 
 
 def test_more_repeats_are_less_noise(artifacts: dict[str, Artifact]) -> None:
