@@ -73,9 +73,14 @@ def register(app: typer.Typer) -> None:
         """
         from ..exporter.artifact import export_artifact
         from ..exporter.narrow import ChannelSelection
+        from ..protocol.errors import ConfigError
 
         shape = parse_shape(input_shape)
         channels = ChannelSelection.of(keep_channels, channel_scores)
+        if channels.keep == 1.0 and channels.scores != "uniform":
+            raise ConfigError(
+                f"channels are ranked by {channel_scores!r}, but all of them stay", hint="add --keep-channels 0.5"
+            )
         with output.progress(f"exporting {model}"):
             manifest = export_artifact(
                 model,
@@ -94,7 +99,7 @@ def register(app: typer.Typer) -> None:
             ("parameters", manifest.layout.size),
             ("prunable", manifest.layout.maskable_size),
             ("sparsity", manifest.sparsity),
-            ("scoring passes", 1 + sum(unit.n_units for unit in manifest.units if not unit.is_output)),
+            ("scoring passes", 2 + sum(unit.n_units for unit in manifest.units if not unit.is_output)),
             ("graphs", f"{len(manifest.graphs)}, {size / 1024:.1f} KiB"),
             ("golden loss", f"{manifest.golden.mean_loss:.6f}"),
             ("folder", out),

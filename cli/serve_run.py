@@ -25,9 +25,11 @@ from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
 from ..edge_runtime.endpoint import TlsConfig, read_password
+from ..protocol.blocks import blocks_of
 from ..protocol.documents import RunDocument
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
 from ..protocol.manifest import Manifest
+from ..protocol.mask import Mask
 from ..protocol.mask_choice import check_pruning
 from ..protocol.settings import RunSettings
 from ..protocol.topics import check_name
@@ -244,6 +246,7 @@ def _check(settings: ServeSettings, manifest: Manifest) -> None:
             hint="fedzo export ... --sparsity 0.8, or --sparsity 0 here",
         )
     check_pruning(manifest, settings)
+    blocks_of(settings.training, manifest, Mask.dense(manifest.layout))  # before there is a broker or a folder
 
 
 def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:

@@ -73,6 +73,8 @@ def simulate_run(output: Output, flags: Mapping[str, Any], config: Path | None, 
         raise ConfigError("no data are named", hint=f"fedzo simulate {artifact} --data FILE")
     if settings.output is not None and not settings.output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder for {settings.output}", hint="make it first")
+    if settings.output is not None and settings.output.is_dir():
+        raise ConfigError(f"{settings.output} is a folder", hint="name a file for the result")
     pool: WorkPool = InlinePool() if settings.processes == 1 else ProcessPool(settings.processes)
     with _watched(output, settings.training.rounds) as watch:
         found = simulate(

@@ -11,10 +11,12 @@ from pathlib import Path
 from ..broker_server.blobs import BlobServer
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.memory import peak_rss_mib
+from ..protocol.blocks import blocks_of
 from ..protocol.coordinator import Coordinator
 from ..protocol.coordinator_events import Connected
 from ..protocol.documents import RunDocument
 from ..protocol.errors import ConfigError, FedzoError, QuorumError
+from ..protocol.mask import Mask
 from ..protocol.rate_finder import RangeTest, range_test_settings, with_found_rate
 from ..protocol.settings import RunSettings
 from ..protocol.streams import Purpose, uint64s
@@ -129,6 +131,9 @@ class _Simulation:
                 f"the sparsity is {run_settings.sparsity}, but the artifact was exported without pruning",
                 hint="fedzo export ... --sparsity 0.8, or a sparsity of 0 here",
             )
+        blocks_of(
+            run_settings.training, manifest, Mask.dense(manifest.layout)
+        )  # raises if the artifact lacks something
         self._clients: Clients = load_clients(data, manifest, settings, settings.devices or run_settings.devices)
         self._test = load_test_set(test_data, data, manifest, settings)
         n_devices = len(self._clients)
@@ -190,8 +195,9 @@ class _Simulation:
         assert error is not None
         detail = labour.detail or next((device.error.message for device in devices if device.error is not None), "")
         said = f"a device said: {detail}" if detail else f"a report was refused: {server.refusal}"
-        if isinstance(error, QuorumError) and (detail or server.refusal):
-            return QuorumError(f"{error.message}; {said}", hint=error.hint)
+        if isinstance(error, QuorumError):
+            message = f"{error.message}; {said}" if detail or server.refusal else error.message
+            return QuorumError(message, hint="a smaller quorum, a longer deadline, or fewer dropouts")
         return error
 
     def _result(self, server: VirtualServer, world: World, pool: WorkPool) -> SimulationResult:

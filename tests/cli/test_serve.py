@@ -50,3 +50,12 @@ def test_a_password_without_a_user_is_refused(run: Path, capsys: pytest.CaptureF
     password.write_text("secret\n")
     assert main(["serve", "--resume", str(run), "--password-file", str(password), "--json"]) == 3
     assert "--username" in json.loads(capsys.readouterr().out)["error"]["hint"]
+
+
+def test_an_estimator_that_does_not_fit_leaves_no_run_behind(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--runs", str(tmp_path / "new"), "--broker", "embedded", "--port", "0"]
+    assert main(["serve", str(tmp_path / "artifact"), *place, "--estimator", "local", "--json"]) == 3
+    assert "--local-heads" in json.loads(capsys.readouterr().out)["error"]["hint"]
+    assert not (tmp_path / "new").exists()

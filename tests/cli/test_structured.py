@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from fedzo.cli.main import main
+from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.saliency import UnitShiftScorer
 
 pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
 
@@ -61,3 +63,15 @@ def test_wrong_options(
     assert code == 3
     assert message in result["error"]["message"]
     assert not (tmp_path / "a").exists()
+
+
+def test_scores_without_a_fraction_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "lenet5", "--channel-scores", "diagonal", "-o", str(tmp_path / "a")]) == 3
+    assert "--keep-channels" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_scoring_passes_are_those_of_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "lenet5", "-o", str(tmp_path / "a")]) == 0
+    manifest = load_artifact(tmp_path / "a").manifest
+    assert f"scoring passes\t{UnitShiftScorer(manifest).passes}\n" in capsys.readouterr().out
