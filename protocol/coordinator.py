@@ -280,7 +280,7 @@ class Coordinator(RunView):
         return self._round
 
     def _ask_server(self) -> None:
-        if self._round:
+        if self._round and self.head.phase != "train":  # of which there are none, and the weights would be copied
             self._out += self._round.questions(self.mask, self.replica.evaluated()[0], self._has_test_set)
         elif self._progress.awaits_mask:
             self._out.append(MakeMask())

@@ -271,7 +271,7 @@ class Task:
         kind: What to measure.
         round: Round number, which seeds batches and directions.
         ordinal: This device's number in the run.
-        positions: ``int64[k]`` for every block, directions to probe or rows to send; none unless training.
+        positions: ``int64[k]`` for every block, directions to probe or coordinates to send; none unless training.
         weights: ``float32[n_survivors]``, a copy that belongs to the task; to be evaluated, their average if the run
             keeps one.
         weights_digest: Digest of those weights, 16 bytes.

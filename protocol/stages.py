@@ -182,6 +182,8 @@ def check_stages(
     if not all(name in files for stage in stages for name in stage_graphs([stage], ("forward", "gradient"))):
         raise ArtifactError("the manifest has stages without their graphs")
     local = any(headed) or stage_graph(0, "local") in files
+    if local and (not stages or any(headed) != (len(stages) > 2)):
+        raise ArtifactError("the manifest has graphs of local losses and no stages with heads")
     if local and not all(name in files for noisy in (False, True) for name in local_run_graphs(stages, noisy=noisy)):
         raise ArtifactError("the manifest has local heads without their graphs")
 

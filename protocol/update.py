@@ -186,7 +186,7 @@ class Replica:
         return ranking.chosen(k)
 
     def gradient(self, record: UpdateRecord) -> NDArray[np.float32]:
-        """:func:`estimate_gradient` of a record of this run."""
+        """:func:`estimate_gradient` of a record of this run; of a sketched block only until the record is applied."""
         return estimate_gradient(self.blocks, self._directions, record)
 
     def restore_from_start(self) -> None:

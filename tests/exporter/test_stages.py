@@ -192,6 +192,8 @@ def test_heads_without_graphs_are_refused(lenet5_with_heads: Path) -> None:
         graphs = tuple(graph for graph in manifest.graphs if graph.name != name)
         with pytest.raises(ArtifactError, match="local heads without their graphs"):
             dataclasses.replace(manifest, graphs=graphs)
+    with pytest.raises(ArtifactError, match="no stages with heads"):
+        dataclasses.replace(manifest, stages=())
 
 
 def test_a_device_fetches_what_its_estimator_needs(lenet5_with_heads: Path) -> None:
