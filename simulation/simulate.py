@@ -131,9 +131,7 @@ class _Simulation:
                 f"the sparsity is {run_settings.sparsity}, but the artifact was exported without pruning",
                 hint="fedzo export ... --sparsity 0.8, or a sparsity of 0 here",
             )
-        blocks_of(
-            run_settings.training, manifest, Mask.dense(manifest.layout)
-        )  # raises if the artifact lacks something
+        blocks_of(run_settings.training, manifest, Mask.dense(manifest.layout))  # raises if the artifact lacks a graph
         self._clients: Clients = load_clients(data, manifest, settings, settings.devices or run_settings.devices)
         self._test = load_test_set(test_data, data, manifest, settings)
         n_devices = len(self._clients)

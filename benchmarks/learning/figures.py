@@ -37,16 +37,18 @@ def absent(rows: Iterable[Row], cells: Sequence[Cell]) -> list[str]:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:
-    """All of them, where there are rows: accuracies and their differences in percent, medians over the seeds."""
+    """All of them, where there are rows: accuracies and their differences in percent, medians over the seeds.
+
+    A difference is one of medians over the seeds that both sides have.
+    """
     found: dict[str, float] = {}
-    accuracies: dict[tuple[str, ...], list[float]] = {}
+    accuracies: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         names = tuple(row[name] for name in ("data", "method", "mask", "world", "budget"))
-        accuracies.setdefault(names, []).append(100.0 * row["accuracy"])
-    medians = {names: statistics.median(values) for names, values in accuracies.items()}
-    for (data, method, mask, world, budget), value in medians.items():
+        accuracies.setdefault(names, {})[row["seed"]] = 100.0 * row["accuracy"]
+    for (data, method, mask, world, budget), values in accuracies.items():
         if (mask, world) == ("dense", "main"):
-            found[f"{data}_{method}_{budget}"] = value
+            found[f"{data}_{method}_{budget}"] = statistics.median(values.values())
     for data in dict.fromkeys(row["data"] for row in rows):
         ratio = _ratio([row for row in rows if row["data"] == data])
         if ratio is not None:
@@ -57,10 +59,12 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
                 ("pruned80_minus_dense", ("pruned80", "main"), ("dense", "main")),
                 ("dirichlet01_minus_iid", ("dense", "dirichlet01"), ("dense", "iid50")),
             ):
-                one = medians.get((data, method, mask, world, TARGETS[data]))
-                other = medians.get((data, method, other_mask, other_world, TARGETS[data]))
-                if one is not None and other is not None:
-                    found[f"{name}_{data}{end}"] = one - other
+                one = accuracies.get((data, method, mask, world, TARGETS[data]), {})
+                other = accuracies.get((data, method, other_mask, other_world, TARGETS[data]), {})
+                both = one.keys() & other.keys()  # a seed that only one of them has would tilt the difference
+                if both:
+                    first, second = (statistics.median([each[seed] for seed in both]) for each in (one, other))
+                    found[f"{name}_{data}{end}"] = first - second
     return found
 
 

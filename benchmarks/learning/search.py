@@ -57,16 +57,28 @@ def best(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, d
         rows: Of the search.
         names: Settings that make a point.
     """
-    tried: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        group = row["key"].rsplit("/", 2)[0]
-        point = json.dumps({name: row["settings"].get(name) for name in names}, sort_keys=True)
-        tried.setdefault(group, {}).setdefault(point, []).append(row["accuracy"] or 0.0)
     found = {}
-    for group, by_point in tried.items():
-        medians = {point: statistics.median(values) for point, values in by_point.items()}
+    for group, medians in point_medians(rows, names).items():
         winner = max(medians, key=lambda point: medians[point])
         found[group] = {name: value for name, value in json.loads(winner).items() if value is not None}
+    return found
+
+
+def point_medians(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """For every group the median accuracy of each point, which is written as JSON.
+
+    Longer runs learn more, so points are only compared at one budget: the largest at which there are several.
+    """
+    tried: dict[str, dict[float, dict[str, list[float]]]] = {}
+    for row in rows:
+        group, budget, _ = row["key"].rsplit("/", 2)
+        point = json.dumps({name: row["settings"].get(name) for name in names}, sort_keys=True)
+        by_point = tried.setdefault(group, {}).setdefault(BUDGETS[budget] * row.get("scale", 1.0), {})
+        by_point.setdefault(point, []).append(row["accuracy"] or 0.0)
+    found = {}
+    for group, budgets in tried.items():
+        points_there = budgets[max(budgets, key=lambda budget: (len(budgets[budget]) > 1, budget))]
+        found[group] = {point: statistics.median(values) for point, values in points_there.items()}
     return found
 
 
@@ -143,10 +155,8 @@ def _run(options: argparse.Namespace) -> int:
         "best": winners,
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
     }
-    tops = {group: max(row["accuracy"] or 0.0 for row in good if row["key"].startswith(group)) for group in winners}
-    Report(told, shown, {f"{group}_validation": 100 * value for group, value in tops.items()}).write(
-        as_json=options.json
-    )
+    tops = {f"{group}_validation": 100 * max(each.values()) for group, each in point_medians(good, names).items()}
+    Report(told, shown, tops).write(as_json=options.json)
     return 0
 
 
