@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ class StoredSamples:
         stored, labels, conversion, rows = samples.parts
         shape = tuple(stored.shape)
         if isinstance(stored, np.memmap) and stored.filename is not None and stored.flags.c_contiguous:
-            place, offset = str(stored.filename), int(stored.offset)
+            place, offset = str(stored.filename), _file_offset(stored)
         else:
             np.save(folder / f"{name}.npy", stored)
             place, offset = str(folder / f"{name}.npy"), -1
@@ -204,3 +205,12 @@ class StoredSamples:
         else:
             stored = np.memmap(self.path, np.dtype(self.dtype), "r", self.offset, self.shape)
         return Samples(stored, self.labels, self.conversion, self.rows)
+
+
+def _file_offset(stored: np.memmap[Any, Any]) -> int:
+    """Where in its file a mapped array begins; a slice's own ``offset`` is that of the whole array."""
+    mapping: Any = stored
+    while isinstance(mapping, np.ndarray):
+        mapping = mapping.base
+    begin = int(stored.offset) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    return begin + stored.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.data import as_samples
 from fedzo.protocol.errors import ConfigError, DataError, FedzoError, QuorumError
 from fedzo.protocol.settings import RunSettings
 from fedzo.protocol.update import weights_digest
+from fedzo.simulation.clients import StoredSamples
 from fedzo.simulation.process_pool import ProcessPool
 from fedzo.simulation.result import Progress, SimulationResult
 from fedzo.simulation.settings import SimulationSettings
@@ -286,3 +288,14 @@ def test_shared_weights_are_those_of_a_replica_of_its_own(artifact: Path, reads_
 def test_a_run_that_diverges_says_so(artifact: Path) -> None:
     with pytest.raises(FedzoError, match=r"diverged|a device said|over the limit"):
         run(artifact, run_settings(training_learning_rate=999.0, training_rounds=30, training_sigma=9.0))
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(4, None), slice(300, 700)])
+def test_processes_see_the_mapped_samples_that_were_given(tmp_path: Path, part: slice) -> None:
+    np.save(tmp_path / "x.npy", np.arange(4000, dtype=np.float32).reshape(1000, 1, 2, 2))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")[part]
+    samples = as_samples(mapped, np.zeros(len(mapped), np.int64), (1, 2, 2), 10)
+    stored = StoredSamples.of(samples, tmp_path, "copy")
+    assert not (tmp_path / "copy.npy").exists()
+    rows = np.arange(len(mapped))
+    np.testing.assert_array_equal(stored.open().batch(rows).x, mapped)
