@@ -148,6 +148,7 @@ def node_gradient(
     shapes = manifest.tail.shapes(manifest.layout)
     deltas = [hidden, last_delta(logits, y)]
     parts.append(tail_weight_gradient(cut, manifest.tail.layers, shapes, deltas, [entered[-1], inputs]))
+    engine.sample_passes += len(y) * manifest.tail.cut.suffix_share  # as many products as a pass through the tail
     noisy = len(stages) + (1 if tail.noise.size else 0)
     values = np.concatenate(parts) if stages else parts[0]
     first = engine.n_survivors - values.size

@@ -181,9 +181,8 @@ class RunProgress:
         """What a round with an update says about the next ones."""
         self._adaptation.learn(head, self.deals(head), reports, record, self.replica)
         if self.range_test is not None:
-            samples = sum(report.samples for _, report in reports)
-            loss = sum(report.samples * report.mean_loss for _, report in reports) / samples
-            self.range_test.add(record.learning_rate, loss)
+            # The median: a device may report any loss.
+            self.range_test.add(record.learning_rate, float(np.median([report.mean_loss for _, report in reports])))
 
     def count(self, reports: Sequence[Report], server: ServerEvaluated | None) -> EvaluationRecord:
         """The result of an evaluation round; still to be adopted."""

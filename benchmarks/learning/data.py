@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import pickle
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ def prepare(source: Path, name: str, part: str, work: Path) -> Path:
         DataError: There is no such file, or it does not hold what it should.
     """
     place = work / "data" / f"{name}-{part}"
-    if (place / "done").exists():
+    if place.exists():
         return place
     path = find(source, name)
     if path is None:
@@ -95,11 +97,16 @@ def prepare(source: Path, name: str, part: str, work: Path) -> Path:
     _check(arrays, str(path), CLASSES[name])
     if part == "validation":
         arrays = _split(arrays, _VALIDATION.get(name, 0.1))
-    place.mkdir(parents=True, exist_ok=True)
+    # Cells run side by side, so the folder gets its name when it is complete.
+    place.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(dir=place.parent))
     for key, array in arrays.items():
         kind = np.float32 if key.startswith("x") else np.int64
-        np.save(place / f"{key}.npy", np.ascontiguousarray(array, dtype=kind))
-    (place / "done").touch()
+        np.save(written / f"{key}.npy", np.ascontiguousarray(array, dtype=kind))
+    try:
+        written.rename(place)
+    except OSError:  # another process was first
+        shutil.rmtree(written)
     return place
 
 

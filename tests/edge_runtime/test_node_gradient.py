@@ -199,10 +199,10 @@ def test_the_cost_is_counted(artifacts: dict[str, Artifact]) -> None:
     called: list[int] = []
     with Engine(artifact, Mask.dense(artifact.manifest.layout)) as engine:
         found = node_gradient(engine, weights, x, y, NodeNoise(6, SIGMA, 5, 2, 0), lambda: called.append(1))
-        # Two stages forward, the tail without noise, six passes each for tail and second stage, the latter's gradient.
+        # Two stages forward, the tail without noise, six passes each for tail and second stage, and their gradients.
         assert (found.passes, len(called)) == (16, 16)
         tail, second = 0.14146, 0.57624
-        assert engine.sample_passes == pytest.approx(5 * (1 + 12 * tail + 2 * second), rel=1e-3)
+        assert engine.sample_passes == pytest.approx(5 * (1 + 13 * tail + 2 * second), rel=1e-3)
 
 
 def test_bad_input_is_refused(artifacts: dict[str, Artifact], tiny: Tiny) -> None:
