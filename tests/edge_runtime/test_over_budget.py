@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from fedzo.edge_runtime import round_work
 from fedzo.edge_runtime import worker as worker_module
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.engine import Engine
@@ -233,7 +234,7 @@ def test_memory_that_runs_out_while_preparing_is_over_budget(
 ) -> None:
     dense = Mask.dense(manifest.layout)
     desk.ask(Plan(run, manifest), Planned)
-    monkeypatch.setattr(worker_module, place, failing(NO_MEMORY[name]()))
+    monkeypatch.setattr(worker_module if place == "Engine" else round_work, place, failing(NO_MEMORY[name]()))
     assert desk.ask(Prepare(run, manifest, dense, ""), OverBudget).detail
     monkeypatch.undo()
     desk.ask(Plan(run, manifest, 4), Planned)
