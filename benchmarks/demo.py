@@ -97,7 +97,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=350)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--from", dest="committed", type=Path, help="use this result instead of running")

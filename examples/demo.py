@@ -47,10 +47,11 @@ def parse_arguments() -> argparse.Namespace:
     """The demo's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=8, help="device processes (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=400, help="updates (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=350, help="updates (default: %(default)s)")
     parser.add_argument("--estimator", default="node", help="stein, split or node (default: %(default)s)")
     parser.add_argument("--k", type=int, default=9, help="directions per device and round (default: %(default)s)")
     parser.add_argument("--tail-k", type=int, default=1900, help="scalars of the sketch (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="samples a device and round (default: %(default)s)")
     parser.add_argument("--probe-batch", type=int, default=4, help="samples a direction (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=7e-3, help="peak (default: %(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.8, help="weights to prune (default: %(default)s)")
@@ -137,7 +138,8 @@ def run(arguments: argparse.Namespace, output: Output, folder: Path) -> dict[str
         rounds = ("--devices", arguments.devices, "--quorum", quorum, "--rounds", arguments.rounds)
         training = (
             *("--estimator", arguments.estimator, "--k", arguments.k, "--tail-k", arguments.tail_k),
-            *("--probe-batch", arguments.probe_batch, "--learning-rate", arguments.learning_rate),
+            *("--batch", arguments.batch, "--probe-batch", arguments.probe_batch),
+            *("--learning-rate", arguments.learning_rate),
         )
         place = ("--broker", arguments.broker, "--port", port, "--runs", folder / "runs", "--run", "digits")
         every = max(1, arguments.rounds // 20)
