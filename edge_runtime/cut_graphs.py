@@ -49,11 +49,15 @@ class CutWeights:
 
     def bind_front(self, session: Any, binding: Any) -> None:
         """Let a graph in front of the cut read its part."""
-        self._bind(session, binding, slice(0, self._first_fed), slice(0, self._cut.first_parameter))
+        self._bind(session, binding, self._feeds(slice(0, self._first_fed), slice(0, self._cut.first_parameter)))
 
     def bind_behind(self, session: Any, binding: Any) -> None:
         """Let a graph behind the cut read its part."""
-        self._bind(session, binding, slice(self._first_fed, None), slice(self._cut.first_parameter, None))
+        self._bind(session, binding, self.feeds_behind())
+
+    def feeds_behind(self) -> dict[str, NDArray[Any]]:
+        """Inputs ``w``, ``index`` and ``counts`` of a graph behind the cut: views of the engine's buffers."""
+        return self._feeds(slice(self._first_fed, None), slice(self._cut.first_parameter, None))
 
     def features(self, file_name: str, weights: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
         """What crosses the cut; a graph that the engine has loaded is closed.
@@ -85,13 +89,15 @@ class CutWeights:
         release_arena()
         return out
 
-    def _bind(self, session: Any, binding: Any, entries: slice, parameters: slice) -> None:
+    def _feeds(self, entries: slice, parameters: slice) -> dict[str, NDArray[Any]]:
         inputs = self._engine.feeds.inputs
-        feeds: dict[str, NDArray[Any]] = {
+        return {
             "w": inputs["w"][entries],
             "index": inputs["index"][entries],
             "counts": inputs["counts"][parameters],
         }
+
+    def _bind(self, session: Any, binding: Any, feeds: dict[str, NDArray[Any]]) -> None:
         for entry in session.get_inputs():
             if entry.name in feeds:
                 bind_input(binding, entry.name, feeds[entry.name])

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..protocol.dense_tail import DenseLayer, DenseTail
-from .cut_graphs import CutWeights, bind_input, bind_output, run_bound
+from .cut_graphs import CutWeights
 from .engine import Engine
-from .ort import release_arena
+from .stage_graphs import StageRun
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,20 +52,11 @@ class TailRun:
         self.logits: NDArray[np.float32] = np.zeros((len(y), engine.artifact.manifest.n_classes), np.float32)
         self.inputs: NDArray[np.float32] = np.zeros((len(y), n_inputs), np.float32)
         self._engine, self._samples = engine, len(y) * tail.cut.suffix_share
-        self._session: Any = engine.open_session(_GRAPH)
-        self._bindings: list[Any] = []
-        for start in range(0, len(y), engine.micro_batch):
-            rows = slice(start, start + engine.micro_batch)
-            binding = self._session.io_binding()
-            cut.bind_behind(self._session, binding)
-            bind_input(binding, "features", features[rows])
-            bind_input(binding, "y", y[rows])
-            bind_output(binding, "losses", self.losses[rows])
-            bind_output(binding, "logits", self.logits[rows])
-            if n_hidden:
-                bind_input(binding, "noise", self.noise[rows])
-                bind_output(binding, "inputs", self.inputs[rows])
-            self._bindings.append(binding)
+        rows: dict[str, NDArray[Any]] = {"features": features, "y": y}
+        outputs: dict[str, NDArray[Any]] = {"losses": self.losses, "logits": self.logits}
+        if n_hidden:
+            rows["noise"], outputs["inputs"] = self.noise, self.inputs
+        self._run = StageRun(engine, _GRAPH, cut.feeds_behind(), rows, outputs)
 
     def run(self) -> None:
         """One pass over the batch.
@@ -73,14 +64,12 @@ class TailRun:
         Raises:
             MemoryBudgetError: The tensors do not fit under the engine's limit.
         """
-        for binding in self._bindings:
-            run_bound(self._session, binding, _GRAPH)
+        self._run.run()
         self._engine.sample_passes += self._samples
 
     def close(self) -> None:
         """Unload the graph and give its memory back."""
-        self._session, self._bindings = None, []
-        release_arena()
+        self._run.close()
 
     def __enter__(self) -> Self:
         return self
