@@ -35,6 +35,7 @@ __all__ = ["Link", "LinkSettings", "Loss"]
 
 _TCP_TIMEOUT_S = 8.0
 _SUBACK_TIMEOUT_S = 10.0
+_PAUSE_S = 0.02
 _UNSUPPORTED_VERSION = 0x84
 # Bad user name or password, not authorized, client id not valid, banned, bad authentication method: retrying the same
 # words cannot help. The other refusals (unavailable, busy, quota, rate) pass.
@@ -59,6 +60,7 @@ class LinkSettings:
     manual_ack: bool
     max_packet_bytes: int
     subscriptions: tuple[str, ...]
+    may_read: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
         if not self.client_id:
@@ -159,7 +161,11 @@ class Link:
             self.loss = _explain(error, endpoint)
 
     def step(self, wake: Wake, timeout_s: float) -> None:
-        """Wait for the network, for `wake` or for the time-out, then do the reading and writing that is due."""
+        """Wait for the network, for `wake` or for the time-out, then do the reading and writing that is due.
+
+        While nothing may be read, what the broker sends stays in the socket. A pause of more than two keep-alives ends
+        the link, and the broker sends again what was not acknowledged.
+        """
         if self.loss is not None:
             return
         sock = self._socket()
@@ -169,12 +175,16 @@ class Link:
         if wake.receiver not in self._selector.get_map():
             self._selector.register(wake.receiver, selectors.EVENT_READ)
         self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0))
-        # OpenSSL may hold decrypted bytes that the socket no longer shows as readable.
-        pending = self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
-        ready = {key.fileobj: mask for key, mask in self._selector.select(0.0 if pending else timeout_s)}
-        if wake.receiver in ready:
-            wake.clear()
-        mask = ready.get(sock, 0)
+        if self._settings.may_read():
+            # OpenSSL may hold decrypted bytes that the socket no longer shows as readable.
+            pending = self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
+            ready = {key.fileobj: mask for key, mask in self._selector.select(0.0 if pending else timeout_s)}
+            if wake.receiver in ready:
+                wake.clear()
+            mask = ready.get(sock, 0)
+        else:
+            wake.wait(_PAUSE_S)
+            pending, mask = False, 0
         if pending or mask & selectors.EVENT_READ:
             self._check(self._client.loop_read())
         if self.loss is None and (mask & selectors.EVENT_WRITE or self._client.want_write()):

@@ -18,17 +18,32 @@ __all__ = [
     "Will",
 ]
 
+_MAX_PAYLOAD_BYTES = 268_435_455 - 65_542  # the largest MQTT packet, less the largest header
+
 ProtocolName = Literal["5", "3.1.1"]
 
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """One message to publish."""
+    """One message to publish.
+
+    Raises:
+        ValueError: The topic is empty or has a wildcard, the QoS is not 0 or 1, or the payload exceeds MQTT.
+    """
 
     topic: str
     payload: bytes
     qos: int = 1
     retain: bool = False
+
+    def __post_init__(self) -> None:
+        topic, size = self.topic, len(self.payload)
+        if not topic or "+" in topic or "#" in topic or "\0" in topic or len(topic.encode("utf-8")) > 65_535:
+            raise ValueError(f"{topic!r} is no topic name to publish on")
+        if self.qos not in (0, 1):
+            raise ValueError(f"QoS {self.qos} is not used; allowed are 0 and 1")
+        if size > _MAX_PAYLOAD_BYTES:
+            raise ValueError(f"a payload of {size} bytes exceeds MQTT's limit of {_MAX_PAYLOAD_BYTES}")
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,24 @@ class SendQueue:
 
     Args:
         capacity: Most entries, waiting and sent together.
+        max_bytes: Most bytes of their payloads; a single one may be larger.
         changed: Notified when the queue becomes empty; its lock guards everything.
+
+    Attributes:
+        capacity: See above.
+        max_bytes: See above.
+        bytes: Payloads of all entries.
+        overflowed: Publications that found no room so far.
     """
 
-    def __init__(self, capacity: int, changed: threading.Condition) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, max_bytes: int, changed: threading.Condition) -> None:
+        self.capacity, self.max_bytes = capacity, max_bytes
+        self.bytes = self.overflowed = 0
         self._changed = changed
         self._entries: dict[int, Outgoing] = {}  # in order of message id
         self._unsent: deque[int] = deque()
         self._overflow: deque[int] = deque()
         self._last_id = 0
-
-    @property
-    def capacity(self) -> int:
-        """Most entries at a time."""
-        return self._capacity
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -60,11 +63,15 @@ class SendQueue:
             message_id = self._last_id
             if publication.qos == 0 and not connected:
                 return message_id
-            if len(self._entries) < self._capacity:
+            size = len(publication.payload)
+            if not self._entries or (len(self._entries) < self.capacity and self.bytes + size <= self.max_bytes):
                 self._entries[message_id] = Outgoing(message_id, publication, expires_at)
                 self._unsent.append(message_id)
-            elif publication.qos:
-                self._overflow.append(message_id)
+                self.bytes += size
+            else:
+                self.overflowed += 1
+                if publication.qos:
+                    self._overflow.append(message_id)
             return message_id
 
     def take(self) -> Outgoing | None:
@@ -80,7 +87,7 @@ class SendQueue:
     def finish(self, message_id: int) -> None:
         """Forget an entry."""
         with self._changed:
-            del self._entries[message_id]
+            self.bytes -= len(self._entries.pop(message_id).publication.payload)
             if not self._entries:
                 self._changed.notify_all()
 
@@ -89,4 +96,5 @@ class SendQueue:
         with self._changed:
             self._entries = {id_: entry for id_, entry in self._entries.items() if entry.publication.qos}
             self._unsent = deque(self._entries)
+            self.bytes = sum(len(entry.publication.payload) for entry in self._entries.values())
             self._changed.notify_all()

@@ -53,7 +53,6 @@ _log = logging.getLogger(__name__)
 
 _STABLE_AFTER_S = 10.0  # a link that lived this long starts the back-off anew
 _PUBACK_TIMEOUT_S = 120.0
-_MAX_PAYLOAD_BYTES = 268_435_455 - 65_542  # the largest MQTT packet, less the largest header
 _STEP_S = 1.0  # paho's keep-alive check runs at least this often
 
 
@@ -63,6 +62,8 @@ class MqttTransport:
     MQTT 5 is tried first; a broker that refuses it, or drops the link on it, gets 3.1.1. Lost links are re-made for
     ever, after full-jitter exponential back-off (60 s at most), and all `subscriptions` (QoS 1) with them. Publishes
     wait until the subscriptions are granted, so the answer to a publish cannot be missed.
+
+    ``endpoint``, ``traffic`` and ``queue`` (publishes that are not finished) are there to look at.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class MqttTransport:
         max_packet_bytes: int = MAX_PAYLOAD_BYTES + 1024,
         max_inflight: int = 4,
         max_queued: int = 1000,
+        max_queued_bytes: int = 16 << 20,
+        may_read: Callable[[], bool] = lambda: True,
     ) -> None:
         """Check the settings; nothing is sent before `connect`.
 
@@ -104,6 +107,8 @@ class MqttTransport:
                 such limit.
             max_inflight: Publishes that wait for their acknowledgement at the same time.
             max_queued: Publishes that wait in memory; one more is `Rejected`.
+            max_queued_bytes: Likewise, of their payloads.
+            may_read: Asked before every read; while it says no, the broker has to wait. See `Inbox.has_room`.
 
         Raises:
             ConfigError: The URL, the client id, a limit or a TLS file cannot be used.
@@ -124,6 +129,7 @@ class MqttTransport:
             manual_ack=manual_ack,
             max_packet_bytes=max_packet_bytes,
             subscriptions=tuple(subscriptions),
+            may_read=may_read,
         )
         self.endpoint = endpoint
         self.traffic = Traffic()
@@ -131,7 +137,7 @@ class MqttTransport:
         self._max_inflight = max_inflight
 
         self._changed = threading.Condition()  # guards all below that both sides touch
-        self._queue = SendQueue(max_queued, self._changed)
+        self.queue = SendQueue(max_queued, max_queued_bytes, self._changed)
         self._tokens: deque[Token] = deque()
         self._generation = 0
         self._linked = False  # accepted by the broker now
@@ -190,24 +196,18 @@ class MqttTransport:
             ValueError: The topic is empty or has a wildcard, the QoS is not 0 or 1, or the payload exceeds MQTT.
             BrokerError: The transport is closed.
         """
-        if not topic or "+" in topic or "#" in topic or "\0" in topic or len(topic.encode("utf-8")) > 65_535:
-            raise ValueError(f"{topic!r} is no topic name to publish on")
-        if qos not in (0, 1):
-            raise ValueError(f"QoS {qos} is not used; allowed are 0 and 1")
-        if len(payload) > _MAX_PAYLOAD_BYTES:
-            raise ValueError(f"a payload of {len(payload)} bytes exceeds MQTT's limit of {_MAX_PAYLOAD_BYTES}")
+        publication = Publication(topic, payload, qos, retain)
         with self._changed:
             if self._closing:
                 raise BrokerError(f"the connection to {self.endpoint.address} is closed; nothing can be published")
-            publication = Publication(topic, payload, qos, retain)
-            message_id = self._queue.add(publication, expiry_s, connected=self._ready)
+            message_id = self.queue.add(publication, expiry_s, connected=self._ready)
         self._wake.set()
         return message_id
 
     def is_pending(self, message_id: int) -> bool:
         """Whether a QoS 1 publish is not finished yet, so that publishing the same again would only double it."""
         with self._changed:
-            return message_id in self._queue
+            return message_id in self.queue
 
     def acknowledge(self, token: Token) -> bool:
         """Acknowledge a message that arrived under `manual_ack`; call it in order of arrival.
@@ -234,10 +234,10 @@ class MqttTransport:
         on_network_thread = threading.current_thread() is self._thread
         with self._changed:
             if last is not None and not self._closing:
-                self._queue.add(last, None, connected=self._ready)
+                self.queue.add(last, None, connected=self._ready)
                 self._wake.set()
             if not on_network_thread:
-                self._changed.wait_for(lambda: not self._queue or not self._ready or self._closing, timeout_s)
+                self._changed.wait_for(lambda: not self.queue or not self._ready or self._closing, timeout_s)
             self._closing = True
             self._changed.notify_all()
         self._wake.set()
@@ -329,7 +329,7 @@ class MqttTransport:
     def _send_waiting(self, link: Link) -> None:
         """Fill the window; the next step of the link writes it."""
         window = min(self._max_inflight, link.peer_max_inflight)
-        while len(self._inflight) < window and (entry := self._queue.take()) is not None:
+        while len(self._inflight) < window and (entry := self.queue.take()) is not None:
             publication, left_s = entry.publication, entry.seconds_left()
             if left_s is not None and left_s <= 0.0:
                 self._finish(entry.message_id, publication.qos, "expired before it could be sent")
@@ -347,10 +347,10 @@ class MqttTransport:
             if publication.qos:
                 self._inflight[mid] = (entry.message_id, time.monotonic())
             else:
-                self._queue.finish(entry.message_id)
+                self.queue.finish(entry.message_id)
 
     def _finish(self, message_id: int, qos: int, refusal: str | None) -> None:
-        self._queue.finish(message_id)
+        self.queue.finish(message_id)
         if qos:
             self._emit(Delivered(message_id) if refusal is None else Rejected(message_id, refusal))
 
@@ -360,7 +360,7 @@ class MqttTransport:
         with self._changed:
             self._linked = self._ready = False
             self._tokens.clear()
-            self._queue.link_lost()
+            self.queue.link_lost()
 
     def _back_off(self, delay_s: float) -> None:
         until = time.monotonic() + delay_s
@@ -369,8 +369,8 @@ class MqttTransport:
             self._reject_overflow()
 
     def _reject_overflow(self) -> None:
-        while (message_id := self._queue.take_overflow()) is not None:
-            self._emit(Rejected(message_id, f"{self._queue.capacity} messages wait already"))
+        while (message_id := self.queue.take_overflow()) is not None:
+            self._emit(Rejected(message_id, f"{len(self.queue)} messages wait already"))
 
     def _emit(self, event: TransportEvent) -> None:
         try:
