@@ -1,4 +1,4 @@
-"""The options of a run, for every command that starts one: rounds, training, pruning."""
+"""The options of a run, for every command that starts one: rounds, training, aggregation, pruning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ TUNE_ROUNDS = 60
 _TRAINING = "Training"
 _ROUNDS = "Rounds"
 _PRUNING = "Pruning"
+_AGGREGATION = "Aggregation"
 
 
 def run_options(
@@ -26,6 +27,13 @@ def run_options(
         int | None, typer.Option(help="Devices that a round asks; 0: all that are ready.", rich_help_panel=_ROUNDS)
     ] = None,
     quorum: Annotated[int | None, typer.Option(help="Reports that a round needs.", rich_help_panel=_ROUNDS)] = None,
+    close_at: Annotated[
+        int | None,
+        typer.Option(
+            help="Reports that close a round at once, so that it can ask more devices than it needs; 0: wait for all.",
+            rich_help_panel=_ROUNDS,
+        ),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that a round may take.", rich_help_panel=_ROUNDS)
     ] = None,
@@ -140,6 +148,27 @@ def run_options(
             "--adapt-sigma/--fixed-sigma", help="Choose sigma anew for every round.", rich_help_panel=_TRAINING
         ),
     ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="What the reports of a round become: mean, median, trimmed-mean, krum, multi-krum, sign-vote or "
+            "centred-clip; all but mean need --assign shared, or estimators that only sketch.",
+            rich_help_panel=_AGGREGATION,
+        ),
+    ] = None,
+    hostile: Annotated[
+        int | None, typer.Option(help="Hostile devices that a round may have.", rich_help_panel=_AGGREGATION)
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="Limit reports (norm), their scalars (value) or none.", rich_help_panel=_AGGREGATION),
+    ] = None,
+    clip_factor: Annotated[
+        float | None,
+        typer.Option(
+            help="That limit, relative to the median of the devices' root mean squares.", rich_help_panel=_AGGREGATION
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Weights to remove [default: the artifact's].", rich_help_panel=_PRUNING)
     ] = None,
@@ -182,6 +211,7 @@ def run_options(
         "devices": devices,
         "participants": per_round,
         "quorum": quorum,
+        "close_at": close_at,
         "deadline_s": deadline,
         "enrol_deadline_s": enrol_deadline,
         "patience": patience,
@@ -211,6 +241,10 @@ def run_options(
         "training.optimiser.ema": ema,
         "training.k_max": k_max,
         "training.adapt_sigma": adapt_sigma,
+        "aggregation.rule": rule,
+        "aggregation.hostile": hostile,
+        "aggregation.clip": clip,
+        "aggregation.clip_factor": clip_factor,
         "sparsity": sparsity,
         "fill": fill,
         "saliency.method": pruning,

@@ -5,12 +5,15 @@ Only the coordinator computes this, in float64; what it sends is exact float32, 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .aggregation_rules import AggregationSettings, aggregate, clip_rows
 from .blocks import Deal
 from .directions import round_coefficients
 from .errors import ProtocolError
@@ -25,11 +28,13 @@ __all__ = [
     "average_blocks",
     "check_report",
     "combine_probes",
+    "combine_scores",
     "evaluate_reports",
 ]
 
 MAX_PARTICIPANTS = 24_000  # with every second one missing, segments and scalars still fit one update
 MAX_EVALUATED = float(1 << 32)
+_PLAIN = AggregationSettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,42 +104,83 @@ def _most_samples(kind: ReportKind, settings: RunSettings) -> int:
 
 
 def combine_probes(
-    deals: Sequence[Deal], reports: Sequence[tuple[int, Report]]
+    deals: Sequence[Deal], reports: Sequence[tuple[int, Report]], rule: AggregationSettings = _PLAIN
 ) -> tuple[tuple[tuple[int, int], ...], NDArray[np.float32]]:
     """Segments and coefficients of an update.
 
     The estimate of a probed block is the mean of scalar times direction over the positions that were answered; a sketch
-    has coefficients already, which are averaged. Averages over devices are weighted by samples.
+    has coefficients already. Where all devices have the same positions, the rule makes one row of scalars of all.
 
     Args:
         deals: What the round handed out, one per block.
         reports: ``(rank, report)`` of every usable report, in any order; one block of scalars per deal.
+        rule: How. Of dealt directions only its clipping counts.
 
     Returns:
         Segments ``(first position, count)``, ascending, adjacent ones joined, and ``float32[sum of counts]``.
+
+    Raises:
+        QuorumError: There are fewer reports than the rule needs.
     """
     segments: list[tuple[int, int]] = []
     parts: list[NDArray[np.float64]] = []
+    ordered = sorted(reports, key=lambda item: item[0])
+    shared = _combine_shared(deals, [report for _, report in ordered], rule)
     for number, deal in enumerate(deals):
         first = deal.block.offset + deal.first
         if deal.n_slots == 1:
-            scale = 1.0 / deal.k if deal.block.kind == "probe" else 1.0
-            ordered = sorted(reports, key=lambda item: item[0])
-            mean = _weighted_mean([(report.samples, report.blocks[number]) for _, report in ordered]) * scale
+            mean = shared[number] / deal.k if deal.block.kind == "probe" else shared[number]
             if deal.block.kind == "sketch":
                 mean = round_to_halves(round_coefficients(mean)).astype(np.float64)
             parts.append(mean)
             segments.append((first, deal.k))
             continue
-        dealt = sorted(((deal.slot(rank), report) for rank, report in reports), key=lambda item: item[0])
-        for slot, report in dealt:
+        rows = [report.blocks[number].astype(np.float64) for _, report in ordered]
+        if rule.clip != "none":
+            rows = list(clip_rows(rule, np.array(rows)))
+        dealt = sorted(zip((deal.slot(rank) for rank, _ in ordered), rows, strict=True), key=lambda item: item[0])
+        for slot, row in dealt:
             start = first + slot * deal.k
             if segments and sum(segments[-1]) == start:
                 segments[-1] = (segments[-1][0], segments[-1][1] + deal.k)
             else:
                 segments.append((start, deal.k))
-            parts.append(report.blocks[number].astype(np.float64) / (len(dealt) * deal.k))
+            parts.append(row / (len(dealt) * deal.k))
     return tuple(segments), round_coefficients(np.concatenate(parts))
+
+
+def _combine_shared(
+    deals: Sequence[Deal], reports: Sequence[Report], rule: AggregationSettings
+) -> dict[int, NDArray[np.float64]]:
+    """One row for every block whose positions all devices have: ``float64[k]`` by the number of the block.
+
+    The rule sees the blocks of a device as one row, each in units of the gradient that it stands for: a direction of
+    ``d`` weights has the squared length ``d``. These units are powers of two, so that nothing is rounded.
+    """
+    numbers = [number for number, deal in enumerate(deals) if deal.n_slots == 1]
+    lengths = {
+        number: deal.block.size**0.5 / deal.k if deal.block.kind == "probe" else 1.0
+        for number, deal in enumerate(deals)
+    }
+    return dict(zip(numbers, _combine(reports, numbers, [lengths[n] for n in numbers], rule), strict=True))
+
+
+def _combine(
+    reports: Sequence[Report], numbers: Sequence[int], lengths: Sequence[float], rule: AggregationSettings
+) -> list[NDArray[np.float64]]:
+    """What the rule makes of some blocks of the reports; ``lengths`` is what a scalar of each block is worth."""
+    if rule.is_plain or not numbers:  # without one large array of all scalars
+        return [_weighted_mean([(report.samples, report.blocks[number]) for report in reports]) for number in numbers]
+    units = [2.0 ** round(math.log2(length)) for length in lengths]
+    rows = np.array(
+        [
+            np.concatenate([unit * report.blocks[n].astype(np.float64) for n, unit in zip(numbers, units, strict=True)])
+            for report in reports
+        ]
+    )
+    found = aggregate(rule, rows, np.array([report.samples for report in reports], dtype=np.float64))
+    ends = np.cumsum([reports[0].blocks[number].size for number in numbers])[:-1]
+    return [part / unit for part, unit in zip(np.split(found, ends), units, strict=True)]
 
 
 def _weighted_mean(rows: Sequence[tuple[int, NDArray[np.float32]]]) -> NDArray[np.float64]:
@@ -146,10 +192,29 @@ def _weighted_mean(rows: Sequence[tuple[int, NDArray[np.float32]]]) -> NDArray[n
 
 def average_blocks(reports: Sequence[Report]) -> tuple[NDArray[np.float64], ...]:
     """Mean of every block over the reports, weighted by samples: ``float64[n]`` per block."""
-    return tuple(
-        _weighted_mean([(report.samples, report.blocks[i]) for report in reports])
-        for i in range(len(reports[0].blocks))
-    )
+    return combine_scores(reports, _PLAIN)
+
+
+def combine_scores(reports: Sequence[Report], rule: AggregationSettings) -> tuple[NDArray[np.float64], ...]:
+    """What the rule makes of the scores of a round: ``float64[n]`` per block.
+
+    Scores have no sign, so ``sign-vote`` takes their median. Blocks weigh alike where devices are compared as a whole.
+
+    Args:
+        reports: In the order of ranks, all with the same blocks.
+        rule: How.
+
+    Raises:
+        QuorumError: There are fewer reports than the rule needs.
+    """
+    if rule.rule == "sign-vote":
+        rule = dataclasses.replace(rule, rule="median")
+    numbers = range(len(reports[0].blocks))
+    lengths = []
+    for number in numbers:
+        sizes = [float(np.linalg.norm(report.blocks[number].astype(np.float64))) for report in reports]
+        lengths.append(1.0 / (float(np.median(sizes)) or 1.0))
+    return tuple(_combine(reports, numbers, lengths, rule))
 
 
 def evaluate_reports(reports: Sequence[Report]) -> Evaluation | None:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from .aggregation_rules import AggregationSettings
 from .directions import Family
 from .errors import ConfigError
 from .mask import Fill
@@ -14,6 +15,7 @@ from .optimisers import OptimiserConfig
 from .schedules import SCHEDULES, Schedule, rate_factor
 
 __all__ = [
+    "AggregationSettings",
     "Assignment",
     "EstimatorName",
     "Inputs",
@@ -28,6 +30,8 @@ Assignment = Literal["shared", "dealt"]
 EstimatorName = Literal["stein", "split", "node", "coordinate", "local", "local-node"]
 ESTIMATORS: tuple[EstimatorName, ...] = get_args(EstimatorName)
 LOCAL_ESTIMATORS: tuple[EstimatorName, ...] = ("local", "local-node")
+DEALING_ESTIMATORS: tuple[EstimatorName, ...] = ("stein", "split", "node")
+"""Those with directions that can be dealt; coordinates are the same for all."""
 Inputs = Literal["gaussian", "data"]
 PruningMethod = Literal["diagonal", "ntk-sap", "synflow", "magnitude", "erk", "random"]
 MAX_DIRECTIONS = 60_000
@@ -222,9 +226,12 @@ class RunSettings:
             a dense network.
         saliency: Scoring.
         training: Training.
+        aggregation: How the reports of a round become one.
         devices: Devices to wait for before the first round.
         participants: Devices that a round asks, drawn anew for each from those that are ready; 0 for all of them.
         quorum: Reports that a round needs.
+        close_at: Usable reports that close a round of scoring or training at once, without a wait for the others it
+            asked; 0 to wait for all that may still come.
         deadline_s: Time that a round may take.
         enrol_deadline_s: Time to wait for ``devices``; then ``quorum`` devices are enough.
         patience: Deadlines without quorum in a row after which the run stops (and can be resumed).
@@ -239,9 +246,11 @@ class RunSettings:
     fill: Fill = "zero"
     saliency: SaliencySettings = field(default_factory=SaliencySettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     devices: int = 8
     participants: int = 0
     quorum: int = 4
+    close_at: int = 0
     deadline_s: float = 60.0
     enrol_deadline_s: float = 300.0
     patience: int = 10
@@ -262,6 +271,12 @@ class RunSettings:
         )
         most = self.participants or self.devices
         _check(1 <= self.quorum <= most, "quorum", self.quorum, f"1 to the number of devices that a round asks, {most}")
+        _check(
+            self.close_at == 0 or self.quorum <= self.close_at <= most,
+            "close at",
+            self.close_at,
+            f"0, or the quorum ({self.quorum}) to the number of devices that a round asks, {most}",
+        )
         _check(0.01 <= self.deadline_s <= 1e7, "deadline", self.deadline_s, "0.01 s or more")
         _check(0.01 <= self.enrol_deadline_s <= 1e7, "enrol deadline", self.enrol_deadline_s, "0.01 s or more")
         _check(1 <= self.patience <= 1_000_000, "patience", self.patience, "1 or more")
@@ -269,3 +284,18 @@ class RunSettings:
         least = "0, or 20 to 100000"
         _check(self.tune_rounds == 0 or 20 <= self.tune_rounds <= 100_000, "tune rounds", self.tune_rounds, least)
         _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")
+        self._check_aggregation()
+
+    def _check_aggregation(self) -> None:
+        rule, training = self.aggregation, self.training
+        if rule.compares and training.assignment == "dealt" and training.estimator in DEALING_ESTIMATORS:
+            raise ConfigError(
+                f"the rule {rule.rule} compares devices, but dealt directions are others for each",
+                hint="--assign shared, or --rule mean with --clip norm",
+            )
+        if self.quorum < rule.least_reports:
+            raise ConfigError(
+                f"the rule {rule.rule} needs {rule.least_reports} reports against {rule.hostile} hostile devices, the "
+                f"quorum is {self.quorum}",
+                hint=f"--quorum {rule.least_reports} or more, or a smaller --hostile",
+            )
