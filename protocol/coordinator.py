@@ -67,13 +67,14 @@ class Coordinator(RunView):
         head: What is announced now.
         roster: The devices.
         finished: Whether :class:`Finish` was given.
+        leaving: Set by a server that stops: reports are still recorded, nothing is closed, opened or announced.
     """
 
     def __init__(self, run: RunDocument, manifest: Manifest, *, birth: int, has_test_set: bool = False) -> None:
         self.run = run
         self.manifest = manifest
         self.roster = Roster()
-        self.finished = False
+        self.finished = self.leaving = False
         self.head = Announcement(run.run, 0, "enrol")
         self._settings = run.settings
         super().__init__(RunProgress(run, manifest))
@@ -240,6 +241,8 @@ class Coordinator(RunView):
 
     def _move(self, now: float) -> None:
         """Close the round if it can be closed, open the next one if it can be opened."""
+        if self.leaving:
+            return
         if self._round is not None:
             self._close_if_due(self._round, now)
         while self._round is None and not self.finished and not self._progress.awaits_mask:
@@ -304,13 +307,13 @@ class Coordinator(RunView):
         if not self._has_patience():
             self._stop(current.too_few(self._settings.quorum, self._failures))
             return
+        current.silence(now)
         current.deadline = now + self._settings.deadline_s
-        current.silence()
         if self.roster.count_ready() >= self._settings.quorum:
             self._open(self.head.phase, now)
 
     def _close(self, current: OpenRound, now: float) -> None:
-        current.silence()
+        current.silence(now)
         self._failures = 0
         if self.head.phase == "saliency":
             self._decide_mask(self._progress.choose_mask([report for _, report in current.usable()]))

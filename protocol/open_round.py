@@ -1,7 +1,7 @@
 """One open round: what is announced, who has answered, who may still answer.
 
-A round closes when every participant that is alive has answered and the quorum is met, or at the deadline with the
-quorum. Under the quorum the deadline starts again; participants that cannot come back are replaced by a new round.
+A round closes when every participant that is alive has answered and the quorum is met, at the deadline with the
+quorum, or as soon as enough have answered, if the settings say how many that is (:mod:`.selection`). Under the quorum the deadline starts again; participants that cannot come back are replaced by a new round.
 """
 
 from __future__ import annotations
@@ -154,8 +154,10 @@ class OpenRound:
         members, round_ = self._roster.members, self._head.round
         return bool(self.unchecked) or any(members[name].may_answer(round_) for name in self._unanswered)
 
-    def silence(self) -> None:
-        """Those that could have answered and have not are not waited for again until they are heard of."""
+    def silence(self, now: float) -> None:
+        """Those that had all the time and have not answered are not waited for again until they are heard of."""
+        if not self.is_overdue and (self.deadline is None or now < self.deadline):
+            return
         for name in self._unanswered:
             if self._roster.members[name].may_answer(self._head.round):
                 self._roster.members[name].silent = True
@@ -170,13 +172,16 @@ class OpenRound:
                     self.is_overdue, self.deadline = True, now + self._settings.deadline_s
                 return "wait"
             return "close" if over or self.is_overdue or not is_waiting else "wait"
-        if self.n_usable >= quorum and (over or not is_waiting):
+        if self.n_usable >= quorum and (over or not is_waiting or self._is_enough()):
             return "close"
         if self.all_answered() and not self.unchecked:
             if any(member.name not in self.participants for member in self._roster.ready()):
                 return "others"
             return "lowered" if self.is_lowered() else "short" if self.is_short_of_memory() else "nobody"
         return "missed" if over else "wait"
+
+    def _is_enough(self) -> bool:
+        return 0 < self._settings.close_at <= self.n_usable and not self.unchecked
 
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""

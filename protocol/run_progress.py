@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .adaptation import Adaptation
-from .aggregation import MAX_PARTICIPANTS, average_blocks, combine_probes, evaluate_reports
+from .aggregation import MAX_PARTICIPANTS, combine_probes, combine_scores, evaluate_reports
 from .blocks import Deal, blocks_of, deal
 from .coordinator_events import ServerEvaluated
 from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
@@ -24,7 +24,7 @@ from .mask_choice import check_pruning, federated_mask, mask_from_seed
 from .messages import Report, UpdateRecord
 from .rate_finder import RangeTest
 from .roster import Member
-from .streams import Purpose, uint64s
+from .selection import select
 from .update import Replica
 
 __all__ = ["EvaluationRecord", "RunProgress"]
@@ -95,13 +95,11 @@ class RunProgress:
         Args:
             phase: What it is for.
             round_: Its number.
-            ready: Devices that it can count on, in the order of ordinals. Above :data:`~.aggregation.MAX_PARTICIPANTS`
-                they take turns; the fewer the more blocks there are.
+            ready: Devices that it can count on, in the order of ordinals; :func:`~.selection.select` draws from them.
+                The more blocks there are, the fewer devices one update has room for.
         """
-        members, most = self._drawn(round_, ready), MAX_PARTICIPANTS // len(self.replica.blocks)
-        if len(members) > most:
-            start = round_ * most % len(members)
-            members = (members + members)[start : start + most]
+        settings, most = self._run.settings, MAX_PARTICIPANTS // len(self.replica.blocks)
+        members = select(settings.seed, round_, ready, wanted=settings.participants, most=most)
         has_log = phase != "saliency"
         return Announcement(
             run=self._run.run,
@@ -113,22 +111,10 @@ class RunProgress:
             log_length=self.replica.index,
             log_head=self.replica.head.hex() if has_log else "",
             weights_digest=self.replica.digest.hex() if has_log else "",
-            deadline_s=self._run.settings.deadline_s,
+            deadline_s=settings.deadline_s,
             k=self._adaptation.k,
             sigma=self._adaptation.sigma,
         )
-
-    def _drawn(self, round_: int, ready: Sequence[Member]) -> list[Member]:
-        """The devices that a round asks: all, or those with the smallest of seeded words, one an ordinal.
-
-        Who is drawn depends on the seed, the round and who is ready, not on when a server was started.
-        """
-        wanted = self._run.settings.participants
-        if not 0 < wanted < len(ready):
-            return list(ready)
-        ordinals = np.array([member.ordinal for member in ready], dtype=np.int64)
-        words = uint64s(self._run.settings.seed, Purpose.PARTICIPANTS, round_, 0, int(ordinals.max()) + 1)[ordinals]
-        return [ready[i] for i in sorted(np.argsort(words, kind="stable")[:wanted].tolist())]
 
     def deals(self, head: Announcement) -> tuple[Deal, ...]:
         """The positions that an announced round hands out; none unless weights are trained."""
@@ -147,7 +133,7 @@ class RunProgress:
 
     def choose_mask(self, reports: Sequence[Report]) -> bytes:
         """The encoded mask of the next sparsity step; still to be adopted."""
-        blocks = [block.astype(np.float32) for block in average_blocks(reports)]
+        blocks = [block.astype(np.float32) for block in combine_scores(reports, self._run.settings.aggregation)]
         return federated_mask(
             self._manifest, self._run.settings, self.mask, self.replica.weights, blocks, self._scored + 1
         )
@@ -170,7 +156,7 @@ class RunProgress:
         """
         training, index = self._run.training, self.replica.index
         try:
-            segments, coefficients = combine_probes(self.deals(head), reports)
+            segments, coefficients = combine_probes(self.deals(head), reports, self._run.settings.aggregation)
             record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients)
         except ProtocolError as error:
             raise FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate") from None

@@ -46,6 +46,7 @@ def settings_of(seed: int) -> RunSettings:
         ),
         devices=4,
         quorum=2 + seed % 2,
+        close_at=3 if seed % 6 == 1 else 0,
         deadline_s=8.0,
         enrol_deadline_s=30.0,
         patience=1_000,
