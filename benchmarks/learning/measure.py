@@ -65,7 +65,8 @@ def _simulated(cell: Cell, parts: Parts, work: Path) -> dict[str, Any]:
     artifact, world = artifact_of(cell, channels, work), world_settings(cell)
     data, test = (parts.x, parts.y), (parts.xt, parts.yt)
     pilot = simulate(artifact, run_settings(cell, _PILOT), data, None, world)
-    _check_bytes(cell, pilot)  # before hours are spent
+    if not cell.settings["participants"]:  # there what boards send on joining outweighs a few rounds
+        _check_bytes(cell, pilot)  # before hours are spent
     rounds = max(1, int(cell.budget_sf * _PILOT / pilot.sample_forwards))
     points = 1 if cell.part == "validation" else int(_EVALUATION * cell.budget_sf / len(parts.xt))
     every = max(1, -(-rounds // min(max(points, _FEWEST), _MOST)))
