@@ -16,30 +16,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ..edge_runtime.data import Samples
+from ..edge_runtime.inbox import Inbox
 from ..edge_runtime.transport import (
     Arrived,
-    Connected,
-    Disconnected,
     MqttTransport,
     Publication,
-    Rejected,
     Token,
     TransportEvent,
     Will,
 )
 from ..protocol import coordinator_events as machine
-from ..protocol.codec import decode
 from ..protocol.coordinator import Coordinator
-from ..protocol.documents import Hello, Order, Presence, RunDocument, ServerPresence, parse
-from ..protocol.errors import BrokerError, FedzoError, ProtocolError
-from ..protocol.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
+from ..protocol.documents import Order, RunDocument, ServerPresence
+from ..protocol.errors import BrokerError, FedzoError
+from ..protocol.topics import RETAINED, Channel, server_subscriptions, topic
 from .blobs import BlobServer
 from .brokers.base import Broker
+from .intake import Drops, Intake
 from .journal import Entry, Journal
 from .log_slices import log_slice
 from .run_folder import RunFolder
 from .server_passes import ServerPasses
+from .server_state import server_state
 from .summary import held_out_accuracy
+from .telemetry import ServerState, Telemetry, Turn
 
 __all__ = ["Progress", "Server"]
 
@@ -48,6 +48,10 @@ _log = logging.getLogger(__name__)
 BATCH_S = 0.004
 BATCH_EVENTS = 2_000
 BROKER_CHECK_S = 2.0
+LEAVE_S = 3.0  # for what has arrived, once the server is to stop
+INBOX_MESSAGES, INBOX_BYTES = 20_000, 64 << 20  # beyond, the broker waits
+OUTGOING_MESSAGES, OUTGOING_BYTES = 200_000, 64 << 20
+BLOCKS_BYTES = 32 << 20  # beyond, devices have to ask again for blobs and records
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +89,11 @@ class Server:
         test_set: The server's own test samples.
         observer: Called on the server's thread; what it raises ends the run.
         threads: Threads of the server's own passes.
+        telemetry: Sees every turn; what it raises ends the run, see :class:`~.telemetry.Watchers`.
 
     Attributes:
         coordinator: The run as it stands.
         resumed_at: Updates that the journal held at the start.
-        undecodable: Payloads that were no message.
 
     Raises:
         ProtocolError: The journal belongs to another run.
@@ -106,10 +110,15 @@ class Server:
         test_set: Samples | None = None,
         observer: Callable[[Progress], None] | None = None,
         threads: int = 1,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._folder, self._broker, self._journal, self._federation = folder, broker, journal, federation
-        self._observer = observer
-        self._events: queue.SimpleQueue[TransportEvent | machine.CoordinatorEvent | FedzoError] = queue.SimpleQueue()
+        self._observer, self._telemetry = observer, telemetry
+        self._events: Inbox[TransportEvent | machine.CoordinatorEvent | FedzoError] = Inbox(INBOX_MESSAGES, INBOX_BYTES)
+        self._drops = Drops()
+        self._intake = Intake(federation, self._drops)
+        self._asked = self._answered = 0
+        self._turned_at = time.monotonic()
         self._stop = threading.Event()
         self._blobs = BlobServer(folder.artifact, folder.artifact_path)
         self._log_sequences: list[int] = []
@@ -136,9 +145,10 @@ class Server:
             session_expiry_s=86_400,
             manual_ack=True,
             max_inflight=100,
-            max_queued=200_000,
+            max_queued=OUTGOING_MESSAGES,
+            max_queued_bytes=OUTGOING_BYTES,
+            may_read=self._events.has_room,
         )
-        self.undecodable = 0
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -146,8 +156,15 @@ class Server:
         flows = self._transport.traffic.by_topic().items()
         return {name: (up.packet_bytes, down.packet_bytes) for name, (up, down) in flows}
 
+    @property
+    def state(self) -> ServerState:
+        """How the server stands; from any thread."""
+        waiting = self._asked - self._answered
+        return server_state(self.coordinator, self._events, self._transport, passes=waiting, dropped=self._drops.counts,
+                            turned_at=self._turned_at)  # fmt: skip
+
     def stop(self) -> None:
-        """Ask :meth:`serve` to return soon; safe in a signal handler."""
+        """Ask :meth:`serve` to record what has arrived and return; safe in a signal handler."""
         self._stop.set()
         self._events.put(machine.Tick())
 
@@ -162,17 +179,33 @@ class Server:
         pool = ThreadPoolExecutor(1, thread_name_prefix="passes")
         try:
             if not self.coordinator.finished:  # Else the run was resumed after its end.
-                self._transport.connect(connect_timeout_s)
+                connect = threading.Thread(target=self._connect, args=(connect_timeout_s,), daemon=True)
+                connect.start()  # so that a server without a broker can be stopped too
             while not self._stop.is_set() and not self.coordinator.finished:
                 self._carry_out(self._next_batch(), pool)
+            self._leave(pool)
         finally:
             self._stop.set()  # also for an evaluation that runs
             pool.shutdown(cancel_futures=True)
             self._transport.close(self._goodbye)
 
+    def _connect(self, timeout_s: float) -> None:
+        try:
+            self._transport.connect(timeout_s)
+        except FedzoError as error:
+            self._events.put(error)
+
+    def _leave(self, pool: ThreadPoolExecutor) -> None:
+        """Record and acknowledge what has arrived, without another round; a resumed server goes on from there."""
+        self.coordinator.leaving = True
+        until = time.monotonic() + LEAVE_S
+        while not self._events.empty() and time.monotonic() < until and not self.coordinator.finished:
+            self._carry_out([item for item in self._next_batch() if not isinstance(item, FedzoError)], pool)
+
     # --- one batch ------------------------------------------------------------------------------------------------
 
     def _next_batch(self) -> list[TransportEvent | machine.CoordinatorEvent | FedzoError]:
+        self._turned_at = time.monotonic()
         wakeup = self.coordinator.wakeup
         wait_s = BROKER_CHECK_S if wakeup is None else min(BROKER_CHECK_S, max(0.0, wakeup - time.monotonic()))
         try:
@@ -192,6 +225,8 @@ class Server:
     def _carry_out(
         self, batch: list[TransportEvent | machine.CoordinatorEvent | FedzoError], pool: ThreadPoolExecutor
     ) -> None:
+        began = time.monotonic()
+        events: list[machine.CoordinatorEvent] = []
         commands: list[machine.CoordinatorCommand] = []
         tokens: list[Token] = []
         for item in batch:
@@ -199,53 +234,24 @@ class Server:
                 raise item
             if isinstance(item, Arrived) and item.token is not None:
                 tokens.append(item.token)
-            event = self._translate(item)
+            event = self._intake.event(item)
             if event is not None:
+                events.append(event)
                 commands += self.coordinator.on(event, time.monotonic())
+        decided = time.monotonic()
         self._record([c for c in commands if isinstance(c, machine.Record)])
+        committed = time.monotonic()
         for command in commands:
             self._do(command, pool)
         for token in tokens:
             self._transport.acknowledge(token)
+        if self._telemetry is not None:
+            self._telemetry.turn(Turn(events, commands, began, decided, committed, time.monotonic()))
         if self._observer is not None and any(isinstance(c, machine.Record) for c in commands):
             self._observer(self.progress)
         for command in commands:
             if isinstance(command, machine.Finish) and command.error is not None:
                 raise command.error
-
-    def _translate(self, item: TransportEvent | machine.CoordinatorEvent) -> machine.CoordinatorEvent | None:
-        if isinstance(item, Connected):
-            return machine.Connected()
-        if isinstance(item, Disconnected):
-            _log.warning("the link to the broker is lost: %s", item.reason)
-            return None
-        if isinstance(item, Rejected):
-            _log.warning("the broker did not take a message: %s", item.reason)
-            return None
-        if isinstance(item, Arrived):
-            return self._parse(item)
-        if isinstance(item, (machine.Tick, machine.ServerEvaluated, machine.MaskMade, machine.ScoresChecked)):
-            return item
-        return None
-
-    def _parse(self, arrived: Arrived) -> machine.DeviceSaid | None:
-        """The only place where foreign bytes enter the server; what does not parse is counted and dropped."""
-        try:
-            place = parse_topic(arrived.topic)
-            if place.federation != self._federation or not arrived.payload:
-                return None
-            if place.channel is Channel.HELLO:
-                return machine.DeviceSaid(place.device, place.channel, parse(Hello, arrived.payload))
-            if place.channel is Channel.STATE:
-                return machine.DeviceSaid(place.device, place.channel, parse(Presence, arrived.payload))
-            return machine.DeviceSaid(place.device, place.channel, decode(arrived.payload))
-        except ProtocolError as error:
-            self.undecodable += 1
-            if self.undecodable & (self.undecodable - 1) == 0:  # Powers of two: a flood must not fill the log.
-                _log.warning(
-                    "dropped a payload on %s (%d so far): %s", arrived.topic[:120], self.undecodable, error.message
-                )
-            return None
 
     def _record(self, records: list[machine.Record]) -> None:
         if not records:
@@ -274,11 +280,13 @@ class Server:
         elif isinstance(command, machine.ServeLog):
             self._send_log(command)
         elif isinstance(command, machine.CheckScores):
+            self._asked += 1
             pool.submit(self._compute, command)
         elif isinstance(command, (machine.Evaluate, machine.MakeMask)):
             asked = type(command), command.round if isinstance(command, machine.Evaluate) else 0
             if asked not in self._computing:  # It is asked for again after every break of the link.
                 self._computing.add(asked)
+                self._asked += 1
                 pool.submit(self._compute, command)
 
     def _note(self, device: str, order: Order) -> None:
@@ -290,6 +298,9 @@ class Server:
             _log.warning("%s %s: %s", device, what, order.detail or "over its memory budget with a larger one")
 
     def _send(self, channel: Channel, payload: bytes, device: str = "") -> None:
+        if channel is Channel.BLOCK and self._transport.queue.bytes + len(payload) > BLOCKS_BYTES:
+            self._drops.add("blocks", "a block for %s does not fit the queue; it will ask again", device)
+            return
         self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
 
     def _send_log(self, command: machine.ServeLog) -> None:
@@ -302,9 +313,9 @@ class Server:
 
     def _compute(self, command: machine.Evaluate | machine.MakeMask | machine.CheckScores) -> None:
         """On the pool's thread. Scores of a round that has closed meanwhile are not worth a pass."""
-        if isinstance(command, machine.CheckScores) and command.round != self.coordinator.head.round:
-            return
         try:
+            if isinstance(command, machine.CheckScores) and command.round != self.coordinator.head.round:
+                return
             answer = self._passes.answer(command)
             if answer is not None:
                 self._events.put(answer)
@@ -312,6 +323,8 @@ class Server:
             self._events.put(error)
         except Exception as error:  # noqa: BLE001 (a future's exception would otherwise be lost, and the round hang)
             self._events.put(FedzoError(f"the server's own passes failed: {type(error).__name__}: {error}"))
+        finally:
+            self._answered += 1
 
     # --- the rest -------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from ..protocol.wire import MAX_PAYLOAD_BYTES
 from .data import Dataset
 from .endpoint import TlsConfig
 from .inbound import read_message
+from .inbox import Inbox
 from .memory import peak_rss_mib
 from .ort import provider_in_use
 from .service import ServiceManager
@@ -36,6 +37,8 @@ __all__ = ["Agent", "Connection", "Summary"]
 _log = logging.getLogger(__name__)
 
 FLUSH_S = 10.0
+INBOX_MESSAGES, INBOX_BYTES = 256, 2 << 20  # what may wait for the loop
+OUTGOING_BYTES = 4 << 20
 SHORT_S = 30.0  # a link that ends sooner
 MANY_SHORT_LINKS = 3
 _PACKET_OVERHEAD_BYTES = 1024  # header, topic and properties around the largest payload
@@ -139,7 +142,9 @@ class Agent:
     ) -> None:
         self._state, self._federation, self._say = state, federation, say
         self._timeout_s = connection.timeout_s
-        self._events: queue.SimpleQueue[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = queue.SimpleQueue()
+        self._events: Inbox[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = Inbox(
+            INBOX_MESSAGES, INBOX_BYTES
+        )
         self._device = Device(hello, outbox=state.outbox.load(), retry_s=retry_s)
         self._worker = Worker(load_data, state.blobs, self._events.put, limits, state.residuals)
         self._limits, self._service = limits, service or ServiceManager({})
@@ -162,6 +167,8 @@ class Agent:
             tls=connection.tls,
             will=Will(self._topic(Channel.STATE), lost),
             max_packet_bytes=MAX_PAYLOAD_BYTES + _PACKET_OVERHEAD_BYTES,
+            max_queued_bytes=OUTGOING_BYTES,
+            may_read=self._events.has_room,
         )
 
     @property
