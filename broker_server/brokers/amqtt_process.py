@@ -1,11 +1,14 @@
-"""The process of the embedded broker: HOST PORT, and on standard input one line of JSON with the credentials.
+"""The process of the embedded broker: HOST PORT, and on standard input lines of JSON with credentials and TLS files.
+
+The first line says how to start. A later one brings other credentials: who has none any more is cut off.
 
 amqtt does the work. In front of it this module reads the CONNECT packet, because amqtt 0.12 takes an MQTT 5 CONNECT
 with properties for 3.1.1 and waits for bytes that never come, and because it never notices a client that went silent:
 
 - another version than 3.1.1 is refused as MQTT 3.1.1, section 3.1.2.2, says, so that clients can fall back;
 - a link without CONNECT within 10 s, or silent for 1.5 times its keep-alive, is closed, and its will is published;
-- a CONNECT above 128 KiB, or any packet above 4 MiB, is not read.
+- a CONNECT above 128 KiB, or any packet above 4 MiB, is not read;
+- with client certificates, the client id, which has to be the user name, must be the certificate's common name.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import ssl
 import sys
-from functools import partial
 from typing import Any
 
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
@@ -33,6 +36,7 @@ _MAX_CONNECT_BYTES = 128 << 10
 _MAX_PACKET_BYTES = 4 << 20
 _CONNECT = 0x10
 _REFUSED_VERSION = b"\x20\x02\x00\x01"
+_REFUSED_IDENTITY = b"\x20\x02\x00\x05"
 _LEVEL_3_1_1 = 4
 _LISTENER = "default"
 
@@ -63,11 +67,11 @@ class _TimedReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no
         return bytes(data)
 
 
-async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
+async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int, str]:
     """Read the first packet.
 
     Returns:
-        The packet, with its keep-alive set to 0, and its keep-alive in seconds.
+        The packet, with its keep-alive set to 0, its keep-alive in seconds, and the client id.
     """
     header = await reader.readexactly(2)
     if header[0] != _CONNECT:
@@ -87,44 +91,103 @@ async def _read_connect(reader: asyncio.StreamReader) -> tuple[bytes, int]:
         raise _Refused(_REFUSED_VERSION)
     # amqtt's own timer only starts its read over, possibly in the middle of a header: keep-alive is 0 for it.
     keepalive = slice(name_end + 2, name_end + 4)
-    return header + body[: keepalive.start] + b"\0\0" + body[keepalive.stop :], int.from_bytes(body[keepalive], "big")
+    packet = header + body[: keepalive.start] + b"\0\0" + body[keepalive.stop :]
+    return packet, int.from_bytes(body[keepalive], "big"), _client_id(body, name_end)
 
 
-async def _accept(broker: AmqttBroker, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        packet, keepalive_s = await asyncio.wait_for(_read_connect(reader), _CONNECT_TIMEOUT_S)
-        timed = _TimedReader(reader, packet, 1.5 * keepalive_s if keepalive_s else None)
-        await broker.external_connected(timed, StreamWriterAdapter(writer), _LISTENER)
-    except _Refused as refused:
-        writer.write(b"".join(refused.args))
-        with contextlib.suppress(OSError):
-            await writer.drain()
-    except (OSError, EOFError, asyncio.TimeoutError):
-        pass  # gone, or never spoke
-    except Exception:  # noqa: BLE001 (one connection must not end the broker)
-        _log.exception("a connection failed")
-    finally:
-        writer.close()
+def _client_id(packet: bytes, name_end: int) -> str:
+    """The first field of the payload (MQTT 3.1.1, section 3.1.3)."""
+    start = name_end + 6
+    length = int.from_bytes(packet[start - 2 : start], "big")
+    return packet[start : start + length].decode("utf-8", "replace")
 
 
-async def _serve(host: str, port: int, credentials: Credentials | None) -> None:
-    amqtt_rights.CREDENTIALS = credentials
+class _Listener:
+    """Lets connections through to the broker."""
+
+    def __init__(self, broker: AmqttBroker, certificates: bool) -> None:
+        self._broker = broker
+        self._certificates = certificates
+        self._links: dict[str, set[asyncio.StreamWriter]] = {}
+
+    def cut(self, credentials: Credentials) -> None:
+        """End the links of those who have no login any more."""
+        for name in [name for name in self._links if not credentials.knows(name)]:
+            for writer in self._links[name]:
+                writer.transport.abort()
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end."""
+        name = ""
+        try:
+            packet, keepalive_s, name = await asyncio.wait_for(_read_connect(reader), _CONNECT_TIMEOUT_S)
+            if self._certificates and _common_name(writer) != name:
+                raise _Refused(_REFUSED_IDENTITY)
+            self._links.setdefault(name, set()).add(writer)
+            timed = _TimedReader(reader, packet, 1.5 * keepalive_s if keepalive_s else None)
+            await self._broker.external_connected(timed, StreamWriterAdapter(writer), _LISTENER)
+        except _Refused as refused:
+            writer.write(b"".join(refused.args))
+            with contextlib.suppress(OSError):
+                await writer.drain()
+        except (OSError, EOFError, asyncio.TimeoutError):
+            pass  # gone, or never spoke
+        except Exception:  # noqa: BLE001 (one connection must not end the broker)
+            _log.exception("a connection failed")
+        finally:
+            self._forget(name, writer)
+            writer.close()
+
+    def _forget(self, name: str, writer: asyncio.StreamWriter) -> None:
+        links = self._links.get(name, set())
+        links.discard(writer)
+        if not links:
+            self._links.pop(name, None)
+
+
+def _common_name(writer: asyncio.StreamWriter) -> str | None:
+    certificate = writer.get_extra_info("peercert") or {}
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return names[0] if len(names) == 1 else None
+
+
+def _context(files: dict[str, str]) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(files["certificate"], files["key"])
+    if files["ca"]:
+        context.load_verify_locations(files["ca"])
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+async def _serve(host: str, port: int, settings: dict[str, Any]) -> None:
+    amqtt_rights.CREDENTIALS = _credentials(settings)
     plugins: dict[str, Any] = {f"{amqtt_rights.__name__}.LoginPlugin": {}}
-    if credentials is not None:
+    if amqtt_rights.CREDENTIALS is not None:
         plugins[f"{amqtt_rights.__name__}.TopicPlugin"] = {}
     broker = AmqttBroker({"listeners": {_LISTENER: {"type": "external"}}, "plugins": plugins})
     await broker.start()
-    server = await asyncio.start_server(partial(_accept, broker), host, port)
+    files = settings["tls"]
+    listener = _Listener(broker, bool(files and files["ca"]))
+    server = await asyncio.start_server(listener.accept, host, port, ssl=_context(files) if files else None)
     async with server:
-        await asyncio.to_thread(sys.stdin.buffer.read)  # ends when the parent is gone, on every system
+        # The input ends when the parent is gone, on every system.
+        while line := await asyncio.to_thread(sys.stdin.buffer.readline):
+            amqtt_rights.CREDENTIALS = _credentials(json.loads(line))
+            if amqtt_rights.CREDENTIALS is not None:
+                listener.cut(amqtt_rights.CREDENTIALS)
+
+
+def _credentials(settings: dict[str, Any]) -> Credentials | None:
+    document = settings["credentials"]
+    return None if document is None else Credentials.from_document(document)
 
 
 def main() -> None:
     """Serve until standard input ends."""
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s")
-    document = json.loads(sys.stdin.buffer.readline())
-    credentials = None if document is None else Credentials.from_document(document)
-    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), credentials))
+    asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), json.loads(sys.stdin.buffer.readline())))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from amqtt.broker import BrokerContext
 from amqtt.contexts import Action
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 from amqtt.session import Session
@@ -11,19 +10,15 @@ from .credentials import Credentials
 
 __all__ = ["LoginPlugin", "TopicPlugin"]
 
-CREDENTIALS: Credentials | None = None  # set once, before the plugins are loaded
+CREDENTIALS: Credentials | None = None  # of now; set before the plugins are loaded
 
 
 class LoginPlugin(BaseAuthPlugin):  # type: ignore[misc]  # amqtt ships no types
     """Lets in who knows the password, under the own name only, with a will that the name may publish."""
 
-    def __init__(self, context: BrokerContext) -> None:
-        super().__init__(context)
-        self._credentials = CREDENTIALS
-
     async def authenticate(self, *, session: Session) -> bool | None:
         """Check one CONNECT."""
-        credentials, username = self._credentials, session.username
+        credentials, username = CREDENTIALS, session.username
         if credentials is None:
             return True
         if username is None or session.client_id != username:
@@ -37,15 +32,13 @@ class LoginPlugin(BaseAuthPlugin):  # type: ignore[misc]  # amqtt ships no types
 class TopicPlugin(BaseTopicPlugin):  # type: ignore[misc]
     """Asks `Credentials.allows` for every publish, subscription and delivery."""
 
-    def __init__(self, context: BrokerContext) -> None:
-        super().__init__(context)
-        self._credentials = CREDENTIALS
-
     async def topic_filtering(
         self, *, session: Session | None = None, topic: str | None = None, action: Action | None = None
     ) -> bool | None:
         """Check one action."""
-        credentials = self._credentials
+        credentials = CREDENTIALS
         if credentials is None or session is None or session.username is None or not topic:
+            return False
+        if not credentials.knows(session.username):  # Its login ended; its link is being cut.
             return False
         return credentials.allows(session.username, topic, write=action == Action.PUBLISH)

@@ -23,6 +23,7 @@ class Broker(ABC):
         description: One line: what it is, and what it lacks.
         credentials: Who may do what; None when everybody may do everything, or when somebody else decides.
         login: Of the server itself; None when there are no passwords.
+        client_id: MQTT client id that the server should use; its user name, or one of the federation's, when empty.
         tls: Files that a client on this machine needs for `url`; None for a URL without TLS, or the system's.
     """
 
@@ -30,6 +31,7 @@ class Broker(ABC):
     description: str
     credentials: Credentials | None = None
     login: Login | None = None
+    client_id: str = ""
     tls: TlsConfig | None = None
 
     @abstractmethod
@@ -51,6 +53,15 @@ class Broker(ABC):
     @abstractmethod
     def failure(self) -> str | None:
         """Say in a line why it will not come back by itself; None while it is alive, restarting, or stopped."""
+
+    def update_credentials(self, credentials: Credentials) -> None:
+        """Take over logins and rights while it runs: who has none any more is disconnected, the others are not.
+
+        An external broker is left alone: its own administrator looks after it.
+
+        Raises:
+            ConfigError: The broker was made without credentials, or its files cannot be written.
+        """
 
     def __enter__(self) -> Self:
         self.start()

@@ -142,6 +142,11 @@ class ChildBroker:
             except (BrokenPipeError, ValueError):
                 pass  # it just died; the supervisor knows
 
+    def replace_input(self, first_input: bytes) -> None:
+        """Write another first input, to the running child and to those that follow a crash."""
+        self._input = first_input
+        self.send_input(first_input)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the child."""
         process = self._process

@@ -11,7 +11,8 @@ from .base import Broker
 from .credentials import Credentials, Login
 from .embedded import EmbeddedBroker
 from .external import ExternalBroker
-from .mosquitto import MosquittoBroker, ServerTls, find_mosquitto
+from .mosquitto import MosquittoBroker, find_mosquitto
+from .server_tls import ServerTls
 
 __all__ = ["open_broker"]
 
@@ -25,6 +26,7 @@ def open_broker(
     server_tls: ServerTls | None = None,
     login: Login | None = None,
     tls: TlsConfig | None = None,
+    client_id: str = "",
 ) -> Broker:
     """Choose a broker; it is not started yet.
 
@@ -37,6 +39,7 @@ def open_broker(
         server_tls: TLS files of an own broker.
         login: Login of the server at an external broker.
         tls: TLS files to trust an external broker with.
+        client_id: MQTT client id of the server at an external broker.
 
     Raises:
         ConfigError: `spec` is none of these, or asks for something that this broker cannot do.
@@ -45,7 +48,9 @@ def open_broker(
     if "://" in spec:
         if login is None and credentials is not None:
             login = credentials.server
-        return ExternalBroker(spec, login=login, tls=tls)
+        if tls is None and server_tls is not None and spec.startswith("mqtts:"):
+            tls = server_tls.own_client()
+        return ExternalBroker(spec, login=login, tls=tls, client_id=client_id)
     if spec not in ("auto", "embedded", "mosquitto"):
         raise ConfigError(
             f"unknown broker {spec!r}", hint="use auto, mosquitto, embedded, mqtt://HOST:PORT or mqtts://HOST:PORT"
@@ -56,8 +61,6 @@ def open_broker(
     if not _is_loopback(host):
         problem = f"the embedded broker listens on loopback only, not on {host}"
         raise BrokerError(problem if spec == "embedded" else f"mosquitto is not installed, and {problem}", hint=hint)
-    if server_tls is not None:
-        raise ConfigError("the embedded broker has no TLS", hint=hint)
     if importlib.util.find_spec("amqtt") is None:
         raise BrokerError(
             "the embedded broker needs amqtt, which is not installed"
@@ -65,7 +68,7 @@ def open_broker(
             else "neither mosquitto nor amqtt is installed",
             hint="sudo apt install mosquitto, or: pip install 'fedzo[server]'",
         )
-    return EmbeddedBroker(host, port, credentials=credentials)
+    return EmbeddedBroker(host, port, credentials=credentials, tls=server_tls)
 
 
 def _is_loopback(host: str) -> bool:

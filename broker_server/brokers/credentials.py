@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
-import json
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from ...protocol.errors import ConfigError
-from ...protocol.topics import BROADCAST, Channel, check_name, topic
-from .private_files import read_private, write_private
+from ...protocol.topics import BROADCAST, FROM_DEVICE, Channel, check_name, device_subscriptions, topic
 
-__all__ = ["SERVER_NAME", "Credentials", "Login"]
+__all__ = ["SERVER_NAME", "Credentials", "Login", "hash_password"]
 
 SERVER_NAME = "fedzo-server"
 
 _FORMAT = 1
-_MAX_FILE_BYTES = 64 << 20
 # Mosquitto's "$7$" entries: PBKDF2-HMAC-SHA512. Its own tool uses 101 rounds, and more would buy nothing here: the
 # passwords are random, not chosen by people.
 _PBKDF2_ROUNDS = 101
+_HASHED = re.compile(r"\$7\$([0-9]{1,6})\$([A-Za-z0-9+/=]{1,128})\$([A-Za-z0-9+/=]{1,128})")
 
 
 @dataclass(frozen=True)
 class Login:
-    """A user name, which is also the MQTT client id, and its password."""
+    """A user name, which is also the MQTT client id, and its password or the :func:`hash_password` of it."""
 
     username: str
     password: str = field(repr=False)
+
+    def accepts(self, password: str) -> bool:
+        """Whether this is the password; a hash is none."""
+        hashed = _HASHED.fullmatch(self.password)
+        if hashed is None:
+            return secrets.compare_digest(self.password.encode(), password.encode())
+        rounds, salt, digest = hashed.groups()
+        try:
+            found = hashlib.pbkdf2_hmac("sha512", password.encode(), base64.b64decode(salt), int(rounds))
+            return secrets.compare_digest(found, base64.b64decode(digest))
+        except (ValueError, binascii.Error):
+            return False
 
 
 @dataclass(frozen=True)
 class Credentials:
     """All logins of a federation and the rights that follow from the names.
 
-    The server may do everything below ``fedzo/v1/FEDERATION/``. A device writes below ``d/DEVICE/``, reads below
-    ``s/DEVICE/`` and the broadcast topics, and nothing else.
+    The server may do everything below ``fedzo/v1/FEDERATION/``. A device writes its four topics below ``d/DEVICE/``,
+    reads its three below ``s/DEVICE/`` and the broadcast topics, and nothing else.
 
     Attributes:
         federation: Its name.
@@ -76,27 +88,6 @@ class Credentials:
         added = tuple(_random_login(name) for name in devices if name not in known)
         return Credentials(self.federation, self.server, self.devices + added)
 
-    def save(self, path: Path) -> None:
-        """Write a JSON file that only its owner can read.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
-        write_private(path, json.dumps(self.to_document(), indent=1).encode() + b"\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Credentials:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: The file cannot be read or is not what `save` writes.
-        """
-        data = read_private(path, _MAX_FILE_BYTES)
-        try:
-            return cls.from_document(json.loads(data))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise ConfigError(f"{path} is not a credentials file", hint="make one with: fedzo credentials") from None
-
     def to_document(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         devices = {login.username: login.password for login in self.devices}
@@ -116,37 +107,46 @@ class Credentials:
 
     def check_password(self, username: str | None, password: str | None) -> bool:
         """Whether this user exists and the password is right."""
-        for login in (self.server, *self.devices):
-            if login.username == username:
-                return secrets.compare_digest(login.password.encode(), (password or "").encode())
-        return False
+        login = self._by_name.get(username or "")
+        return login is not None and login.accepts(password or "")
+
+    def knows(self, username: str | None) -> bool:
+        """Whether this user exists."""
+        return username in self._by_name
 
     def allows(self, username: str, topic_or_filter: str, *, write: bool) -> bool:
         """Whether a known user may publish on a topic, or subscribe to a filter (a topic is its own filter)."""
-        prefix = self._prefix
         if username == self.server.username:
-            return topic_or_filter.startswith(f"{prefix}/")
+            return topic_or_filter.startswith(f"{self._prefix}/")
         if write:
-            return topic_or_filter.startswith(f"{prefix}/d/{username}/")
-        broadcast = topic_or_filter in {topic(self.federation, channel) for channel in BROADCAST}
-        return broadcast or topic_or_filter.startswith(f"{prefix}/s/{username}/")
+            return topic_or_filter in {topic(self.federation, channel, username) for channel in FROM_DEVICE}
+        return topic_or_filter in device_subscriptions(self.federation, username)
 
     def mosquitto_password_file(self) -> str:
         """Return the text of Mosquitto's ``password_file``; passwords are salted and hashed."""
-        return "".join(f"{login.username}:{_hash(login.password)}\n" for login in (self.server, *self.devices))
+        logins = (self.server, *self.devices)
+        hashes = (
+            login.password if _HASHED.fullmatch(login.password) else hash_password(login.password) for login in logins
+        )
+        return "".join(f"{login.username}:{hashed}\n" for login, hashed in zip(logins, hashes, strict=True))
 
     def mosquitto_acl_file(self) -> str:
         """Return the text of Mosquitto's ``acl_file``: the rule of `allows`."""
-        prefix = self._prefix
-        broadcast = [f"pattern read {topic(self.federation, channel)}" for channel in BROADCAST]
+        prefix, own = self._prefix, "0"  # a name that stands for every device's
+        writes = [topic(self.federation, channel, own) for channel in FROM_DEVICE]
+        reads = [name for name in device_subscriptions(self.federation, own) if f"/s/{own}/" in name]
         lines = [
             f"user {self.server.username}",
             f"topic readwrite {prefix}/#",
-            f"pattern write {prefix}/d/%u/#",
-            f"pattern read {prefix}/s/%u/#",
-            *broadcast,
+            *(f"pattern write {name.replace(f'/{own}/', '/%u/')}" for name in writes),
+            *(f"pattern read {name.replace(f'/{own}/', '/%u/')}" for name in reads),
+            *(f"pattern read {topic(self.federation, channel)}" for channel in BROADCAST),
         ]
         return "\n".join(lines) + "\n"
+
+    @cached_property
+    def _by_name(self) -> dict[str, Login]:
+        return {login.username: login for login in (self.server, *self.devices)}
 
     @property
     def _prefix(self) -> str:
@@ -157,7 +157,8 @@ def _random_login(name: str) -> Login:
     return Login(name, secrets.token_urlsafe(24))
 
 
-def _hash(password: str) -> str:
+def hash_password(password: str) -> str:
+    """An entry of Mosquitto's password file: ``$7$``, salted PBKDF2-HMAC-SHA512."""
     salt = secrets.token_bytes(12)
     digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _PBKDF2_ROUNDS)
     return f"$7${_PBKDF2_ROUNDS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"

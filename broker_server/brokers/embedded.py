@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-from ...protocol.errors import BrokerError
+from ...protocol.errors import BrokerError, ConfigError
 from .base import Broker
 from .child import ChildBroker, choose_port
 from .credentials import Credentials
+from .server_tls import ServerTls
 
 __all__ = ["EmbeddedBroker"]
 
@@ -20,24 +21,35 @@ class EmbeddedBroker(Broker):
     It takes about ten times the CPU of mosquitto per message, so it is for demos, tests and small fleets.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 1883, *, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 1883,
+        *,
+        credentials: Credentials | None = None,
+        tls: ServerTls | None = None,
+    ) -> None:
         """Prepare; nothing is started.
 
         Args:
             host: A loopback address.
             port: Port to listen at; 0 chooses a free one at the first start.
             credentials: Logins and rights; None lets everybody on this machine in.
+            tls: Makes it a TLS listener. With a CA for clients each must show a certificate with its own name, the
+                server too, which shows the broker's.
         """
         self._host = host
         self._port = port
         self._child: ChildBroker | None = None
         self.credentials = credentials
         self.login = credentials.server if credentials else None
+        self._server_tls = tls
+        self.tls = tls.own_client() if tls else None
         self.url = ""
         rights = "passwords and topic rights" if credentials else "no passwords"
         self.description = (
-            f"embedded amqtt: this machine only, {rights}, MQTT 3.1.1, no TLS, forgets everything when it stops; "
-            "for boards install mosquitto"
+            f"embedded amqtt: this machine only, {rights}, MQTT 3.1.1, {'' if tls else 'no '}TLS, forgets everything "
+            "when it stops; for boards install mosquitto"
         )
 
     @property
@@ -55,7 +67,9 @@ class EmbeddedBroker(Broker):
         if self._child is not None:
             return
         self._port = choose_port(self._host, self._port)
-        self.url = f"mqtt://[{self._host}]:{self._port}" if ":" in self._host else f"mqtt://{self._host}:{self._port}"
+        scheme = "mqtts" if self._server_tls else "mqtt"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{scheme}://{host}:{self._port}"
         program = [sys.executable, "-m", f"{__package__}.amqtt_process", self._host, str(self._port)]
         child = ChildBroker(program, name="the embedded broker", host=self._host, port=self._port)
         try:
@@ -83,6 +97,19 @@ class EmbeddedBroker(Broker):
         """Say how the process died for good."""
         return self._child.failure() if self._child else None
 
+    def update_credentials(self, credentials: Credentials) -> None:
+        """Take over new logins; see `Broker.update_credentials`."""
+        if self.credentials is None:
+            raise ConfigError("this broker was started without credentials; restart it with them")
+        self.credentials = credentials
+        if self._child is not None:
+            self._child.replace_input(self._settings())
+
     def _settings(self) -> bytes:
         """One line of JSON for the child's standard input: passwords must not show up in the process list."""
-        return json.dumps(self.credentials.to_document() if self.credentials else None).encode() + b"\n"
+        tls = self._server_tls
+        document = {
+            "credentials": self.credentials.to_document() if self.credentials else None,
+            "tls": tls and {"certificate": str(tls.certificate), "key": str(tls.key), "ca": str(tls.client_ca or "")},
+        }
+        return json.dumps(document).encode() + b"\n"

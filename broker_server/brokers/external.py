@@ -18,13 +18,17 @@ _TIMEOUT_S = 15.0
 class ExternalBroker(Broker):
     """Only looks whether the broker is there; rights and limits are up to whoever runs it."""
 
-    def __init__(self, url: str, *, login: Login | None = None, tls: TlsConfig | None = None) -> None:
+    def __init__(
+        self, url: str, *, login: Login | None = None, tls: TlsConfig | None = None, client_id: str = ""
+    ) -> None:
         """Check the URL; nothing is connected.
 
         Args:
             url: ``mqtt://`` or ``mqtts://``; a user name and a password in it are used when `login` is None.
             login: User name and password of the server.
             tls: Files for a ``mqtts://`` URL.
+            client_id: Of the server; its user name when empty. A user name may serve several federations, whose servers
+                would throw each other out if it were the client id of all of them.
 
         Raises:
             ConfigError: The URL cannot be used.
@@ -35,6 +39,7 @@ class ExternalBroker(Broker):
         self.url = str(self._endpoint)
         self.login = login
         self.tls = tls
+        self.client_id = client_id
         self.description = f"external broker {self.url}: logins, topic rights and limits are its own"
 
     def start(self) -> None:
@@ -44,9 +49,10 @@ class ExternalBroker(Broker):
             BrokerError: It cannot be reached, or refuses the login.
             ConfigError: A TLS file cannot be used.
         """
-        # A broker that ties client ids to user names takes the probe for the server itself. Then it must neither wipe
-        # the server's session nor acknowledge what waits there.
-        name = self.login.username if self.login else f"fedzo-probe-{secrets.token_hex(4)}"
+        # The probe comes as the server will, since a broker may tie the client id to user or certificate. So it must
+        # neither wipe the server's session nor acknowledge what waits there.
+        name = self.client_id or (self.login.username if self.login else f"fedzo-probe-{secrets.token_hex(4)}")
+        is_server = bool(self.client_id or self.login)
         probe = MqttTransport(
             self.url,
             name,
@@ -54,8 +60,8 @@ class ExternalBroker(Broker):
             username=self.login.username if self.login else None,
             password=self.login.password if self.login else None,
             tls=self.tls,
-            clean_start=self.login is None,
-            session_expiry_s=86_400 if self.login else 0,
+            clean_start=not is_server,
+            session_expiry_s=86_400 if is_server else 0,
             manual_ack=True,
         )
         probe.connect(_TIMEOUT_S)

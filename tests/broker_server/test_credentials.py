@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import os
-from pathlib import Path
 
 import pytest
 
 from fedzo.broker_server.brokers import Credentials, Login
+from fedzo.broker_server.brokers.credentials import hash_password
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.topics import Channel, device_subscriptions, server_subscriptions, topic
 
@@ -36,56 +34,6 @@ def test_names_that_cannot_be_used(federation: str, devices: list[str]) -> None:
 def test_passwords_that_cannot_be_used(password: str) -> None:
     with pytest.raises(ConfigError, match="password of 'dev-1'"):
         Credentials("farm", Login("fedzo-server", "x"), (Login("dev-1", password),))
-
-
-def test_the_file_is_private_and_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "credentials.json"
-    credentials = Credentials.generate("farm", ["dev-1", "dev-2"])
-    before = os.umask(0)
-    try:
-        credentials.save(path)
-        credentials.with_devices(["dev-3"]).save(path)
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert [file.name for file in tmp_path.iterdir()] == ["credentials.json"]
-    loaded = Credentials.load(path)
-    assert loaded.server == credentials.server
-    assert loaded.devices[:2] == credentials.devices
-    assert loaded.devices[2].username == "dev-3"
-
-
-GOOD = {"format": 1, "federation": "farm", "server": {"fedzo-server": "x"}, "devices": {"dev-1": "y"}}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "[]", "null", "3", '{"format": 1}', "[" * 100_000,
-        json.dumps(GOOD | {"format": 2}),
-        json.dumps(GOOD | {"federation": 7}),
-        json.dumps(GOOD | {"server": {}}),
-        json.dumps(GOOD | {"server": {"a": "x", "b": "y"}}),
-        json.dumps(GOOD | {"devices": ["dev-1"]}),
-        json.dumps(GOOD | {"devices": {"dev-1": 5}}),
-        json.dumps(GOOD | {"devices": {"dev 1": "y"}}),
-        "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
-    ],
-)  # fmt: skip
-def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "credentials.json"
-    path.write_text(text, encoding="latin-1")
-    with pytest.raises(ConfigError):
-        Credentials.load(path)
-    path.write_text(json.dumps(GOOD))
-    assert Credentials.load(path).devices == (Login("dev-1", "y"),)
-
-
-def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read"):
-        Credentials.load(tmp_path / "none")
-    with pytest.raises(ConfigError, match="cannot write"):
-        Credentials.generate("farm", []).save(tmp_path / "none" / "file")
 
 
 def test_everybody_may_do_what_the_protocol_needs_and_no_more() -> None:
@@ -121,6 +69,11 @@ def test_passwords_are_compared_exactly() -> None:
         (None, None),
     ):
         assert not credentials.check_password(username, wrong)
+    hashed = Credentials("farm", credentials.server, (Login("dev-1", hash_password(password)),))
+    assert hashed.check_password("dev-1", password)
+    assert not hashed.check_password("dev-1", hashed.devices[0].password), "a hash that leaked is no password"
+    assert hashed.devices[0].password in hashed.mosquitto_password_file()
+    assert [hashed.knows(name) for name in ("dev-1", "fedzo-server", "dev-2", None)] == [True, True, False, False]
 
 
 def test_the_password_file_has_mosquittos_format() -> None:
