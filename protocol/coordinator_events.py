@@ -36,7 +36,21 @@ __all__ = [
     "Tick",
 ]
 
-RecordKind = Literal["run", "enrolment", "announce", "report", "mask", "update", "evaluation", "phase", "refusal"]
+RecordKind = Literal[
+    "run",
+    "enrolment",
+    "announce",
+    "report",
+    "refusal",
+    "garbled",
+    "close",
+    "mask",
+    "update",
+    "evaluation",
+    "snapshot",
+    "phase",
+]
+"""Kinds of entries of the journal, see docs/journal.md."""
 
 
 # --- events ---------------------------------------------------------------------------------------------------------

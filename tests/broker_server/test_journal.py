@@ -18,7 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.broker_server.journal import KINDS, DuplicateEntry, Entry, Journal, MemoryJournal, SqliteJournal
+from fedzo.broker_server.journal import (
+    KINDS,
+    DuplicateEntry,
+    Entry,
+    Journal,
+    MemoryJournal,
+    SqliteJournal,
+    Tally,
+    schema,
+)
 from fedzo.protocol.errors import ArtifactError, ConfigError, FedzoError
 
 
@@ -80,6 +89,69 @@ def test_reading_some(journal: Journal, kinds: set[str] | None, from_sequence: i
 def test_reading_an_unknown_kind_is_a_mistake(journal: Journal) -> None:
     with pytest.raises(ValueError, match="reports"):
         journal.read({"reports"})
+
+
+@pytest.mark.parametrize(
+    ("kinds", "from_sequence", "round_", "expected"),
+    [
+        (None, 0, 1, [1, 2, 4, 5]),
+        (None, 3, 1, [4, 5]),
+        ({"report"}, 0, 1, [1, 4]),
+        ({"report"}, 2, 2, [7]),
+        ({"refusal", "update"}, 0, 1, [2, 5]),
+        ({"report", "update"}, 0, 1, [1, 4, 5]),
+        ({"mask"}, 0, 1, []),
+        (None, 0, 9, []),
+    ],
+)
+def test_reading_a_round(
+    journal: Journal, kinds: set[str] | None, from_sequence: int, round_: int, expected: list[int]
+) -> None:
+    refusal, update = Entry("refusal", 1, "dev-2", b"no", 0.0), Entry("update", 1, "", b"record", 0.0)
+    journal.append([report(1), refusal, phase(), report(1, "dev-3"), update, Entry("announce", 2, "", b"", 0.0)])
+    journal.append([report(2)])
+    assert [sequence for sequence, _ in journal.read(kinds, from_sequence, round_=round_)] == expected
+
+
+def test_where_the_entries_of_a_kind_are(journal: Journal) -> None:
+    journal.append([phase(), report(1), report(2), phase()])
+    assert [journal.sequences(kind) for kind in ("phase", "report", "mask")] == [[1, 4], [2, 3], []]
+    with pytest.raises(ValueError, match="reports"):
+        journal.sequences("reports")
+
+
+def test_what_there_is_is_added_up(journal: Journal) -> None:
+    assert journal.tally() == []
+    journal.append([Entry("announce", 1, "", b"head", 5.0), report(1), report(1, "dev-2", b"more"), phase()])
+    journal.append([Entry("report", 1, "dev-3", b"", 2e9), report(2)])
+    assert journal.tally() == [
+        Tally(0, "phase", 1, 8, 1e9 + 0.25, 1e9 + 0.25),
+        Tally(1, "announce", 1, 4, 5.0, 5.0),
+        Tally(1, "report", 3, 11, 1e9, 2e9),
+        Tally(2, "report", 1, 7, 1e9, 1e9),
+    ]
+
+
+def snapshot(round_: int) -> Entry:
+    return Entry("snapshot", round_, "", bytes([round_]) * 5000, 0.0)
+
+
+def test_only_old_snapshots_ever_go(journal: Journal) -> None:
+    journal.drop_snapshots()
+    journal.append([snapshot(1), report(1), snapshot(2), phase(), snapshot(3)])
+    for keep in (0, -1):
+        with pytest.raises(ValueError, match="1 or more"):
+            journal.drop_snapshots(keep)
+    journal.drop_snapshots(2)
+    journal.drop_snapshots(2)
+    assert [sequence for sequence, _ in journal.read()] == [2, 3, 4, 5]
+    with pytest.raises(KeyError):
+        journal.get(1)
+    journal.drop_snapshots()
+    assert list(journal.read({"snapshot"})) == [(5, snapshot(3))]
+    assert [sequence for sequence, _ in journal.read({"snapshot", "report"}, 1, round_=1)] == [2]
+    assert journal.last_sequence == 5
+    assert journal.append([phase()]) == [6]
 
 
 def test_many_entries_are_read_across_pages(journal: Journal) -> None:
@@ -165,14 +237,22 @@ ENTRIES = st.builds(
     payload=st.binary(max_size=300),
     at=st.floats(allow_nan=False, allow_infinity=False),
 )
+A_KIND = st.sampled_from(sorted(KINDS))
 
 
 @settings(max_examples=60, deadline=None)
-@given(calls=st.lists(st.lists(ENTRIES, max_size=6), max_size=4))
-def test_both_journals_do_the_same(calls: list[list[Entry]], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(calls=st.lists(st.lists(ENTRIES, max_size=6) | st.integers(1, 2), max_size=6), kinds=st.sets(A_KIND))
+def test_both_journals_do_the_same(
+    calls: list[list[Entry] | int], kinds: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A number in place of entries is how many snapshots are kept."""
     memory = MemoryJournal()
     with SqliteJournal(tmp_path_factory.mktemp("journal") / "j") as file:
         for call in calls:
+            if isinstance(call, int):
+                memory.drop_snapshots(call)
+                file.drop_snapshots(call)
+                continue
             try:
                 expected: list[int] | None = memory.append(call)
             except DuplicateEntry:
@@ -183,6 +263,11 @@ def test_both_journals_do_the_same(calls: list[list[Entry]], tmp_path_factory: p
             else:
                 assert file.append(call) == expected
         assert list(file.read()) == list(memory.read())
+        assert list(file.read(kinds)) == list(memory.read(kinds))
+        assert file.tally() == memory.tally()
+        rounds = {entry.round for _, entry in memory.read()}
+        for round_ in rounds:
+            assert list(file.read(kinds, round_=round_)) == list(memory.read(kinds, round_=round_))
 
 
 # ---------------------------------------------------------------------- the file
@@ -379,14 +464,61 @@ def test_an_old_schema_is_brought_up_to_date(path: Path, monkeypatch: pytest.Mon
     def add_column(connection: sqlite3.Connection) -> None:
         connection.execute("ALTER TABLE entry ADD COLUMN note TEXT NOT NULL DEFAULT ''")
 
-    from fedzo.broker_server import journal as module
-
-    monkeypatch.setattr(module, "_MIGRATIONS", (*module._MIGRATIONS, add_column))
-    with pytest.raises(ArtifactError, match="old schema version 1"):
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, add_column))
+    with pytest.raises(ArtifactError, match="old schema version 2"):
         SqliteJournal(path, read_only=True)
     with SqliteJournal(path) as journal:
         assert [entry for _, entry in journal.read()] == [report()]
+        assert journal._open_connection.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_of_the_first_version(path: Path, read_only: bool) -> None:
+    """Written by an earlier fedzo: every entry stays, and the new schema's rules hold from then on."""
+    connection = sqlite3.connect(path)
+    schema.MIGRATIONS[0](connection)
+    old = [report(1), snapshot(1), Entry("update", 1, "", b"record", 3.0), snapshot(2)]
+    rows = [(entry.kind, entry.round, entry.device, entry.payload, entry.at) for entry in old]
+    connection.executemany("INSERT INTO entry (kind, round, device, payload, at) VALUES (?, ?, ?, ?, ?)", rows)
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    if read_only:
+        with pytest.raises(ArtifactError, match="old schema version 1") as caught:
+            SqliteJournal(path, read_only=True)
+        assert "--resume" in caught.value.hint
+        return
+    with SqliteJournal(path) as journal:
+        assert [entry for _, entry in journal.read()] == old
+        with pytest.raises(DuplicateEntry):
+            journal.append([report(1)])
+        journal.drop_snapshots()
+        assert journal.append([report(2)]) == [5]
+        assert [entry for _, entry in journal.read()] == [old[0], *old[2:], report(2)]
+        with pytest.raises(sqlite3.IntegrityError, match="append only"):
+            journal._open_connection.execute("DELETE FROM entry WHERE kind = 'update'")
+    with SqliteJournal(path, read_only=True) as journal:
         assert journal._open_connection.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_a_large_file_is_read_through_when_asked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening reads small files whole; of others it sees what it touches."""
+    with SqliteJournal(path) as journal:
+        journal.append([report(n, payload=bytes(2000)) for n in range(500)])
+        journal.check()
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 8192 * 4096
+    data[middle : middle + 4096] = b"\x5a" * 4096
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="damaged"):
+        SqliteJournal(path)
+    monkeypatch.setattr(schema, "FULL_CHECK_BYTES", 1 << 16)
+    with SqliteJournal(path) as journal:
+        with pytest.raises(ArtifactError, match="damaged"):
+            journal.check()
+        with pytest.raises(ArtifactError, match="damaged"):
+            list(journal.read())
 
 
 WRITER = """
