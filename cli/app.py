@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..edge_runtime.versions import installed_versions
-from . import bundle, deploy, doctor, export, plan, profiles, serve, simulate
+from . import broker, bundle, deploy, doctor, export, plan, profiles, serve, simulate
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 
@@ -37,6 +37,7 @@ bundle.register(app)
 profiles.register(app)
 plan.register(app)
 doctor.register(app)
+broker.register(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -16,7 +16,7 @@ from ..protocol.topics import device_subscriptions
 from .endpoint import Endpoint, TlsConfig, read_password
 from .transport import Connected, MqttTransport, TransportEvent
 
-__all__ = ["BrokerAccess", "broker_findings", "describe"]
+__all__ = ["BrokerAccess", "address_findings", "broker_findings", "describe"]
 
 _TCP_TIMEOUT_S: Final = 8.0
 _FEW_DAYS: Final = 14.0
@@ -59,10 +59,22 @@ def broker_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
         FedzoError: A step failed; the following ones were not tried.
         OSError: The address cannot be reached, or TLS fails.
     """
+    yield from address_findings(access)
+    yield ("broker session", *_session(access))
+
+
+def address_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
+    """Look at address and TLS only, without a word of MQTT.
+
+    Yields:
+        As :func:`broker_findings`.
+
+    Raises:
+        ConfigError: A file cannot be used.
+        OSError: The address cannot be reached, or TLS fails.
+    """
     endpoint = Endpoint.parse(access.url)
-    files = access.ca or access.cert or access.key
-    tls = TlsConfig(access.ca, access.cert, access.key) if files else None
-    context = endpoint.tls_context(tls)
+    context = endpoint.tls_context(_tls(access))
     password = read_password(access.password_file)
     started = time.monotonic()
     with socket.create_connection((endpoint.host, endpoint.port), timeout=_TCP_TIMEOUT_S) as connection:
@@ -73,7 +85,11 @@ def broker_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
                 yield ("broker TLS", *_certificate(secured))
         elif password is not None or endpoint.password is not None:
             yield "broker TLS", "none", "the password crosses the network readable: use mqtts://"
-    yield ("broker session", *_session(access, tls, password))
+
+
+def _tls(access: BrokerAccess) -> TlsConfig | None:
+    files = access.ca or access.cert or access.key
+    return TlsConfig(access.ca, access.cert, access.key) if files else None
 
 
 def _certificate(secured: ssl.SSLSocket) -> tuple[str, str]:
@@ -84,8 +100,8 @@ def _certificate(secured: ssl.SSLSocket) -> tuple[str, str]:
     return f"{secured.version()}, the certificate is valid for {days:.0f} days", hint
 
 
-def _session(access: BrokerAccess, tls: TlsConfig | None, password: str | None) -> tuple[str, str]:
-    username = access.username
+def _session(access: BrokerAccess) -> tuple[str, str]:
+    username, password = access.username, read_password(access.password_file)
     if username is None and password is not None:
         username = access.device
     protocols: list[str] = []
@@ -102,7 +118,7 @@ def _session(access: BrokerAccess, tls: TlsConfig | None, password: str | None) 
         subscriptions=device_subscriptions(access.federation, access.device) if access.device else (),
         username=username,
         password=password,
-        tls=tls,
+        tls=_tls(access),
     )
     try:
         transport.connect(access.timeout_s)

@@ -1,0 +1,87 @@
+"""`fedzo broker`: looks at a broker that somebody else runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .command import command, group
+from .output import Output
+
+__all__ = ["register"]
+
+_DEVICE = "Rights of a device"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the group to the app."""
+    brokers = group(
+        app,
+        "broker",
+        """Look at an MQTT broker.
+
+        Example:
+            $ fedzo broker check mqtt://localhost:1883
+        """,
+    )
+
+    @command(brokers)
+    def check(
+        output: Output,
+        url: Annotated[str, typer.Argument(metavar="URL", help="mqtt://HOST[:1883], or mqtts://HOST[:8883] for TLS.")],
+        federation: Annotated[str, typer.Option(help="Below whose topics to try.")] = "default",
+        devices: Annotated[int, typer.Option(metavar="N", help="Boards that the broker should serve.")] = 100,
+        username: Annotated[
+            str | None, typer.Option(help="Login with the rights of the server [default: the one in the URL].")
+        ] = None,
+        password_file: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Its first line [default: FEDZO_PASSWORD].")
+        ] = None,
+        ca: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Certificates that may sign the broker's.")
+        ] = None,
+        cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Own certificate.")] = None,
+        key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.")] = None,
+        device: Annotated[
+            str | None,
+            typer.Option("--id", metavar="ID", help="Try the rights of this device too.", rich_help_panel=_DEVICE),
+        ] = None,
+        device_password_file: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Its password.", rich_help_panel=_DEVICE)
+        ] = None,
+        device_cert: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Its certificate.", rich_help_panel=_DEVICE)
+        ] = None,
+        device_key: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="The certificate's key.", rich_help_panel=_DEVICE)
+        ] = None,
+        timeout: Annotated[float, typer.Option(metavar="S", help="Longest wait for one answer.")] = 10.0,
+    ) -> None:
+        """Try with throw-away clients whether a broker gives what fedzo needs, and leave nothing behind.
+
+        Every line is ok, warn (fedzo works, but worse), FAIL (it does not) or skip. Ends with exit code 5 if one
+        fails. Give the check a login of its own: brokers that bind client ids to logins throw out the other one.
+
+        Example:
+            $ fedzo broker check mqtt://localhost:1883
+            $ fedzo broker check mqtts://broker:8883 --ca ca.pem --username probe --password-file probe.txt --json
+        """
+        from ..broker_server.brokers.check import BrokerCheck, Finding, verdict
+        from ..edge_runtime.broker_check import BrokerAccess, describe
+        from ..protocol.errors import BrokerError
+
+        access = BrokerAccess(url, federation, device, username, password_file, ca, cert, key, timeout_s=timeout)
+        asked = BrokerCheck(access, devices, device_password_file, device_cert, device_key)
+        findings: list[Finding] = []
+        try:
+            with output.progress("trying the broker"):
+                findings.extend(asked.findings())
+        except OSError as error:
+            message, hint = describe(error)
+            raise BrokerError(f"{url.rpartition('@')[2]}: {message}", hint=hint) from None
+        rows = [(f.name, "FAIL" if f.status == "fail" else f.status, f.detail, f.hint) for f in findings]
+        output.table(("check", "result", "found", "hint"), rows)
+        output.result({"url": url.rpartition("@")[2], "findings": findings})
+        verdict(findings)
