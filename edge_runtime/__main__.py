@@ -7,18 +7,18 @@ environment can still be set for the libraries that read it once.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..protocol.errors import FedzoError
+from .logs import CONTROL, FILE_BYTES, FILES, Logs
 
 if TYPE_CHECKING:
     from .agent import Summary
@@ -31,8 +31,6 @@ _log = logging.getLogger("fedzo.edge_runtime")  # under -m the module's name is 
 
 EXIT_UNEXPECTED: Final = 1
 EXIT_INTERRUPTED: Final = 130
-# Text of the server, a path or an exception is shown, never executed by the terminal.
-_CONTROL: Final = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         _parser().error("give a command: join, doctor, install or profiles")
     result: dict[str, Any] = {}
-    with _logging(verbose=options.verbose):
+    options.logs = Logs(level="debug" if options.verbose else None)
+    try:
         code = _guarded(options, result)
+    finally:
+        options.logs.close()
     if options.json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False, sort_keys=True), flush=True)
     return code
@@ -63,52 +64,37 @@ def _guarded(options: argparse.Namespace, result: dict[str, Any]) -> int:
     try:
         return int(options.run(options, result))
     except KeyboardInterrupt:
-        return _failed(result, "interrupted", exit_code=EXIT_INTERRUPTED)
+        return _failed(options, result, "interrupted", exit_code=EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
     except FedzoError as error:
         _log.debug("the error came from here", exc_info=True)
-        return _failed(result, error.message, hint=error.hint, kind=type(error).__name__, exit_code=error.exit_code)
+        return _failed(
+            options, result, error.message, hint=error.hint, kind=type(error).__name__, exit_code=error.exit_code
+        )
     except Exception as error:  # noqa: BLE001 (the last resort of a program)
         _log.debug("the error came from here", exc_info=True)
         hint = "" if options.verbose else "--verbose shows the traceback"
-        return _failed(result, f"unexpected {type(error).__name__}: {error}", hint=hint, kind=type(error).__name__)
+        return _failed(
+            options, result, f"unexpected {type(error).__name__}: {error}", hint=hint, kind=type(error).__name__
+        )
 
 
 def _failed(
-    result: dict[str, Any], message: str, *, hint: str = "", kind: str = "", exit_code: int = EXIT_UNEXPECTED
+    options: argparse.Namespace,
+    result: dict[str, Any],
+    message: str,
+    *,
+    hint: str = "",
+    kind: str = "",
+    exit_code: int = EXIT_UNEXPECTED,
 ) -> int:
-    _say(f"error: {message}")
+    options.logs.say(f"error: {message}", level="error")
     if hint:
-        _say(f"hint: {hint}")
+        options.logs.say(f"hint: {hint}")
     result["error"] = {"kind": kind, "message": message, "hint": hint, "exit_code": exit_code}
     return exit_code
-
-
-def _say(line: str) -> None:
-    print(line.translate(_CONTROL), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _logging(*, verbose: bool) -> Iterator[None]:
-    """Show what fedzo logs, warnings only or everything."""
-    logger, handler = logging.getLogger("fedzo"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_LogLine())
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-class _LogLine(logging.Formatter):
-    """``warning: text``, with control characters shown; a traceback keeps its lines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = f"{record.levelname.lower()}: {record.getMessage()}".translate(_CONTROL)
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -158,6 +144,9 @@ def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
         _show(resolved, options, result)
         return 0
 
+    settings = resolved.settings
+    options.logs.close()
+    options.logs = Logs(settings.log_format, settings.log_file, "debug" if options.verbose else None)
     release_code()
     trim_heap()
 
@@ -165,10 +154,10 @@ def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
         result.update({name: _finite(value) for name, value in dataclasses.asdict(summary).items()})
 
     try:
-        join(resolved.settings, say=_say, done=done)
+        join(settings, say=options.logs.say, done=done, context=options.logs.context)
     except Stopped:
         return EXIT_INTERRUPTED
-    _say(f"{result['status']}: {result['log_length']} updates, {result['reports']} reports")
+    options.logs.say(f"{result['status']}: {result['log_length']} updates, {result['reports']} reports")
     return 0
 
 
@@ -185,7 +174,7 @@ def _doctor(options: argparse.Namespace, result: dict[str, Any]) -> int:
         checks.append(check)
         result["checks"].append(dataclasses.asdict(check))
         if not options.json:
-            print(str(check).translate(_CONTROL), flush=True)
+            print(str(check).translate(CONTROL), flush=True)
     verdict(checks)
     return 0
 
@@ -204,8 +193,8 @@ def _install(options: argparse.Namespace, result: dict[str, Any]) -> int:
     path, notes = install(settings, overwrite=options.overwrite)
     result.update(unit=unit_name(settings), path=str(path), notes=notes)
     for note in notes:
-        _say(f"warning: {note}")
-    _say(f"wrote {path}; start it with: systemctl enable --now {unit_name(settings)}")
+        options.logs.say(f"warning: {note}")
+    options.logs.say(f"wrote {path}; start it with: systemctl enable --now {unit_name(settings)}")
     return 0
 
 
@@ -288,6 +277,13 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     _add_connection(parser)
     add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
     add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
+    add("--run-key", metavar="HEX", help="take runs signed with this key only [default: that of the first run]")
+    add(
+        "--log-format",
+        choices=("text", "json"),
+        help="json: one object a line, on stderr or in the file [default: text]",
+    )
+    add("--log-file", type=Path, metavar="FILE", help=f"at {FILE_BYTES >> 20} MiB it becomes FILE.1, {FILES} are kept")
     add("--config", type=Path, metavar="FILE", help="settings in TOML [default: FEDZO_CONFIG]")
     add("--show-config", action="store_true", help="print every setting with its origin, and stop")
 
@@ -329,6 +325,7 @@ def _add_install(parser: argparse.ArgumentParser) -> None:
     add("--ca", type=Path, metavar="FILE", help="certificates that may sign the broker's [default: the system's]")
     add("--cert", type=Path, metavar="FILE", help="this device's certificate")
     add("--key", type=Path, metavar="FILE", help="its key; only root needs to be able to read it")
+    add("--credentials", type=Path, metavar="DIR", help="all of these in one folder; only root needs to read it")
     add("--user", metavar="NAME", help="an existing user [default: systemd makes one while the service runs]")
 
 
@@ -350,6 +347,7 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
     add("--ca", type=Path, metavar="FILE", help="certificates that may sign the broker's [default: the system's]")
     add("--cert", type=Path, metavar="FILE", help="this device's certificate")
     add("--key", type=Path, metavar="FILE", help="its key")
+    add("--credentials", type=Path, metavar="DIR", help="all of these in one folder, from: fedzo credentials issue")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

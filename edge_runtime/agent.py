@@ -27,6 +27,7 @@ from .inbound import read_message
 from .inbox import Inbox
 from .memory import peak_rss_mib
 from .ort import provider_in_use
+from .run_key import RunKey
 from .service import ServiceManager
 from .state import DeviceState
 from .transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
@@ -122,6 +123,7 @@ class Agent:
         federation: Its federation.
         retry_s: Time after which an unanswered request is repeated.
         say: Takes one line for people at every change of phase.
+        run_key: Opens what the server signs; without it nothing is signed.
 
     Raises:
         ConfigError: URL, credentials or TLS files cannot be used.
@@ -139,9 +141,10 @@ class Agent:
         federation: str = "default",
         retry_s: float = RETRY_S,
         say: Callable[[str], None] = _log.info,
+        run_key: RunKey | None = None,
     ) -> None:
         self._state, self._federation, self._say = state, federation, say
-        self._timeout_s = connection.timeout_s
+        self._timeout_s, self._run_key = connection.timeout_s, run_key
         self._events: Inbox[TransportEvent | machine.DeviceEvent | FedzoError | _Stop] = Inbox(
             INBOX_MESSAGES, INBOX_BYTES
         )
@@ -233,6 +236,8 @@ class Agent:
 
     def _next(self) -> TransportEvent | machine.DeviceEvent | FedzoError | _Stop:
         wakeup = self._device.wakeup
+        if self._run_key is not None and (early := self._run_key.early()) is not None:
+            return early
         while True:
             self._service.feed()
             waits = [] if wakeup is None else [max(0.0, wakeup - time.monotonic())]
@@ -274,16 +279,25 @@ class Agent:
         if isinstance(item, machine.Computed) and item.outcome is not None:
             self._summary.reports += 1
             self._summary.queries += item.outcome.queries
+            self._log_report(item.outcome)
             if item.outcome.decline:
                 self._summary.declined += 1
-                _log.warning("this device could not answer: %s", item.outcome.detail)
+                _log.warning("this device could not answer: %s", item.outcome.detail, extra={"event": "declined"})
         return item if isinstance(item, machine.DeviceEvent) else None
+
+    def _log_report(self, outcome: machine.Outcome) -> None:
+        numbers = {"queries": outcome.queries, "elapsed_ms": outcome.elapsed_ms, "mean_loss": outcome.mean_loss}
+        known = {"event": "report", "run": self._summary.run, "fields": numbers}
+        _log.info("%d forward passes in %d ms", outcome.queries, outcome.elapsed_ms, extra=known)
 
     def _read(self, arrived: Arrived) -> machine.Received | None:
         if arrived.retain and not arrived.payload:
             return None  # A retained message was removed.
         try:
-            received = read_message(self._federation, self._state.device, arrived.topic, arrived.payload)
+            payload = arrived.payload if self._run_key is None else self._run_key.open(arrived)
+            if payload is None:
+                return None
+            received = read_message(self._federation, self._state.device, arrived.topic, payload)
         except ProtocolError as error:
             self._summary.dropped += 1
             dropped = self._summary.dropped

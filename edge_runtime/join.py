@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,12 @@ from ..protocol.errors import ConfigError
 from ..protocol.topics import check_name
 from .agent import Agent, Connection, Summary
 from .data import Dataset, count_samples, load_dataset
+from .device_bundle import DeviceBundle
 from .endpoint import Endpoint, TlsConfig, read_password
+from .logs import LogFormat
 from .memory import total_mib
 from .providers import CPU, provider_names
+from .run_key import RunKey, parse_run_key
 from .service import ServiceManager
 from .state import DeviceState
 from .versions import installed_versions
@@ -26,6 +30,7 @@ from .worker import Limits
 __all__ = ["JoinSettings", "Stopped", "join"]
 
 _DATA_LIMIT_MIB = 2048
+_IN_A_BUNDLE = ("username", "password_file", "ca", "cert", "key")
 
 
 class Stopped(BaseException):
@@ -59,6 +64,11 @@ class JoinSettings:
         profile: Name or path of the hardware profile; empty for this machine as it is.
         providers: Execution providers in order of preference, ``cuda`` or ``CUDAExecutionProvider``.
         strict_providers: Refuse a run when the first one does not start, instead of computing with the next.
+        log_format: ``text`` for people, ``json`` for one object a line.
+        log_file: Where the log goes instead of stderr; rotated, see :mod:`.logs`.
+        credentials: Folder that ``fedzo credentials issue`` made for this device: id, federation, password,
+            certificates and the run's key.
+        run_key: Public key that runs must be signed with, 64 hex digits; that of the first run when None.
     """
 
     url: str
@@ -83,6 +93,10 @@ class JoinSettings:
     profile: str = ""
     providers: tuple[str, ...] = (CPU,)
     strict_providers: bool = False
+    log_format: LogFormat = "text"
+    log_file: Path | None = None
+    credentials: Path | None = None
+    run_key: str | None = None
 
     def __post_init__(self) -> None:
         Endpoint.parse(self.url)
@@ -95,6 +109,13 @@ class JoinSettings:
         _check("micro_batch", self.micro_batch, above=0)
         _check("connect_timeout", self.connect_timeout, above=0.0)
         _check("retry", self.retry, above=0.0)
+        if self.run_key is not None:
+            parse_run_key(self.run_key)
+        doubled = [name for name in _IN_A_BUNDLE if getattr(self, name) is not None]
+        if self.credentials is not None and doubled:
+            raise ConfigError(
+                f"{doubled[0]} is given besides the credentials folder, which has its own", hint="leave one of both away"
+            )
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"holdout is {self.holdout}, it must be at least 0 and below 1")
 
@@ -109,24 +130,27 @@ def _check(name: str, value: float | None, *, above: float) -> None:
         raise ConfigError(f"{name} is {value}, it must be above {above:g} and below 1e9")
 
 
-def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[Summary], None]) -> None:
+def join(
+    settings: JoinSettings,
+    *,
+    say: Callable[[str], None],
+    done: Callable[[Summary], None],
+    context: MutableMapping[str, str] | None = None,
+) -> None:
     """Take part in a run, to its end or to a signal.
 
     Args:
         settings: Checked settings.
         say: Takes lines for people.
         done: Takes the summary when the agent ends, also when it ends with an error.
+        context: Gets the ``device`` id, for log lines.
 
     Raises:
         Stopped: After Ctrl-C (SIGINT); after SIGTERM it returns.
         FedzoError: The data, the broker, the memory or the run is not usable.
     """
     train, held = count_samples(settings.data, holdout=settings.holdout)
-    tls = None
-    if settings.ca or settings.cert or settings.key:
-        tls = TlsConfig(settings.ca, settings.cert, settings.key)
-    password = read_password(settings.password_file)
-    connection = Connection(settings.url, settings.username, password, tls, settings.connect_timeout)
+    settings, connection, run_key = _credentials(settings)
     budget_mib = settings.budget_mib
 
     def load(input_shape: tuple[int, ...], n_classes: int) -> Dataset:
@@ -159,6 +183,8 @@ def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[
             settings.strict_providers,
             fence=True,
         )
+        if context is not None:
+            context["device"] = state.device
         agent = Agent(
             state,
             hello,
@@ -169,6 +195,7 @@ def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[
             federation=settings.federation,
             retry_s=settings.retry,
             say=say,
+            run_key=RunKey(state.folder / "run-key", settings.federation, state.device, given=run_key),
         )
         say(f"device {state.device}: {train} training and {held} test samples, session {state.session}")
         try:
@@ -178,6 +205,34 @@ def join(settings: JoinSettings, *, say: Callable[[str], None], done: Callable[[
             done(agent.summary)
         if signal.SIGINT in received:
             raise Stopped
+
+
+def _credentials(settings: JoinSettings) -> tuple[JoinSettings, Connection, bytes | None]:
+    """Settings with the names that the credentials folder fixes, how to connect, and the key to trust."""
+    given = None if settings.run_key is None else parse_run_key(settings.run_key)
+    if settings.credentials is None:
+        files = settings.ca or settings.cert or settings.key
+        tls = TlsConfig(settings.ca, settings.cert, settings.key) if files else None
+        password = read_password(settings.password_file)
+        return settings, Connection(settings.url, settings.username, password, tls, settings.connect_timeout), given
+    bundle = DeviceBundle.load(settings.credentials)
+    if settings.id not in (None, bundle.device):
+        raise ConfigError(
+            f"the credentials are those of the device {bundle.device}, not of {settings.id}", hint="leave --id away"
+        )
+    if settings.federation not in ("default", bundle.federation):
+        raise ConfigError(
+            f"the credentials are for the federation {bundle.federation}, not for {settings.federation}",
+            hint="leave --federation away",
+        )
+    if not Endpoint.parse(settings.url).tls:
+        raise ConfigError(
+            f"the credentials would cross the network readable: {Endpoint.parse(settings.url)} is no mqtts:// URL",
+            hint="use mqtts://HOST[:8883]",
+        )
+    connection = Connection(settings.url, bundle.device, bundle.password, bundle.tls, settings.connect_timeout)
+    settings = dataclasses.replace(settings, id=bundle.device, federation=bundle.federation)
+    return settings, connection, given or bundle.run_key
 
 
 @contextlib.contextmanager

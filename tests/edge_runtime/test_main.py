@@ -215,6 +215,8 @@ def test_sources_come_in_order(data: Path, tmp_path: Path, monkeypatch: pytest.M
         "retry": (5.0, "default"),
         "providers": (["CPUExecutionProvider"], "default"),
         "strict_providers": (False, "default"),
+        "log_format": ("text", "default"),
+        "log_file": (None, "default"),
         "profile": ("rpi-zero-2w", "file"),
     }
     assert main(arguments) == 0
