@@ -62,6 +62,15 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--local-heads", help="Add a small head and loss to every stage, for local and local-node."),
         ] = False,
+        sections: Annotated[
+            int,
+            typer.Option(
+                min=2,
+                max=8,
+                help="Cut the network into so many sections at most, whose probes start from stored features with the"
+                " estimator split.",
+            ),
+        ] = 2,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     ) -> None:
         """Turn a model into an artifact: ONNX graphs whose weights are inputs, with hashes and a known answer.
@@ -91,6 +100,7 @@ def register(app: typer.Typer) -> None:
                 out,
                 channels=channels,
                 local_heads=local_heads,
+                sections=sections,
                 overwrite=overwrite,
             )
         size = sum(graph.size for graph in manifest.graphs)
@@ -104,6 +114,9 @@ def register(app: typer.Typer) -> None:
             ("golden loss", f"{manifest.golden.mean_loss:.6f}"),
             ("folder", out),
         ]
+        if manifest.sections is not None:
+            costs = [manifest.sections.cost(number) for number in range(len(manifest.sections))]
+            rows.insert(-1, ("sections", ", ".join(f"{cost:.1%}" for cost in costs) + " of the network each probe"))
         structure, work = manifest.structure, manifest.work
         narrowed: dict[str, object] = {}
         if structure is not None and work is not None:

@@ -1,7 +1,7 @@
 """Device halves of the estimators, one block of scalars for each block of the weights.
 
 =========  =========================================  ==================================================
-name       in front of the cut                        behind it
+name       in the first section                       behind it
 =========  =========================================  ==================================================
 ``stein``  differences of losses, whole passes        the same: directions move all weights
 ``split``  differences of losses, whole passes        differences of losses, passes from stored features
@@ -39,6 +39,7 @@ from .loss import NonFiniteLossError
 from .loss_source import SuffixLosses, WholeLosses
 from .memory import further_session_bytes
 from .node_gradient import NodeNoise, node_gradient
+from .section_features import section_features
 from .suffix import Suffix
 
 __all__ = [
@@ -200,29 +201,33 @@ class SteinBlocks(StepEstimator):
 
 
 class SplitBlocks(StepEstimator):
-    """Few directions over the front layers, many over those behind the cut for a fraction of the price each.
+    """Few directions over the first section, more over those behind it for a fraction of the price each.
 
-    The form of DeepZero's feature reuse (Chen et al., arXiv 2310.02025, section 4) with random directions.
+    The form of DeepZero's feature reuse (Chen et al., arXiv 2310.02025, section 4) with random directions, over the
+    artifact's sections or the two sides of its cut.
 
     Args:
         training: Sigma and sides.
-        directions: Of the blocks in front of the cut and behind it.
+        directions: Of the blocks, front to back.
     """
 
     def __init__(self, training: TrainingSettings, directions: Sequence[Directions]) -> None:
         self.bases = tuple(directions)
-        self._front = SteinEstimator(directions[0], training.sigma, training.two_sided)
-        self._behind = SteinEstimator(directions[1], training.sigma, training.two_sided)
+        self._sections = [SteinEstimator(each, training.sigma, training.two_sided) for each in directions]
         self._samples = training.probe_batch
 
     def measure(self, engine: Engine, request: ProbeRequest, cancelled: Callable[[], bool] = never) -> BlockScalars:
         """See :meth:`StepEstimator.measure`."""
-        front = _whole(self._front, engine, request, cancelled, self._samples)
-        weights, batch = request.weights, request.batch
-        with Suffix(engine, weights, batch.x, batch.y) as suffix:
-            source, moved = SuffixLosses(suffix), weights[suffix.first :]
-            behind = self._behind.measure(source, moved, request.round, request.positions[1], cancelled, request.sigma)
-        return BlockScalars((front.values, behind.values), behind.mean_loss, front.queries + behind.queries + 1)
+        found = [_whole(self._sections[0], engine, request, cancelled, self._samples)]
+        weights = request.weights
+        x, y = engine.checked_batch(request.batch.x, request.batch.y)
+        behind = zip(self._sections[1:], request.positions[1:], section_features(engine, weights, x), strict=True)
+        for estimator, positions, (cut, name, features) in behind:
+            with Suffix(engine, cut, name, weights, features, y) as suffix:
+                source, moved = SuffixLosses(suffix), weights[suffix.first :]
+                found.append(estimator.measure(source, moved, request.round, positions, cancelled, request.sigma))
+        passes = sum(part.queries for part in found) + len(found) - 1
+        return BlockScalars(tuple(part.values for part in found), found[-1].mean_loss, passes)
 
 
 class NodeBlocks(StepEstimator):
@@ -351,6 +356,10 @@ def estimator_bytes(training: TrainingSettings, manifest: Manifest, n_survivors:
         from .local_estimator import local_bytes
 
         return own + local_bytes(training, manifest, n_survivors)
+    if training.estimator == "split" and manifest.sections is not None:
+        features = [math.prod(cut.feature_shape) for cut in manifest.sections.cuts]
+        # What enters a section and what leaves it are both there while it runs.
+        return own + 4 * batch * max(a + b for a, b in zip(features, [0, *features], strict=False))
     if training.estimator in ("split", "coordinate") and manifest.cut is not None:
         return own + 4 * batch * math.prod(manifest.cut.feature_shape)
     if training.estimator != "node" or manifest.tail is None:

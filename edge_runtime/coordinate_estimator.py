@@ -73,7 +73,7 @@ class CoordinateBlocks(StepEstimator):
         if n_front:
             found.append(self._along(WholeLosses(engine, batch), weights, positions[:n_front], request, cancelled))
         if n_front < len(positions):
-            with Suffix(engine, weights, batch.x, batch.y) as suffix:
+            with Suffix.of_cut(engine, weights, batch.x, batch.y) as suffix:
                 own = positions[n_front:] - first
                 found.append(self._along(SuffixLosses(suffix), weights[first:], own, request, cancelled))
         passes = sum(part.queries for part in found) + (n_front < len(positions))  # the features are one more

@@ -28,17 +28,20 @@ from ..protocol.graph_work import GraphWork
 from ..protocol.layout import Layout, initial_weights
 from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
 from ..protocol.placement import PLACEMENTS_KEY, encode_placements
+from ..protocol.sections import is_section_graph
 from ..protocol.stages import is_stage_graph
 from ..protocol.structure import Structure
 from .blocked_layout import BlockedProbe
+from .channel_scores import parameter_gains
 from .folder_replacement import flush_folder, replace_folder
 from .forward import ForwardGraph
 from .graph_work import graph_work
-from .graphs import ArtifactGraphs, build_graphs
+from .graphs import ArtifactGraphs, build_graphs, with_sections
 from .live_set import live_envelope, measured_sizes
 from .models.registry import build_forward
 from .narrow import ChannelSelection, narrow
 from .probe_variants import VARIANTS, probe_variants
+from .sections import find_sections
 from .sessions import dense_feeds, run_graph
 
 __all__ = ["export_artifact", "verify_artifact"]
@@ -59,6 +62,7 @@ def export_artifact(
     *,
     channels: ChannelSelection | None = None,
     local_heads: bool = False,
+    sections: int = 2,
     overwrite: bool = False,
 ) -> Manifest:
     """Export a model.
@@ -75,6 +79,8 @@ def export_artifact(
         out: Folder to make.
         channels: What whole channels to keep; None for all.
         local_heads: Give the stages heads of their own, for the estimators ``local`` and ``local-node``.
+        sections: Cut the network into so many sections at most, for probes with the estimator ``split`` that start from
+            what enters each; 2 for the one cut that every artifact has.
         overwrite: Replace ``out`` when it is an artifact or empty; any other folder is never touched.
 
     Returns:
@@ -92,11 +98,13 @@ def export_artifact(
         raise ConfigError(f"the seed {seed} is not an unsigned 64-bit number")
     if local_heads and channels is not None and channels.keep < 1.0:
         raise ConfigError("local heads are not made for networks without some of their channels", hint="choose one")
+    if local_heads and sections != 2:
+        raise ConfigError("local heads are not made for networks in sections", hint="choose one")
     _check_target(out, overwrite)
     forward = build_forward(model, input_shape, n_classes, seed)
 
     def portable(forward: ForwardGraph) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
-        return _portable(forward, model, input_shape, n_classes, sparsity, seed, local_heads)
+        return _portable(forward, model, input_shape, n_classes, sparsity, seed, local_heads, sections)
 
     structure: Structure | None = None
     if channels is not None and channels.keep < 1.0:
@@ -128,9 +136,21 @@ def _portable(
     sparsity: float,
     seed: int,
     local_heads: bool,
+    sections: int,
 ) -> tuple[ArtifactGraphs, Manifest, dict[str, bytes]]:
     """The graphs for any machine, their description and their bytes."""
     built = build_graphs(forward, sparsity, local_heads=local_heads)
+    manifest, files = _described(built, model, input_shape, n_classes, sparsity, seed)
+    if sections != 2:
+        gains = parameter_gains(manifest, files)
+        built = with_sections(built, forward, *find_sections(forward, built.units, gains, sections), input_shape)
+        manifest, files = _described(built, model, input_shape, n_classes, sparsity, seed)
+    return built, manifest, files
+
+
+def _described(
+    built: ArtifactGraphs, model: str, input_shape: tuple[int, ...], n_classes: int, sparsity: float, seed: int
+) -> tuple[Manifest, dict[str, bytes]]:
     memory = tuple(GraphMemory(name, _envelope(name, built, input_shape)) for name in built.graphs)
     golden = _golden(built, input_shape, n_classes, seed)
     units = tuple(unit.layer for unit in built.units)
@@ -154,8 +174,9 @@ def _portable(
         tail=built.tail,
         work=_work(built, input_shape),
         stages=built.stages,
+        sections=built.sections,
     )
-    return built, manifest, files
+    return manifest, files
 
 
 def verify_artifact(folder: Path) -> Manifest:
@@ -265,7 +286,8 @@ def _check_target(out: Path, overwrite: bool) -> None:
         return
     try:
         known = (*GRAPH_NAMES, *VARIANTS, MANIFEST)
-        foreign = sorted(p.name for p in out.iterdir() if p.name not in known and not is_stage_graph(p.name))
+        names = sorted(p.name for p in out.iterdir() if p.name not in known)
+        foreign = [name for name in names if not (is_stage_graph(name) or is_section_graph(name))]
         empty = not any(out.iterdir())
     except OSError as error:
         raise ConfigError(f"the folder {out} cannot be read: {error.strerror or error}") from error

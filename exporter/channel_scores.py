@@ -16,7 +16,7 @@ from ..protocol.streams import Purpose, uint16s
 from ..protocol.structure import ChannelScores
 from .sessions import dense_feeds, open_graph
 
-__all__ = ["SCORING_SAMPLES", "channel_scores"]
+__all__ = ["SCORING_SAMPLES", "channel_scores", "parameter_gains"]
 
 SCORING_SAMPLES: Final = 16
 SHIFT: Final = np.float32(1e-2)
@@ -54,6 +54,34 @@ def channel_scores(
         values = diagonal_scores(manifest, weights, _sensitivities(manifest, files, weights, x), moments)
     rows = {u.parameter: values[layout.slice_of(layout.position_of(u.parameter))] for u in units}
     return {u.parameter: rows[u.parameter].reshape(u.n_units, -1).sum(axis=1, dtype=np.float64) for u in units}
+
+
+def parameter_gains(manifest: Manifest, files: Mapping[str, bytes]) -> NDArray[np.float64]:
+    """Squared gradients of the logits with respect to each parameter: ``float64[n_parameters]``.
+
+    Summed over its entries and the logits, mean over Gaussian inputs, at the initial weights: the diagonal score
+    without the weights themselves. Exact behind a fully connected layer; what shares weights over positions is taken to
+    move everywhere at once. 0 for what is no weight of a unit layer.
+
+    Args:
+        manifest: Of a network.
+        files: Its graphs.
+
+    Raises:
+        ConfigError: The network has no unit layer, or a number is not finite.
+    """
+    layout = manifest.layout
+    if not manifest.units:
+        raise ConfigError("no layer of the model can be scored", hint="export it without --sections")
+    weights, x = initial_weights(layout, manifest.seed), gaussian_inputs(manifest, manifest.seed, 0, 0, SCORING_SAMPLES)
+    moments = open_graph(files["moments.onnx"])({**dense_feeds(layout, weights), "x": x})["moments"]
+    ones = np.ones(layout.size, np.float32)
+    values = diagonal_scores(manifest, ones, _sensitivities(manifest, files, weights, x), moments)
+    gains = np.zeros(len(layout.parameters), np.float64)
+    for unit in manifest.units:
+        position = layout.position_of(unit.parameter)
+        gains[position] = values[layout.slice_of(position)].sum(dtype=np.float64)
+    return gains
 
 
 def _sensitivities(

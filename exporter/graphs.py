@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from ..protocol.dense_tail import DenseTail
 from ..protocol.errors import ConfigError
 from ..protocol.layout import Layout
 from ..protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS
+from ..protocol.sections import Sections, section_graphs
 from ..protocol.stages import Stage, model_layout
 from .cuts import CutPoint, find_cut
 from .dense_tails import TailPoint, find_dense_tail
@@ -29,12 +31,13 @@ from .passes.sample_losses import SampleLosses
 from .passes.scatter_survivors import ScatterSurvivors
 from .passes.unit_shifts import UnitShifts
 from .passes.weights_as_inputs import WeightsAsInputs
+from .sections import section_layouts, section_passes
 from .sessions import dense_feeds
 from .stage_graphs import StageGraph, stage_graphs
 from .stages import find_stages
 from .units import UnitNode, find_units
 
-__all__ = ["ArtifactGraphs", "build_graphs"]
+__all__ = ["ArtifactGraphs", "build_graphs", "with_sections"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class ArtifactGraphs:
         stages: The layers of a network that is one chain; each has a graph ``stage{i}.onnx`` and one
             ``stage{i}_gradient.onnx``, and with heads one ``stage{i}_local.onnx`` and one ``stage{i}_head.onnx``.
         stage_inputs: What the stages' graphs take, by file name.
+        sections: Where it is cut in several places.
+        section_layouts: The parameters that the graphs of sections take, by file name.
     """
 
     layout: Layout
@@ -61,6 +66,8 @@ class ArtifactGraphs:
     tail: DenseTail | None
     stages: tuple[Stage, ...]
     stage_inputs: dict[str, StageGraph]
+    sections: Sections | None = None
+    section_layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     @property
     def model_layout(self) -> Layout:
@@ -73,6 +80,8 @@ class ArtifactGraphs:
         for cut, names in ((self.cut, CUT_GRAPHS), (tail_cut, TAIL_GRAPHS)):
             if cut is not None and name in names:
                 return cut.split(self.layout)[names.index(name)]
+        if name in self.section_layouts:
+            return self.section_layouts[name]
         stage = self.stage_inputs.get(name)
         if stage is not None and stage.owner is not None:
             return stage.owner.layout(self.layout)
@@ -91,6 +100,11 @@ class ArtifactGraphs:
             feeds["features"] = np.zeros((batch, *self.tail.cut.feature_shape), np.float32)
             hidden = self.tail.shapes(self.layout)[:-1]
             feeds["noise"] = np.zeros((batch, sum(n_units for n_units, _ in hidden)), np.float32)
+        if self.sections is not None and name in self.section_layouts:
+            number = section_graphs(len(self.sections)).index(name) % len(self.sections.cuts)
+            entering = self.sections.stage(number, input_shape)
+            shape = entering.feature_shape if name.startswith("section") else entering.output_shape
+            feeds["features"] = np.zeros((batch, *shape), np.float32)
         if (stage := self.stage_inputs.get(name)) is not None:
             feeds["features"] = np.zeros((batch, *stage.feature_shape), np.float32)
             feeds["cotangent"] = np.zeros((batch, *stage.output_shape), np.float32)
@@ -154,6 +168,30 @@ def build_graphs(forward: ForwardGraph, sparsity: float, *, local_heads: bool = 
         tuple(stage.stage for stage in stages),
         of_stages,
     )
+
+
+def with_sections(
+    built: ArtifactGraphs,
+    forward: ForwardGraph,
+    sections: Sections,
+    points: Sequence[CutPoint],
+    input_shape: tuple[int, ...],
+) -> ArtifactGraphs:
+    """The graphs of an artifact and those of its sections.
+
+    Args:
+        built: Without them.
+        forward: The network.
+        sections: Of the network.
+        points: Where they meet.
+        input_shape: Shape of one sample.
+    """
+    graphs = dict(built.graphs)
+    for name, steps in section_passes(sections, points, built.layout, input_shape).items():
+        graphs[name] = Sequential(steps)(forward.model).model
+        graphs[name].graph.name = name.removesuffix(".onnx")
+    layouts = section_layouts(sections, built.layout, input_shape)
+    return replace(built, graphs=graphs, sections=sections, section_layouts=layouts)
 
 
 def _n_classes(forward: ForwardGraph) -> int:

@@ -25,7 +25,7 @@ from .settings import LOCAL_ESTIMATORS, Assignment, TrainingSettings
 from .stages import local_stages
 from .wire import MAX_SCALARS
 
-__all__ = ["Block", "BlockKind", "Deal", "blocks_of", "deal", "directions_of", "whole_block"]
+__all__ = ["Block", "BlockKind", "Deal", "blocks_of", "deal", "directions_of", "sketch_k", "whole_block"]
 
 BlockKind = Literal["probe", "sketch"]
 
@@ -123,6 +123,13 @@ def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tup
         return whole_block(family, n, training.k)
     if training.estimator == "coordinate":
         return (Block(0, 0, n, "sketch", "ranked", training.k),)
+    if training.estimator == "split" and manifest.sections is not None:
+        sizes = manifest.sections.sizes(mask.counts().tolist())
+        dealt = manifest.sections.dealt(training.tail_k, sizes, training.local_steps)
+        return tuple(
+            Block(number, sum(sizes[:number]), size, "probe", family, k)
+            for number, (size, k) in enumerate(zip(sizes, (training.k, *dealt), strict=True))
+        )
     cut = manifest.cut if training.estimator == "split" else manifest.tail.cut if manifest.tail else None
     if cut is None:
         layers = (
@@ -173,8 +180,25 @@ def whole_block(family: Family, n_survivors: int, k: int = 1) -> tuple[Block, ..
     return (Block(0, 0, n_survivors, "probe", family, k),)
 
 
+def sketch_k(block: Block, n_blocks: int, n_rounds: int = 1) -> int:
+    """Coordinates that a round has of a sketched block.
+
+    Args:
+        block: The block.
+        n_blocks: Of the run.
+        n_rounds: See :func:`deal`.
+    """
+    return min(block.k, max(1, min(block.n_positions, MAX_SCALARS // (n_blocks * n_rounds))))
+
+
 def deal(
-    blocks: Sequence[Block], assignment: Assignment, step: int, n_devices: int, k: int = 0, k_max: int = 0
+    blocks: Sequence[Block],
+    assignment: Assignment,
+    step: int,
+    n_devices: int,
+    k: int = 0,
+    k_max: int = 0,
+    n_rounds: int = 1,
 ) -> tuple[Deal, ...]:
     """What a round hands out, so that whoever reports, the update fits one message.
 
@@ -186,9 +210,10 @@ def deal(
         k: Positions of the first block that the round was announced with, 0 for the settings' number; the other probed
             blocks get as many times more, sketches always the same.
         k_max: The settings' largest ``k``; 0 if it never changes.
+        n_rounds: Rounds whose scalars one update may hold: this one, and those of which late reports still count.
     """
     slots = {b.number: n_devices if assignment == "dealt" and b.kind == "probe" else 1 for b in blocks}
-    room = MAX_SCALARS // len(blocks)
+    room = MAX_SCALARS // (len(blocks) * n_rounds)
     deals = []
     least = blocks[0].k
     most = max(least, k_max)

@@ -20,6 +20,7 @@ from .golden_answer import Golden, golden_batch
 from .graph_files import GraphFile, GraphMemory, GraphVariant
 from .graph_work import GraphWork
 from .layout import Layout
+from .sections import Sections, is_section_graph
 from .stages import Stage, check_stages, is_stage_graph, model_layout, stage_graph, stages_from_json
 from .structure import Structure
 
@@ -93,6 +94,7 @@ class Manifest:
         work: What ``probe.onnx`` computes and moves; None in artifacts of older versions.
         stages: The layers of a network that is one chain; nothing for any other.
         structure: The whole network, if channels were removed from it before the export.
+        sections: Where the network is cut for probes of more than two parts; None if it is not.
     """
 
     model: str
@@ -112,6 +114,7 @@ class Manifest:
     work: GraphWork | None = None
     stages: tuple[Stage, ...] = ()
     structure: Structure | None = None
+    sections: Sections | None = None
 
     def __post_init__(self) -> None:
         if not self.input_shape or any(n < 1 for n in self.input_shape) or math.prod(self.input_shape) > 1 << 26:
@@ -150,6 +153,8 @@ class Manifest:
         if self.tail is not None:
             self.tail.cut.split(self.layout)
             self.tail.shapes(self.layout)
+        if self.sections is not None:
+            self.sections.check(self.layout, files)
         check_stages(self.stages, self.layout, self.input_shape, self.n_classes, files)
         if self.structure is not None:
             self.structure.check(self.layout, {unit.parameter: unit.n_units for unit in self.units})
@@ -251,6 +256,8 @@ class Manifest:
             data["stages"] = [stage.to_json() for stage in self.stages]
         if self.structure is not None:
             data["structure"] = self.structure.to_json()
+        if self.sections is not None:
+            data["sections"] = self.sections.to_json()
         return data
 
     def encode(self) -> bytes:
@@ -333,7 +340,10 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
     graphs = []
     for name, entry in raw["graphs"].items():
         size = _count(entry["size"])
-        if not (name in GRAPH_NAMES or is_stage_graph(name)) or not 0 < size <= MAX_GRAPH_BYTES:
+        if (
+            not (name in GRAPH_NAMES or is_stage_graph(name) or is_section_graph(name))
+            or not 0 < size <= MAX_GRAPH_BYTES
+        ):
             raise ValueError(f"graph {name!r} of {size} bytes")
         graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
     memory = tuple(
@@ -376,4 +386,5 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         work=GraphWork.from_json(raw["work"]) if "work" in raw else None,
         stages=stages_from_json(raw.get("stages", [])),
         structure=Structure.from_json(raw["structure"]) if "structure" in raw else None,
+        sections=Sections.from_json(raw["sections"]) if "sections" in raw else None,
     )

@@ -14,6 +14,7 @@ from .manifest import CUT_GRAPHS, Manifest
 from .mask import Mask
 from .node_stages import node_graphs
 from .parts import Parts
+from .sections import section_graphs
 from .settings import LOCAL_ESTIMATORS, RunSettings
 from .stages import local_run_graphs
 from .transfers import BlobBlock
@@ -31,7 +32,9 @@ def needed_graphs(manifest: Manifest, settings: RunSettings) -> tuple[GraphFile,
     if settings.sparsity > 0 and settings.saliency.is_federated:
         names += [graph.name for graph in manifest.graphs if graph.name in ("saliency.onnx", "moments.onnx")]
     estimator = settings.training.estimator
-    if estimator == "split" or (estimator == "coordinate" and manifest.cut is not None):
+    if estimator == "split" and manifest.sections is not None:
+        names += section_graphs(len(manifest.sections))
+    elif estimator == "split" or (estimator == "coordinate" and manifest.cut is not None):
         names += CUT_GRAPHS
     elif estimator == "node":
         names += node_graphs(manifest)

@@ -23,7 +23,7 @@ __all__ = ["artifact_of", "run_settings", "world_settings"]
 
 MODEL = "lenet5"
 _FORMS: dict[str, Any] = {"": TrainingSettings, "optimiser": OptimiserConfig, "saliency": SaliencySettings}
-_WORLD = ("split", "devices", "participants", "local_heads", "sgd_steps")
+_WORLD = ("split", "devices", "participants", "local_heads", "sections", "sgd_steps")
 
 
 def run_settings(cell: Cell, rounds: int, evaluate_every: int = 0) -> RunSettings:
@@ -68,13 +68,15 @@ def world_settings(cell: Cell) -> SimulationSettings:
 def artifact_of(cell: Cell, channels: int, work: Path) -> Path:
     """The exported network, made when it is not there yet."""
     heads, sparsity = bool(cell.settings.get("local_heads")), MASKS[cell.mask]
-    classes = CLASSES[cell.data]
-    name = f"{MODEL}-{channels}-{classes}-{sparsity:g}-{'heads' if heads else 'plain'}-{cell.seed}"
+    classes, sections = CLASSES[cell.data], int(cell.settings.get("sections", 2))
+    kind = "heads" if heads else "plain" if sections == 2 else f"sections{sections}"
+    name = f"{MODEL}-{channels}-{classes}-{sparsity:g}-{kind}-{cell.seed}"
     folder = work / "artifacts" / name
     with _locked(work / f"{name}.lock"):
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            export_artifact(MODEL, (channels, 32, 32), classes, sparsity, cell.seed, folder, local_heads=heads)
+            shape = (channels, 32, 32)
+            export_artifact(MODEL, shape, classes, sparsity, cell.seed, folder, local_heads=heads, sections=sections)
     return folder
 
 

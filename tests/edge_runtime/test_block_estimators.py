@@ -228,3 +228,38 @@ def test_an_announced_sigma_counts_instead_of_the_settings_own(case: Case, name:
     for found, wanted, plain in zip(asked.blocks, own.blocks, before.blocks, strict=True):
         assert found.tobytes() == wanted.tobytes()
         assert found.tobytes() != plain.tobytes()
+
+
+def test_every_section_is_probed_as_by_whole_passes(tmp_path: Path) -> None:
+    """Differences from stored features are those of whole passes along the same directions, section by section."""
+    export_artifact("lenet5", (1, 32, 32), 10, 0.9, 3, tmp_path / "lenet5", sections=8)
+    artifact = load_artifact(tmp_path / "lenet5")
+    dense = initial_weights(artifact.manifest.layout, 3)
+    mask = threshold(artifact.manifest.layout, np.abs(dense), 0.9)
+    case = Case(artifact, mask, dense[mask.survivors()], Batch(*golden_batch((1, 32, 32), 10, 1, 12)))
+    training = settings("split", k=2, tail_k=12, sigma=2.0**-8)  # runs of four queries are full
+    estimator, blocks, deals = made(case, training)
+    assert len(blocks) == 5
+    asked = request(case, deals)
+    with Engine(artifact, mask, micro_batch=5, layout="portable") as engine:
+        estimator.probe(engine, asked)  # measures how many queries a run takes
+        before = engine.sample_passes
+        found = estimator.probe(engine, asked)
+        spent = engine.sample_passes - before
+        for block, directions, positions, scalars in zip(
+            blocks, directions_of(blocks, SEED), asked.positions, found.blocks, strict=True
+        ):
+            for position, scalar in zip(positions.tolist(), scalars.tolist(), strict=True):
+                step = np.zeros(block.size, np.float32)
+                directions.scaled(1, position, np.float32(training.sigma), step)  # type: ignore[union-attr]
+                losses = []
+                for sign in (1, -1):
+                    moved = case.weights.copy()
+                    moved[block.first : block.first + block.size] += sign * step
+                    losses.append(engine.loss(moved, case.batch.x, case.batch.y))
+                assert scalar == pytest.approx((losses[0] - losses[1]) / (2 * training.sigma), rel=1e-6, abs=1e-7)
+    sections = artifact.manifest.sections
+    assert sections is not None
+    passes = sum(2 * d.k * sections.cost(number) for number, d in enumerate(deals))
+    assert spent == pytest.approx(len(case.batch) * (passes + 1 - sections.cost(len(sections) - 1)), rel=1e-6)
+    assert found.queries == sum(2 * d.k for d in deals) + 4

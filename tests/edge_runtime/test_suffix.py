@@ -59,7 +59,7 @@ def case(request: pytest.FixtureRequest, artifacts: dict[tuple[str, float], Arti
 def test_losses_equal_those_of_whole_passes_bit_for_bit(case: Case, micro_batch: int) -> None:
     with Engine(case.artifact, case.mask, micro_batch=micro_batch, layout="portable") as engine:
         rng = np.random.default_rng(0)
-        with Suffix(engine, case.weights, case.x, case.y) as suffix:
+        with Suffix.of_cut(engine, case.weights, case.x, case.y) as suffix:
             moved = [case.weights.copy() for _ in range(3)]
             for weights in moved[1:]:
                 weights[suffix.first :] += 1e-2 * rng.standard_normal(len(weights) - suffix.first).astype(np.float32)
@@ -73,7 +73,7 @@ def test_losses_equal_those_of_whole_passes_bit_for_bit(case: Case, micro_batch:
 def test_the_cut_counts_what_passes_cost(case: Case) -> None:
     cut = case.artifact.manifest.cut
     assert cut is not None
-    with Engine(case.artifact, case.mask) as engine, Suffix(engine, case.weights, case.x, case.y) as suffix:
+    with Engine(case.artifact, case.mask) as engine, Suffix.of_cut(engine, case.weights, case.x, case.y) as suffix:
         assert suffix.first == int(case.mask.counts()[: cut.first_parameter].sum())
         for _ in range(4):
             suffix.loss(case.weights[suffix.first :])
@@ -96,7 +96,7 @@ def test_a_query_from_features_is_cheaper(artifacts: dict[tuple[str, float], Art
             return min(times)
 
         whole = fastest(lambda: engine.loss(weights, x, y))
-        with Suffix(engine, weights, x, y) as suffix:
+        with Suffix.of_cut(engine, weights, x, y) as suffix:
             part = fastest(lambda: suffix.loss(weights[suffix.first :]))
     assert part < 0.7 * whole  # by multiplications: 0.29
 
@@ -105,27 +105,27 @@ def test_the_limit_of_the_plan_is_enough_and_holds(case: Case) -> None:
     manifest = case.artifact.manifest
     limit = arena_bytes_of(manifest, CUT_GRAPHS, case.mask.n_survivors, 8, 1)
     engine = Engine(case.artifact, case.mask, micro_batch=8, arena_bytes=limit)
-    with engine, Suffix(engine, case.weights, case.x, case.y) as suffix:
+    with engine, Suffix.of_cut(engine, case.weights, case.x, case.y) as suffix:
         assert np.isfinite(suffix.loss(case.weights[suffix.first :]))
     with (
         Engine(case.artifact, case.mask, micro_batch=8, arena_bytes=limit // 8) as engine,
         pytest.raises(MemoryBudgetError),
     ):
-        Suffix(engine, case.weights, case.x, case.y)
+        Suffix.of_cut(engine, case.weights, case.x, case.y)
     with Engine(case.artifact, case.mask, micro_batch=8, arena_bytes=limit) as engine:
-        assert np.isfinite(Suffix(engine, case.weights, case.x, case.y).loss(case.weights[suffix.first :]))
+        assert np.isfinite(Suffix.of_cut(engine, case.weights, case.x, case.y).loss(case.weights[suffix.first :]))
 
 
 def test_bad_input_is_refused(case: Case, tiny: Tiny) -> None:
     with Engine(case.artifact, case.mask) as engine:
         with pytest.raises(DataError, match="shape"):
-            Suffix(engine, case.weights, case.x[:, :, :4], case.y)
+            Suffix.of_cut(engine, case.weights, case.x[:, :, :4], case.y)
         with pytest.raises(DataError, match="labels"):
-            Suffix(engine, case.weights, case.x, case.y[:3])
+            Suffix.of_cut(engine, case.weights, case.x, case.y[:3])
         with (
-            Suffix(engine, case.weights, case.x, case.y) as suffix,
+            Suffix.of_cut(engine, case.weights, case.x, case.y) as suffix,
             pytest.raises(NonFiniteLossError, match="diverged"),
         ):
             suffix.loss(np.full_like(suffix.weights_feed, np.float32(3e38)))
     with Engine(tiny.artifact, tiny.half) as engine, pytest.raises(ArtifactError, match="no graphs that start"):
-        Suffix(engine, engine.weights_feed, tiny.x, tiny.y)
+        Suffix.of_cut(engine, engine.weights_feed, tiny.x, tiny.y)

@@ -87,8 +87,8 @@ def test_halves_of_the_network(artifact: Artifact, case: Case) -> None:
     with (
         filled,
         dense,
-        Suffix(filled, case.weights, case.x, case.y) as a,
-        Suffix(dense, case.dense, case.x, case.y) as b,
+        Suffix.of_cut(filled, case.weights, case.x, case.y) as a,
+        Suffix.of_cut(dense, case.dense, case.x, case.y) as b,
     ):
         assert np.array_equal(a.features, b.features)
         assert a.loss(case.weights[a.first :]) == b.loss(case.dense[b.first :])
