@@ -27,7 +27,7 @@ Trans. Math. Softw. 38 (2012).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -99,6 +99,24 @@ class Adaptation:
             self.sigma = next_sigma(sigma, probed, answers, two_sided=self._training.two_sided)
         if self._training.k_max:
             self._learn_share(probed, reports, record, replica)
+
+    def state(self) -> dict[str, float]:
+        """What a snapshot says of it, as JSON types."""
+        return {"k": self.k, "sigma": self.sigma, "agreed": self._agreed, "energy": self._energy}
+
+    def state_arrays(self) -> bytes:
+        """And the rest: ``float64[n_survivors]``, little-endian; empty where there is nothing."""
+        return b"" if self._before is None else self._before.astype("<f8", copy=False).tobytes()
+
+    def restore(self, state: Mapping[str, float], arrays: bytes) -> None:
+        """Go to the state of :meth:`state` and :meth:`state_arrays`.
+
+        Raises:
+            KeyError, TypeError, ValueError: They are nothing of the kind.
+        """
+        self.k, self.sigma = int(state["k"]), float(state["sigma"])
+        self._agreed, self._energy = float(state["agreed"]), float(state["energy"])
+        self._before = np.frombuffer(arrays, dtype="<f8").astype(np.float64) if arrays else None
 
     def _learn_share(
         self, deals: Sequence[Deal], reports: Sequence[tuple[int, Report]], record: UpdateRecord, replica: Replica

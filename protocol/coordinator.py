@@ -1,7 +1,7 @@
 """The server's half of the round, without I/O: ``on(event, now) -> commands``.
 
-What the run does next is a function of what the journal holds (``run_progress.py``), so a restart needs no state of its
-own: :meth:`Coordinator.restore` reads the entries back and the run goes on where they end.
+What the run does next is a function of what the journal holds (``journaled_run.py``), so a restart needs no state of
+its own: :meth:`Coordinator.restore` reads the entries back and the run goes on where they end.
 
 ============  ==========================================  ====================================
 phase         lasts until                                 then
@@ -17,9 +17,7 @@ phase         lasts until                                 then
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 
-from .codec import decode
 from .coordinator_events import (
     Connected,
     CoordinatorCommand,
@@ -28,33 +26,26 @@ from .coordinator_events import (
     Finish,
     MakeMask,
     MaskMade,
-    OfferBlob,
-    Record,
-    RecordKind,
     ScoresChecked,
     Send,
     ServeBlob,
     ServeLog,
     ServerEvaluated,
 )
-from .documents import Announcement, Hello, Phase, Presence, RunDocument, ServerPresence, parse
-from .errors import FedzoError, ProtocolError, QuorumError
-from .gathering import Gathering
+from .documents import Hello, Phase, Presence, RunDocument, ServerPresence
+from .errors import FedzoError, QuorumError
+from .journaled_run import DONE, JournaledRun
 from .manifest import Manifest
-from .messages import KINDS, Receipt, Report, UpdateRecord, Verdict
+from .messages import Receipt, Report, Verdict
 from .open_round import OpenRound
-from .roster import REPLACED, Member, Roster, refusal
-from .run_progress import RunProgress
-from .run_view import RunView
+from .roster import REPLACED, Member, refusal
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
 
 __all__ = ["Coordinator"]
 
-_DONE = "done"
 
-
-class Coordinator(RunView):
+class Coordinator(JournaledRun):
     """One run of one federation.
 
     Args:
@@ -71,65 +62,11 @@ class Coordinator(RunView):
     """
 
     def __init__(self, run: RunDocument, manifest: Manifest, *, birth: int, has_test_set: bool = False) -> None:
-        self.run = run
-        self.manifest = manifest
-        self.roster = Roster()
-        self.finished = self.leaving = False
-        self.head = Announcement(run.run, 0, "enrol")
-        self._settings = run.settings
-        super().__init__(RunProgress(run, manifest))
+        super().__init__(run, manifest)
+        self.leaving = False
         self._presence = ServerPresence(True, birth)
         self._has_test_set = has_test_set
-        self._round: OpenRound | None = None
         self._failures = 0
-        self._gathering = Gathering(self.roster, self._settings)
-        self._out: list[CoordinatorCommand] = []
-        self._recorded_run = False
-
-    # --- the journal ----------------------------------------------------------------------------------------------
-
-    def restore(self, entries: Iterable[tuple[RecordKind, int, str, bytes]]) -> list[CoordinatorCommand]:
-        """Read the journal back, in order, before the first event.
-
-        Args:
-            entries: ``(kind, round, device, payload)`` as they were recorded.
-
-        Returns:
-            Blobs to offer again.
-
-        Raises:
-            ProtocolError: The journal belongs to another run, or replaying it gives other weights.
-        """
-        self._out = []
-        for kind, round_, device, payload in entries:
-            if kind == "run":
-                if parse(RunDocument, payload) != self.run:
-                    raise ProtocolError("the journal belongs to a run with other settings or another artifact")
-                self._recorded_run = True
-            elif kind == "enrolment":
-                self.roster.enrol(device, parse(Hello, payload))
-            elif kind == "announce":
-                self.head = parse(Announcement, payload)
-                self.roster.number()
-                self._round = self._round_of(self.head) if self.head.phase in KINDS else None
-                self._gathering.expect_quorum()
-            elif kind == "report":
-                message = decode(payload)
-                if isinstance(message, Report) and self._round and round_ == self.head.round:
-                    self._round.accept(device, message)
-            elif kind == "refusal" and device in self.roster.members:
-                self.roster.members[device].refused_round = round_
-                if self._round and round_ == self.head.round:
-                    self._round.drop(device)
-            elif kind == "phase":
-                self._adopt_end(device, payload)
-            elif kind in ("mask", "update", "evaluation"):
-                self._adopt(kind, payload)
-                self._round = None
-        return self._out
-
-    def _record(self, kind: RecordKind, payload: bytes, *, round_: int | None = None, device: str = "") -> None:
-        self._out.append(Record(kind, self.head.round if round_ is None else round_, device, payload))
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -209,7 +146,7 @@ class Coordinator(RunView):
         elif presence.status in ("joining", "ready"):
             self._lower(member)
         if self.head.phase == "done" and not ended and member.has_ended:
-            self._record("phase", f"{_DONE} {member.weights_digest}".encode(), device=member.name)
+            self._record("phase", f"{DONE} {member.weights_digest}".encode(), device=member.name)
 
     def _greet(self, device: str, hello: Hello) -> None:
         order, is_new = self.roster.greet(self.run.run, device, hello)
@@ -270,9 +207,6 @@ class Coordinator(RunView):
                 self._out.append(Send(Channel.COMMAND, member.welcome(self.run.run), member.name))
         self._out.append(Send(Channel.HEAD, self.head))
 
-    def _round_of(self, head: Announcement) -> OpenRound:
-        return OpenRound(head, self.roster, self._settings, self._progress.deals(head))
-
     def _open(self, phase: Phase, now: float) -> OpenRound:
         self._announce(phase)
         self._round = self._round_of(self.head)
@@ -293,6 +227,7 @@ class Coordinator(RunView):
         if ending == "close":
             self._close(current, now)
         elif ending in ("others", "lowered") or (ending == "short" and self._has_patience()):
+            self._record_close(current, ending, now)
             self._gather(now)
         elif ending in ("short", "nobody"):
             self._stop(current.nobody_could(self._settings.quorum), is_diverged=current.is_diverged())
@@ -310,11 +245,13 @@ class Coordinator(RunView):
         current.silence(now)
         current.deadline = now + self._settings.deadline_s
         if self.roster.count_ready() >= self._settings.quorum:
+            self._record_close(current, "missed", now)
             self._open(self.head.phase, now)
 
     def _close(self, current: OpenRound, now: float) -> None:
         current.silence(now)
         self._failures = 0
+        self._record_close(current, "close", now)
         if self.head.phase == "saliency":
             self._decide_mask(self._progress.choose_mask([report for _, report in current.usable()]))
         elif self.head.phase == "train":
@@ -330,21 +267,6 @@ class Coordinator(RunView):
         self._round = None
         self._gathering.until = now + self._settings.deadline_s * self._settings.patience
 
-    def _decide_mask(self, encoded: bytes) -> None:
-        self._record("mask", encoded)
-        self._adopt("mask", encoded)
-
-    def _adopt(self, kind: RecordKind, payload: bytes) -> None:
-        if kind == "mask":
-            self._progress.adopt_mask(payload)
-            self._out.append(OfferBlob(bytes.fromhex(self._progress.mask_sha256), payload))
-        elif kind == "update":
-            record = decode(payload)
-            assert isinstance(record, UpdateRecord)
-            self._progress.adopt_update(record, self.head, self._round.ranked() if self._round else [])
-        else:
-            self._progress.adopt_evaluation(json.loads(payload))
-
     def _update(self, current: OpenRound) -> None:
         try:
             record = self._progress.make_update(self.head, current.ranked())
@@ -353,6 +275,7 @@ class Coordinator(RunView):
             return
         self._record("update", record.encode())
         self._out.append(Send(Channel.LOG, record))
+        self._record_snapshot_if_due()
 
     def _end(self, now: float) -> None:
         """Announce the end, then wait until every live device holds the final weights.
@@ -364,21 +287,8 @@ class Coordinator(RunView):
             self._gathering.until = now + self._settings.deadline_s
         until = self._gathering.until
         if self.range_test is not None or until is None or now >= until or self.roster.is_done():
-            self._record("phase", _DONE.encode())
+            self._record("phase", DONE.encode())
             self._finish(None)
-
-    def _adopt_end(self, device: str, payload: bytes) -> None:
-        """What is done stays so; what was only stopped goes on, in a new round if too few could compute in the last."""
-        word, _, digest = payload.decode().partition(" ")
-        member = self.roster.get(device)
-        if word == _DONE and member is not None:
-            member.status, member.weights_digest = "done", digest
-        elif word == _DONE:
-            self.finished = True
-        elif self._round and self._round.all_answered() and self._round.n_usable < self._settings.quorum:
-            self._round = None
-            self._gathering.expect_all()
-            self.roster.forget_presence()
 
     def _stop(self, error: FedzoError, *, is_diverged: bool = False) -> None:
         if is_diverged and self.range_test is not None:

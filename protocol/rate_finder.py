@@ -8,7 +8,8 @@ know no difference: they follow from one run document to the next.
 from __future__ import annotations
 
 import dataclasses
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from .errors import ConfigError
 from .settings import RunSettings
@@ -51,6 +52,19 @@ class RangeTest:
         self._weight = SMOOTHING * self._weight + (1.0 - SMOOTHING)
         self.rates.append(rate)
         self.losses.append(self._sum / self._weight)
+
+    def state(self) -> dict[str, Any]:
+        """What a snapshot says of it, as JSON types."""
+        return {"rates": self.rates, "losses": self.losses, "sum": self._sum, "weight": self._weight}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go to the state of :meth:`state`.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is nothing of the kind.
+        """
+        self.rates, self.losses = [float(rate) for rate in state["rates"]], [float(loss) for loss in state["losses"]]
+        self._sum, self._weight = float(state["sum"]), float(state["weight"])
 
     @property
     def is_over(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .documents import Hello, Order, Presence, Status, unpack_participants
 from .messages import Decline, Report
@@ -27,6 +29,7 @@ class Member:
         detail: One line for people.
         silent: It missed a deadline and has not been heard of since.
         refused_round: Last round in which its report was refused; -1 for none.
+        counted_round: Last round of which a report of it was accepted; -1 for none.
         weights_digest: What it last said of its weights, hex.
         planned_peak_mib: What its memory plan says.
         micro_batch: Of its memory plan; 0 if it has not said.
@@ -42,6 +45,7 @@ class Member:
     detail: str = ""
     silent: bool = False
     refused_round: int = -1
+    counted_round: int = -1
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
     micro_batch: int = 0
@@ -85,6 +89,7 @@ class Member:
         so repeated and restored ones change nothing.
         """
         self.silent = False
+        self.counted_round = max(self.counted_round, report.round)
         if report.session > self.session or (report.session == self.session and self.status == "joining"):
             self._start_session(report.session)
             self.status = "ready"
@@ -194,6 +199,43 @@ class Roster:
     def _give_number(self, member: Member) -> None:
         member.ordinal = len(self._names)
         self._names.append(member.name)
+
+    @property
+    def state_bytes(self) -> int:
+        """Length of :meth:`state` in a snapshot, roughly."""
+        return 24 * len(self.members)
+
+    def state(self) -> dict[str, list[Any]]:
+        """What a snapshot says of the devices, in the order of ordinals, as JSON types.
+
+        Whoever is neither ready nor done is joining: that it was lost, say, may not hold any more.
+        """
+        members = [self.members[name] for name in self._names]
+        known = ("ready", "done")
+        return {
+            "name": [member.name for member in members],
+            "session": [member.session for member in members],
+            "status": [member.status if member.status in known else "joining" for member in members],
+            "refused_round": [member.refused_round for member in members],
+            "counted_round": [member.counted_round for member in members],
+            "weights_digest": [member.weights_digest for member in members],
+            "micro_batch": [member.micro_batch for member in members],
+            "micro_batch_limit": [member.micro_batch_limit for member in members],
+        }
+
+    def restore(self, state: Mapping[str, Sequence[Any]]) -> None:
+        """Go to the state of :meth:`state`; the devices are enrolled.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is nothing of the kind.
+        """
+        self.is_numbered, self._names, self._packed = True, [], ""
+        columns = dict(state)
+        for name, *values in zip(columns.pop("name"), *columns.values(), strict=True):
+            member = self.members[name]
+            self._give_number(member)
+            for field, value in zip(columns, values, strict=True):
+                setattr(member, field, value)
 
     def ready(self) -> list[Member]:
         """Devices that a new round can count on, in the order of ordinals."""

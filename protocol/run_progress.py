@@ -7,7 +7,8 @@ Everything here follows from the journal alone: what is decided is recorded, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -185,6 +186,35 @@ class RunProgress:
             "server_accuracy": server.accuracy if server else None,
             "server_samples": server.samples if server else 0,
         }
+
+    # --- snapshots ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a snapshot says of it beside the weights, as JSON types."""
+        test = self.range_test
+        return {
+            "scored": self._scored,
+            "evaluated_at": self._evaluated_at,
+            "adaptation": self._adaptation.state(),
+            "range_test": test.state() if test is not None else None,
+        }
+
+    def state_arrays(self) -> bytes:
+        """And what is no JSON."""
+        return self._adaptation.state_arrays()
+
+    def restore(self, state: Mapping[str, Any], arrays: bytes, replica: bytes) -> None:
+        """Go to the state of a snapshot of this run; mask and evaluations were adopted.
+
+        Raises:
+            ProtocolError: The weights belong to another run or mask.
+            KeyError, TypeError, ValueError: The state is nothing of the kind.
+        """
+        self.replica.restore(replica)
+        self._scored, self._evaluated_at = int(state["scored"]), int(state["evaluated_at"])
+        self._adaptation.restore(state["adaptation"], arrays)
+        if self.range_test is not None:
+            self.range_test.restore(state["range_test"])
 
     # --- the journal ----------------------------------------------------------------------------------------------
 

@@ -290,6 +290,18 @@ class Replica:
             hint="run the self-test (fedzo-device doctor), then fetch a snapshot",
         )
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Length of :meth:`snapshot`."""
+        return self._snapshot_ends()[-1]
+
+    def _snapshot_ends(self) -> list[int]:
+        """Where its arrays end, then each ranking."""
+        n_arrays = 1 + len(self._optimiser.state) + len(self._average_sums())
+        return list(
+            accumulate([_SNAPSHOT.size + 4 * n_arrays * self._weights.size, *(r.state_bytes for r in self._rankings)])
+        )
+
     def snapshot(self) -> bytes:
         """Everything that :meth:`restore` needs, about ``4 * n_survivors`` bytes per array, little-endian."""
         arrays = (self._weights, *self._optimiser.state, *self._average_sums())
@@ -309,7 +321,7 @@ class Replica:
         moments = len(self._optimiser.state)
         arrays = 1 + moments + len(self._average_sums())
         size = self._weights.size
-        ends = list(accumulate([_SNAPSHOT.size + 4 * arrays * size, *(r.state_bytes for r in self._rankings)]))
+        ends = self._snapshot_ends()
         if len(snapshot) != ends[-1]:
             raise ProtocolError(f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries")
         magic, found, index, start, head, digest = _SNAPSHOT.unpack_from(snapshot)
