@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             exit_code=EXIT_UNEXPECTED,
         )
         return EXIT_UNEXPECTED
+    finally:
+        output.close()
 
 
 def _run(arguments: list[str], output: Output) -> int:

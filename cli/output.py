@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..edge_runtime.logs import LogFormat, LogLevel, Logs
+
 __all__ = ["Output"]
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -31,12 +33,34 @@ class Output:
         json: stdout is for one JSON object.
         debug: Errors come with their traceback.
         closed: `result` has been called.
+        logs: What is logged, once :meth:`start_logs` was called.
     """
 
     def __init__(self, *, json: bool = False, debug: bool = False) -> None:
         self.json = json
         self.debug = debug
         self.closed = False
+        self.logs: Logs | None = None
+
+    def start_logs(self, form: LogFormat, file: Path | None, level: LogLevel | None) -> None:
+        """Log from now on; text for people goes into the log as well, and where stderr is for JSON, nowhere else.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        from ..edge_runtime.logs import Logs
+
+        self.close()
+        self.logs = Logs(form, file, level)
+
+    def close(self) -> None:
+        """End the log."""
+        if self.logs is not None:
+            self.logs.close()
+
+    @property
+    def _is_silent(self) -> bool:
+        return self.logs is not None and self.logs.takes_stderr
 
     @cached_property
     def console(self) -> Console:
@@ -48,15 +72,18 @@ class Output:
     @property
     def interactive(self) -> bool:
         """Whether a person watches: stderr is a terminal and nobody asked for JSON."""
-        return not self.json and self.console.is_terminal
+        return not self.json and not self._is_silent and self.console.is_terminal
 
-    def say(self, text: str, *, style: str = "") -> None:
-        """One line for people, to stderr; ``style`` is rich's (``bold``, ``green``)."""
-        self.console.print(text.translate(_CONTROL), style=style)
+    def say(self, text: str, *, style: str = "", level: LogLevel = "info") -> None:
+        """One line for people, to stderr; ``style`` is rich's (``bold``, ``green``), ``level`` the log's."""
+        if self.logs is not None:
+            self.logs.note(text, level=level)
+        if not self._is_silent:
+            self.console.print(text.translate(_CONTROL), style=style)
 
     def warn(self, text: str) -> None:
         """One line about something that will surprise, to stderr."""
-        self.say(f"warning: {text}", style="yellow")
+        self.say(f"warning: {text}", style="yellow", level="warning")
 
     def error(self, message: str, *, hint: str = "", kind: str = "", exit_code: int = 1) -> None:
         """``error:`` and ``hint:`` lines on stderr; with ``json`` also the object of a failed command.
@@ -67,7 +94,7 @@ class Output:
             kind: Name of the exception's class.
             exit_code: What the process will end with.
         """
-        self.say(f"error: {message}", style="bold red")
+        self.say(f"error: {message}", style="bold red", level="error")
         if hint:
             self.say(f"hint: {hint}")
         if self.json and not self.closed:
@@ -90,6 +117,9 @@ class Output:
 
     def text(self, text: str) -> None:
         """The command's answer, for people: lines on stdout; with ``json`` on stderr, out of the way."""
+        if self.json and self.logs is not None and self._is_silent:
+            self.logs.note(text)
+            return
         print(text.translate(_CONTROL), file=sys.stderr if self.json else sys.stdout, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:

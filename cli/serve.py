@@ -14,6 +14,7 @@ from .run_options import with_run_options
 __all__ = ["register"]
 
 _BROKER = "Broker"
+_OPERATIONS = "Operations"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,6 +52,26 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="For a broker by URL; or FEDZO_PASSWORD.", rich_help_panel=_BROKER)
         ] = None,
         ca: Annotated[Path | None, typer.Option(help="CA of a mqtts:// broker.", rich_help_panel=_BROKER)] = None,
+        metrics: Annotated[
+            str | None,
+            typer.Option(
+                metavar="HOST:PORT",
+                help="Serve /metrics, /healthz and /readyz there, without a password.",
+                rich_help_panel=_OPERATIONS,
+            ),
+        ] = None,
+        log_format: Annotated[
+            str | None, typer.Option(help="text, or json: one object a line.", rich_help_panel=_OPERATIONS)
+        ] = None,
+        log_file: Annotated[
+            Path | None, typer.Option(help="Log there instead of to stderr; rotated.", rich_help_panel=_OPERATIONS)
+        ] = None,
+        log_level: Annotated[
+            str | None,
+            typer.Option(
+                help="debug, info, warning or error [default: warning, of json info].", rich_help_panel=_OPERATIONS
+            ),
+        ] = None,
     ) -> None:
         """Serve a run: wait for devices, prune, train, evaluate. Ends by itself; a stopped run can be resumed.
 
@@ -75,6 +96,10 @@ def register(app: typer.Typer) -> None:
             "username": username,
             "password_file": password_file,
             "ca": ca,
+            "metrics": metrics,
+            "log_format": log_format,
+            "log_file": log_file,
+            "log_level": log_level,
         }
         from .serve_run import serve_run
 

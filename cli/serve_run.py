@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ..broker_server.brokers.base import Broker
 from ..broker_server.brokers.choose import open_broker
 from ..broker_server.brokers.credentials import Login
+from ..broker_server.http_endpoint import parse_address
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
 from ..broker_server.run_folder import RunFolder, default_name
@@ -25,6 +25,7 @@ from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
 from ..edge_runtime.endpoint import TlsConfig, read_password
+from ..edge_runtime.logs import LogFormat, LogLevel
 from ..protocol.blocks import blocks_of
 from ..protocol.documents import RunDocument
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
@@ -36,11 +37,13 @@ from ..protocol.topics import check_name
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
+from .serve_operations import Operations, caught_signals
 
 __all__ = ["ServeSettings", "serve_run"]
 
 PLACE_NAME = "serve.json"
-PLACE = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca")
+OPERATIONS = ("metrics", "log_format", "log_file", "log_level")
+PLACE = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca", *OPERATIONS)
 MAX_PORT = 65535
 
 
@@ -61,6 +64,10 @@ class ServeSettings(RunSettings):
         username: Of the server, for a broker by URL.
         password_file: Its password.
         ca: CA of a ``mqtts://`` broker.
+        metrics: ``HOST:PORT`` to serve metrics and health at; None for nowhere.
+        log_format: ``text`` for people, ``json`` for one object a line.
+        log_file: Where the log goes instead of stderr.
+        log_level: The least; warnings of text and more of JSON by default.
     """
 
     artifact: Path | None = None
@@ -75,6 +82,10 @@ class ServeSettings(RunSettings):
     username: str | None = None
     password_file: Path | None = None
     ca: Path | None = None
+    metrics: str | None = None
+    log_format: LogFormat = "text"
+    log_file: Path | None = None
+    log_level: LogLevel | None = None
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
@@ -83,6 +94,8 @@ class ServeSettings(RunSettings):
             check_name("run", self.run)
         if not 0 <= self.port <= MAX_PORT:
             raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}")
+        if self.metrics is not None:
+            parse_address(self.metrics)
 
     def run_settings(self) -> RunSettings:
         """The part that the devices must know."""
@@ -109,7 +122,9 @@ def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, 
     if show:
         show_config(output, resolved)
         return
-    _serve(output, resolved.settings, folder)
+    settings = resolved.settings
+    output.start_logs(settings.log_format, settings.log_file, settings.log_level)
+    _serve(output, settings, folder)
 
 
 def _fresh(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path | None) -> Resolved[ServeSettings]:
@@ -134,7 +149,7 @@ def _resumed(
         raise ConfigError(
             f"cannot read {folder.path / PLACE_NAME}: {error}", hint="write {} into it, and give --broker and --port"
         ) from error
-    paths = {name: Path(place[name]) for name in ("test_data", "password_file", "ca") if name in place}
+    paths = {name: Path(place[name]) for name in ("test_data", "password_file", "ca", "log_file") if name in place}
     profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
     return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
 
@@ -159,6 +174,7 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
         login = Login(settings.username, read_password(settings.password_file) or "")
     tls = TlsConfig(ca=settings.ca) if settings.ca is not None else None
     with ExitStack() as stack:
+        operations = Operations(output, settings.metrics, stack)
         # The lock of a run is taken before its broker is started, but a new run only begins once there is one.
         journal = stack.enter_context(SqliteJournal(folder.journal_path)) if folder is not None else None
         broker = stack.enter_context(open_broker(settings.broker, settings.host, settings.port, login=login, tls=tls))
@@ -166,13 +182,13 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
             folder = _new_folder(settings, port=getattr(broker, "port", settings.port))
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, folder.document(_first_settings(folder, settings.run_settings())))
-        server, received = _serve_one(output, settings, folder, journal, broker, test_set)
+        server, received = _serve_one(output, settings, folder, journal, broker, test_set, operations)
         if not received and (following := follow_up(folder, server.coordinator)) is not None:
             output.say(f"learning rate: {following.training.learning_rate:.2e}")
             folder = _next_folder(folder, following.run)
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, following)
-            server, received = _serve_one(output, settings, folder, journal, broker, test_set)
+            server, received = _serve_one(output, settings, folder, journal, broker, test_set, operations)
         summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
     _report(output, folder, summary, round(time.monotonic() - started, 1))
     if signal.SIGINT in received:
@@ -186,15 +202,24 @@ def _serve_one(
     journal: SqliteJournal,
     broker: Broker,
     test_set: Samples | None,
+    operations: Operations,
 ) -> tuple[Server, list[int]]:
     """Serve the run of the folder to its end; the server, and the signals that ended it before."""
     run = run_document(journal, folder.path)
     with ExitStack() as stack:
         observer = stack.enter_context(_progress(output, run))
         server = Server(
-            folder, run, broker, journal, federation=settings.federation, test_set=test_set, observer=observer
+            folder,
+            run,
+            broker,
+            journal,
+            federation=settings.federation,
+            test_set=test_set,
+            observer=observer,
+            telemetry=operations.telemetry,
         )
-        received = stack.enter_context(_signals(server))
+        received = stack.enter_context(caught_signals(server))
+        stack.enter_context(operations.serving(output, server, folder))
         output.say(f"run {run.run} in {folder.path}")
         output.say(f"broker: {broker.description}")
         if settings.host not in ("127.0.0.1", "::1", "localhost") and "://" not in settings.broker:
@@ -254,25 +279,6 @@ def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
         return None
     dataset = load_dataset(settings.test_data, manifest.input_shape, manifest.n_classes)
     return dataset.test if len(dataset.test) else dataset.train
-
-
-@contextmanager
-def _signals(server: Server) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT end the run after the batch at hand; a second one is no longer caught."""
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        server.stop()
-        for caught, earlier in before.items():
-            signal.signal(caught, earlier)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 @contextmanager

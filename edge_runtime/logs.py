@@ -143,6 +143,10 @@ class Logs:
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(f"{text.translate(CONTROL)}\n")
                 sys.stderr.flush()
+        self.note(text, level=level)
+
+    def note(self, text: str, *, level: LogLevel = "info") -> None:
+        """The same without text on stderr."""
         number = getattr(logging, level.upper())
         record = self._logger.makeRecord("fedzo", number, "", 0, text, (), None, extra={"event": "message"})
         for handler in self._handlers:

@@ -1,0 +1,121 @@
+"""What stands beside a run that `fedzo serve` serves: metrics and health, logs, the service manager."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from ..broker_server.event_log import EventLog
+from ..broker_server.health import Health
+from ..broker_server.http_endpoint import HttpEndpoint, parse_address
+from ..broker_server.run_folder import RunFolder
+from ..broker_server.server import Server
+from ..broker_server.telemetry import Telemetry, Turn, Watchers
+from ..edge_runtime.service import ServiceManager
+from ..protocol.errors import ConfigError
+from .output import Output
+
+__all__ = ["LIVE_NAME", "Operations", "caught_signals"]
+
+LIVE_NAME = "live.json"
+
+
+class _Feeder:
+    """Tells the service manager that the server's loop turns."""
+
+    def __init__(self, service: ServiceManager) -> None:
+        self._service = service
+
+    def turn(self, turn: Turn) -> None:  # noqa: ARG002 (any turn is a sign of life)
+        """See :meth:`.telemetry.Telemetry.turn`."""
+        self._service.feed()
+
+
+class Operations:
+    """For all runs that one process serves.
+
+    Args:
+        output: Gets the endpoint's address.
+        metrics: Where to listen, ``HOST:PORT``; None for nowhere.
+        stack: Ends what is begun here.
+
+    Raises:
+        ConfigError: The address cannot be listened on, or the client library of Prometheus is missing.
+
+    Attributes:
+        telemetry: For the servers.
+        url: Of the endpoint; empty without one.
+    """
+
+    def __init__(self, output: Output, metrics: str | None, stack: ExitStack) -> None:
+        self._service = ServiceManager()
+        self._health = Health()
+        watchers: list[Telemetry] = [EventLog(), _Feeder(self._service)]
+        self.url, self._metrics = "", None
+        if metrics is not None:
+            try:
+                from ..broker_server.metrics import ServerMetrics
+            except ImportError:
+                raise ConfigError(
+                    "--metrics needs prometheus-client, which is not installed", hint="pip install 'fedzo[server]'"
+                ) from None
+            self._metrics = ServerMetrics()
+            watchers.append(self._metrics)
+            endpoint = HttpEndpoint(parse_address(metrics), self._health, self._metrics.exposition)
+            self.url = stack.enter_context(endpoint).url
+            output.say(f"metrics: {self.url}/metrics")
+        self.telemetry = Watchers(*watchers)
+
+    @contextmanager
+    def serving(self, output: Output, server: Server, folder: RunFolder) -> Iterator[None]:
+        """While a server serves the run of a folder."""
+        if output.logs is not None:
+            output.logs.context["run"] = folder.path.name
+        self._health.attach(lambda: server.state, folder.journal_path)
+        if self._metrics is not None:
+            self._metrics.attach(lambda: server.state)
+        live = folder.path / LIVE_NAME
+        live.write_text(json.dumps({"pid": os.getpid(), "url": self.url}) + "\n")
+        self._service.ready()
+        try:
+            yield
+        finally:
+            self._service.stopping()
+            with suppress(OSError):
+                live.unlink()
+
+
+@contextmanager
+def caught_signals(server: Server) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT let the server record what has arrived and leave; a second one ends the process at once.
+
+    Yields:
+        The signals so far.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        server.stop()
+        for caught in before:
+            signal.signal(caught, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def live_url(folder: Path) -> str:
+    """Address of the endpoint of whoever serves a run, as it was told when it began; empty if none is known."""
+    try:
+        return str(json.loads((folder / LIVE_NAME).read_text())["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
