@@ -10,6 +10,7 @@ from ..protocol.codec import decode
 from ..protocol.documents import Hello, Presence, parse
 from ..protocol.errors import ProtocolError
 from ..protocol.topics import Channel, parse_topic
+from .access import Access
 
 __all__ = ["Drops", "Intake"]
 
@@ -20,11 +21,12 @@ class Drops:
     """Counts what a server gives up, by reason.
 
     Attributes:
-        counts: ``undecodable`` payloads, messages that were ``unsent``, ``blocks`` that found no room.
+        counts: ``undecodable`` payloads, messages that were ``unsent``, ``blocks`` that found no room, messages of
+            ``strangers`` without credentials.
     """
 
     def __init__(self) -> None:
-        self.counts = {"undecodable": 0, "unsent": 0, "blocks": 0}
+        self.counts = {"undecodable": 0, "unsent": 0, "blocks": 0, "strangers": 0}
 
     def add(self, reason: str, text: str, *arguments: object) -> None:
         """Count one, and say so at powers of two: a flood must not fill the log."""
@@ -40,10 +42,11 @@ class Intake:
     Args:
         federation: Whose topics are heard.
         drops: Where it is counted.
+        access: Whose messages count; everybody's without it.
     """
 
-    def __init__(self, federation: str, drops: Drops) -> None:
-        self._federation, self._drops = federation, drops
+    def __init__(self, federation: str, drops: Drops, access: Access | None = None) -> None:
+        self._federation, self._drops, self._access = federation, drops, access
 
     def event(self, item: TransportEvent | machine.CoordinatorEvent) -> machine.CoordinatorEvent | None:
         """What the coordinator is told, if it is."""
@@ -63,6 +66,9 @@ class Intake:
         try:
             place = parse_topic(arrived.topic)
             if place.federation != self._federation or not arrived.payload:
+                return None
+            if self._access is not None and not self._access.admits(place.device):
+                self._drops.add("strangers", "refused %s: it has no credentials, or they were revoked", place.device)
                 return None
             if place.channel is Channel.HELLO:
                 return machine.DeviceSaid(place.device, place.channel, parse(Hello, arrived.payload))

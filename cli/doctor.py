@@ -60,6 +60,12 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(metavar="FILE", help="The device's certificate.", rich_help_panel=_BROKER)
         ] = None,
         key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.", rich_help_panel=_BROKER)] = None,
+        credentials: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR", help="All of these in one folder, from fedzo credentials issue.", rich_help_panel=_BROKER
+            ),
+        ] = None,
         connect_timeout: Annotated[
             float, typer.Option(metavar="S", help="Seconds for the connection.", rich_help_panel=_BROKER)
         ] = 15.0,
@@ -89,6 +95,7 @@ def register(app: typer.Typer) -> None:
             cert=cert,
             key=key,
             connect_timeout=connect_timeout,
+            credentials=credentials,
         )
         checks: list[Check] = []
         for check in diagnose(settings):

@@ -13,6 +13,7 @@ from typing import Final
 
 from ..protocol.errors import FedzoError
 from ..protocol.topics import device_subscriptions
+from .device_bundle import DeviceBundle
 from .endpoint import Endpoint, TlsConfig, read_password
 from .transport import Connected, MqttTransport, TransportEvent
 
@@ -36,6 +37,7 @@ class BrokerAccess:
         cert: The device's certificate.
         key: Its key.
         timeout_s: For the connection.
+        bundle: Credentials folder, instead of password and files.
     """
 
     url: str
@@ -47,6 +49,11 @@ class BrokerAccess:
     cert: Path | None = None
     key: Path | None = None
     timeout_s: float = 15.0
+    bundle: DeviceBundle | None = None
+
+    def password(self) -> str | None:
+        """The user's password, if there is one."""
+        return self.bundle.password if self.bundle is not None else read_password(self.password_file)
 
 
 def broker_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
@@ -75,7 +82,7 @@ def address_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
     """
     endpoint = Endpoint.parse(access.url)
     context = endpoint.tls_context(_tls(access))
-    password = read_password(access.password_file)
+    password = access.password()
     started = time.monotonic()
     with socket.create_connection((endpoint.host, endpoint.port), timeout=_TCP_TIMEOUT_S) as connection:
         peer = connection.getpeername()[0]
@@ -88,6 +95,8 @@ def address_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
 
 
 def _tls(access: BrokerAccess) -> TlsConfig | None:
+    if access.bundle is not None:
+        return access.bundle.tls
     files = access.ca or access.cert or access.key
     return TlsConfig(access.ca, access.cert, access.key) if files else None
 
@@ -101,7 +110,7 @@ def _certificate(secured: ssl.SSLSocket) -> tuple[str, str]:
 
 
 def _session(access: BrokerAccess) -> tuple[str, str]:
-    username, password = access.username, read_password(access.password_file)
+    username, password = access.username, access.password()
     if username is None and password is not None:
         username = access.device
     protocols: list[str] = []

@@ -25,6 +25,7 @@ from ..protocol.topics import check_name
 from .artifact import Artifact, load_artifact
 from .board_plan import RunSizes, plan_board
 from .broker_check import BrokerAccess, broker_findings, describe
+from .device_bundle import DeviceBundle
 from .memory import PROCESS_FLOOR_MIB, available_mib, total_mib
 from .providers import CPU, provider_names
 from .selftest import KNOWN_ANSWERS, keeps_denormals
@@ -90,6 +91,7 @@ class DoctorSettings:
         cert: The device's certificate.
         key: Its key.
         connect_timeout: Seconds for the connection.
+        credentials: Folder of ``fedzo credentials issue``, instead of federation, id, password and files.
     """
 
     artifact: Path | None = None
@@ -106,6 +108,7 @@ class DoctorSettings:
     cert: Path | None = None
     key: Path | None = None
     connect_timeout: float = 15.0
+    credentials: Path | None = None
 
     def __post_init__(self) -> None:
         provider_names(self.providers)
@@ -347,18 +350,16 @@ def _tight(available: float, needed: float) -> str:
 
 
 def _broker(settings: DoctorSettings) -> Iterator[Check]:
-    access = BrokerAccess(
-        settings.url,
-        settings.federation,
-        settings.device,
-        settings.username,
-        settings.password_file,
-        settings.ca,
-        settings.cert,
-        settings.key,
-        settings.connect_timeout,
-    )
+    timeout_s = settings.connect_timeout
     try:
+        if settings.credentials is not None:
+            bundle = DeviceBundle.load(settings.credentials)
+            access = BrokerAccess(settings.url, bundle.federation, bundle.device, timeout_s=timeout_s, bundle=bundle)
+        else:
+            access = BrokerAccess(
+                settings.url, settings.federation, settings.device, settings.username, settings.password_file,
+                settings.ca, settings.cert, settings.key, timeout_s,
+            )  # fmt: skip
         for name, detail, warning in broker_findings(access):
             yield Check(name, "warn" if warning else "ok", detail, warning)
     except (FedzoError, OSError) as error:

@@ -114,7 +114,8 @@ class JoinSettings:
         doubled = [name for name in _IN_A_BUNDLE if getattr(self, name) is not None]
         if self.credentials is not None and doubled:
             raise ConfigError(
-                f"{doubled[0]} is given besides the credentials folder, which has its own", hint="leave one of both away"
+                f"{doubled[0]} is given besides the credentials folder, which has its own",
+                hint="leave one of both away",
             )
         if not 0.0 <= self.holdout < 1.0:
             raise ConfigError(f"holdout is {self.holdout}, it must be at least 0 and below 1")
@@ -195,7 +196,7 @@ def join(
             federation=settings.federation,
             retry_s=settings.retry,
             say=say,
-            run_key=RunKey(state.folder / "run-key", settings.federation, state.device, given=run_key),
+            run_key=RunKey(state.folder / "run-key", settings.federation, state.device, given=run_key, say=say),
         )
         say(f"device {state.device}: {train} training and {held} test samples, session {state.session}")
         try:

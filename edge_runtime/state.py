@@ -8,6 +8,7 @@ file            content
 ``blobs/``      graphs and masks, named by their SHA-256
 ``outbox``      the report that has no receipt yet
 ``residual``    what the estimator ``node`` has not sent yet
+``run-key``     the key that runs must be signed with, see ``run_key.py``
 ``lock``        held while a device runs; holds its process id
 ==============  ===============================================================
 """

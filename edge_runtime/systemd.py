@@ -18,6 +18,7 @@ from typing import Final
 from ..hardware_profiles.loader import load_profile
 from ..protocol.errors import ConfigError
 from ..protocol.topics import check_name
+from .device_bundle import BUNDLE_NAMES, DeviceBundle
 from .durable import write_durably
 from .endpoint import Endpoint
 from .providers import CPU, provider_names
@@ -80,6 +81,7 @@ class UnitSettings:
         user: An existing user; by default systemd makes one for the time that the service runs.
         providers: Execution providers in order of preference; empty for the default.
         strict_providers: Refuse a run when the first one does not start.
+        credentials: Folder of ``fedzo credentials issue``; read by systemd as root, like the password file.
         extra: Further options of ``join``.
     """
 
@@ -97,6 +99,7 @@ class UnitSettings:
     user: str = ""
     providers: tuple[str, ...] = ()
     strict_providers: bool = False
+    credentials: Path | None = None
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,6 +111,8 @@ class UnitSettings:
             raise ConfigError(
                 "the URL holds a password, and everybody can read a unit", hint="put it into a --password-file"
             )
+        if self.credentials is not None:
+            _check_bundle(self)
         if not self.profile and self.ram_budget_mib is None:
             raise ConfigError(
                 "the unit limits the memory, so it needs a budget", hint="give --profile NAME or --ram-budget-mib MIB"
@@ -123,6 +128,18 @@ class UnitSettings:
     def memory_max_mib(self) -> int:
         """Limit of the control group: the budget and what is charged beside the resident set."""
         return math.ceil(self.ram_budget_mib or load_profile(self.profile).ram_budget_mib) + CGROUP_EXTRA_MIB
+
+
+def _check_bundle(settings: UnitSettings) -> None:
+    assert settings.credentials is not None
+    if settings.username or settings.password_file or settings.ca or settings.cert or settings.key:
+        raise ConfigError("the credentials folder holds user, password and certificates", hint="name the folder only")
+    bundle = DeviceBundle.load(settings.credentials)
+    if settings.federation != bundle.federation:
+        raise ConfigError(
+            f"the credentials are for the federation {bundle.federation}, not for {settings.federation}",
+            hint=f"give --federation {bundle.federation}",
+        )
 
 
 def unit_name(settings: UnitSettings) -> str:
@@ -170,6 +187,8 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
         lines.append(f"LoadCredential=password:{_path(settings.password_file).replace('%', '%%')}")
     if settings.key is not None:
         lines.append(f"LoadCredential=key:{_path(settings.key).replace('%', '%%')}")
+    if (bundle := settings.credentials) is not None:
+        lines += [f"LoadCredential={name}:{_path(bundle / name).replace('%', '%%')}" for name in BUNDLE_NAMES]
     return "\n".join([*lines, _HARDENING, "", "[Install]", "WantedBy=multi-user.target", ""])
 
 
@@ -194,6 +213,8 @@ def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
         quoted += ["--password-file", "${CREDENTIALS_DIRECTORY}/password"]
     if settings.key is not None:
         quoted += ["--key", "${CREDENTIALS_DIRECTORY}/key"]
+    if settings.credentials is not None:
+        quoted += ["--credentials", "${CREDENTIALS_DIRECTORY}"]
     return quoted
 
 
@@ -230,7 +251,8 @@ def install(settings: UnitSettings, *, folder: Path = UNIT_FOLDER, overwrite: bo
         ConfigError: It cannot be written, a file that it names is not there, or another unit is in its place.
     """
     for role, path in (("data", settings.data), ("password file", settings.password_file), ("CA", settings.ca),
-                       ("certificate", settings.cert), ("key", settings.key)):  # fmt: skip
+                       ("certificate", settings.cert), ("key", settings.key),
+                       ("credentials folder", settings.credentials)):  # fmt: skip
         if path is not None and not path.expanduser().exists():
             raise ConfigError(f"the {role} {path} does not exist", hint="the service would fail at its first start")
     text, path = unit_text(settings), folder / unit_name(settings)

@@ -54,10 +54,9 @@ class Broker(ABC):
     def failure(self) -> str | None:
         """Say in a line why it will not come back by itself; None while it is alive, restarting, or stopped."""
 
+    @abstractmethod
     def update_credentials(self, credentials: Credentials) -> None:
         """Take over logins and rights while it runs: who has none any more is disconnected, the others are not.
-
-        An external broker is left alone: its own administrator looks after it.
 
         Raises:
             ConfigError: The broker was made without credentials, or its files cannot be written.

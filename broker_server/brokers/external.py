@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 
 from ...edge_runtime.endpoint import Endpoint, TlsConfig
 from ...edge_runtime.transport import MqttTransport
 from .base import Broker
-from .credentials import Login
+from .credentials import Credentials, Login
 
 __all__ = ["ExternalBroker"]
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 15.0
 
@@ -77,6 +80,10 @@ class ExternalBroker(Broker):
                 return True
         except OSError:
             return False
+
+    def update_credentials(self, credentials: Credentials) -> None:
+        """Do nothing: its own administrator looks after it. The coordinator refuses whoever has lost the rights."""
+        _log.info("%s must be told of %d devices by its administrator", self.url, len(credentials.devices))
 
     def failure(self) -> str | None:
         """Return None: whoever runs it may bring it back at any time, and clients try for ever."""

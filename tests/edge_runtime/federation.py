@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedzo.broker_server.signing import RunSigner
 from fedzo.edge_runtime.agent import Agent, Connection
 from fedzo.edge_runtime.artifact import BlobStore, load_artifact
 from fedzo.edge_runtime.data import Dataset, load_dataset
@@ -79,6 +81,9 @@ def loader(data: Path, holdout: float = 0.2) -> Callable[[tuple[int, ...], int],
     return lambda shape, classes: load_dataset(data, shape, classes, holdout=holdout)
 
 
+SIGNER = RunSigner(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+
+
 class FakeServer:
     """Answers what devices ask; announces, and acknowledges reports, when the test says so.
 
@@ -89,8 +94,10 @@ class FakeServer:
         lacks: Hashes of blobs that it does not have, with whether it says so.
     """
 
-    def __init__(self, url: str, artifact: Path, run: RunDocument, password: str | None = None) -> None:
-        self.run = run
+    def __init__(
+        self, url: str, artifact: Path, run: RunDocument, password: str | None = None, *, signs: bool = False
+    ) -> None:
+        self.run, self._signs = run, signs
         self.acknowledge = True
         self.welcome = True
         self.limit = 0
@@ -125,6 +132,8 @@ class FakeServer:
 
     def send_bytes(self, channel: Channel, payload: bytes, device: str = "", *, retain: bool | None = None) -> None:
         retain = channel in RETAINED if retain is None else retain
+        if self._signs:
+            payload = SIGNER.sign(FEDERATION, channel, device, payload)
         self._transport.publish(topic(FEDERATION, channel, device), payload, retain=retain)
 
     def announce(self, round_: int, phase: Any, *, ordinals: tuple[int, ...] = (0,), **fields: Any) -> Announcement:

@@ -57,7 +57,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(mosquitto: Any, artifact: Path, run: RunDocument) -> Iterator[FakeServer]:
-    made = FakeServer(mosquitto.url, artifact, run)
+    made = FakeServer(mosquitto.url, artifact, run, signs=True)
     yield made
     made.close()
 
@@ -217,6 +217,8 @@ def test_sources_come_in_order(data: Path, tmp_path: Path, monkeypatch: pytest.M
         "strict_providers": (False, "default"),
         "log_format": ("text", "default"),
         "log_file": (None, "default"),
+        "credentials": (None, "default"),
+        "run_key": (None, "default"),
         "profile": ("rpi-zero-2w", "file"),
     }
     assert main(arguments) == 0
@@ -342,7 +344,7 @@ def test_a_broker_with_passwords_and_rights(
     password = tmp_path / "password"
     password.write_text(credentials.devices[0].password + "\n")
     password.chmod(0o600)
-    server = FakeServer(broker.url, artifact, run, credentials.server.password)
+    server = FakeServer(broker.url, artifact, run, credentials.server.password, signs=True)
     try:
         process = spawn("join", broker.url, "--data", data, "--id", "dev-a", "--password-file", password, "--verbose")
         server.expect(Presence, status="ready")
