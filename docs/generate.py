@@ -1,8 +1,8 @@
 """Writes the parts of the documentation that follow from the code: `python docs/generate.py [--check]`.
 
 `cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, those of
-`results.md`, `experiments.md`, `claims.md` and the README from the committed results. mkdocs also loads this file as a
-hook, which makes `index.md` from the README.
+`results.md`, `experiments.md`, `claims.md`, `robustness.md` and the README from the committed results. mkdocs also
+loads this file as a hook, which makes `index.md` from the README.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
-EXPERIMENTS, CLAIMS = DOCS / "experiments.md", DOCS / "claims.md"
+EXPERIMENTS, CLAIMS, ROBUSTNESS = DOCS / "experiments.md", DOCS / "claims.md", DOCS / "robustness.md"
+ELSEWHERE = {"methods": CLAIMS, "attacks": ROBUSTNESS}
+"""Experiments whose table is not on the page of experiments."""
 FIGURES = {
     "engine": ("engine",),
     "structured": ("structured",),
@@ -261,13 +263,12 @@ def experiment_table(name: str) -> str:
 
 
 def experiments_page(text: str) -> str:
-    """The page with its tables renewed; that of ``methods`` stands on the page of claims."""
+    """The page with its tables renewed; some stand on pages of their own."""
     from fedzo.experiments.experiment import NAMES
 
     for name in NAMES:
-        if name == "methods":
-            continue
-        text = renewed(text, name, experiment_table(name))
+        if name not in ELSEWHERE:
+            text = renewed(text, name, experiment_table(name))
     return text
 
 
@@ -293,14 +294,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is stale")
     check = parser.parse_args().check
-    texts = {page: page.read_text(encoding="utf-8") for page in (BOARDS, RESULTS, README, EXPERIMENTS, CLAIMS)}
+    read = (BOARDS, RESULTS, README, EXPERIMENTS, *ELSEWHERE.values())
+    texts = {page: page.read_text(encoding="utf-8") for page in read}
     pages = {
         DOCS / "cli.md": cli_reference(),
         BOARDS: renewed(texts[BOARDS], "boards", boards_table()),
         RESULTS: results_page(texts[RESULTS]),
         README: renewed(texts[README], "demo", demo_table()),
         EXPERIMENTS: experiments_page(texts[EXPERIMENTS]),
-        CLAIMS: renewed(texts[CLAIMS], "methods", experiment_table("methods")),
+        **{page: renewed(texts[page], name, experiment_table(name)) for name, page in ELSEWHERE.items()},
     }
     stale = [page for page, text in pages.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
     for page in stale:

@@ -24,6 +24,7 @@ NAMES = (
     "input-scale",
     "deeper-nets",
     "methods",
+    "attacks",
 )
 """Of the modules of this package that hold an ``EXPERIMENT``, with ``-`` for ``_``."""
 

@@ -188,7 +188,8 @@ def _krum_scores(rows: Rows, hostile: int) -> Rows:
 
 def _krum(rows: Rows, _weights: Rows, hostile: int) -> Rows:
     """The row with the smallest score; of equal ones the first."""
-    return rows[int(np.argmin(_krum_scores(rows, hostile)))].copy()
+    best: Rows = rows[int(np.argmin(_krum_scores(rows, hostile)))]
+    return best.copy()
 
 
 def _multi_krum(rows: Rows, _weights: Rows, hostile: int) -> Rows:
@@ -200,7 +201,8 @@ def _multi_krum(rows: Rows, _weights: Rows, hostile: int) -> Rows:
 
 def _sign_vote(rows: Rows, weights: Rows, hostile: int) -> Rows:
     """A tie is 0. The size is a median too: a constant one would lose which directions matter."""
-    return np.sign(np.sign(rows).sum(axis=0)) * _median(np.abs(rows), weights, hostile)
+    signs: Rows = np.sign(np.sign(rows).sum(axis=0))
+    return signs * _median(np.abs(rows), weights, hostile)
 
 
 def _centred_clip(rows: Rows, weights: Rows, hostile: int) -> Rows:

@@ -25,6 +25,10 @@ TINY: dict[str, list[str]] = {
         *("--sigmas", "1e-3", "--rounds", "1"),
     ],
     "deeper-nets": ["--models", "lenet5", "--repeats", "1"],
+    "attacks": [
+        *("--rules", "mean", "median", "--attacks", "sign flip", "trim attack"),
+        *("--devices", "5", "--hostile", "2", "--rounds-scale", "0.03", "--skew", "iid"),
+    ],
 }
 OWN_TESTS = {"methods"}  # it needs the learning benchmark's cells
 
@@ -124,6 +128,20 @@ def test_every_cell_spends_the_queries(
         spent = row["rounds"] * report.settings["devices"] * (row["k"] + 1)
         assert spent <= report.settings["queries"]
         assert row["sample_forwards"] == pytest.approx(spent * report.settings["batch"])
+
+
+def test_rules_meet_the_attacks(
+    results: dict[str, tuple[Report, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run("attacks", results, tmp_path, capsys)
+    tried = {(row["run"], row["rule"], row["attack"], row["split"]) for row in report.rows}
+    for one in ("stein", "node"):
+        for rule in ("mean", "median"):
+            assert {(one, rule, attack, "iid") for attack in ("none", "sign flip", "trim attack")} <= tried
+    dealt = {(rule, attack, split) for one, rule, attack, split in tried if one == "dealt"}
+    assert dealt == {("mean", "none", "iid"), ("mean", "sign flip", "iid")}
+    of_stein = {row["sample_forwards"] for row in report.rows if row["run"] == "stein"}
+    assert len(of_stein) == 1, "hostile devices do not compute less"
 
 
 def committed() -> list[Path]:
