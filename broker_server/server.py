@@ -27,9 +27,10 @@ from ..edge_runtime.transport import (
 )
 from ..protocol import coordinator_events as machine
 from ..protocol.coordinator import Coordinator
-from ..protocol.documents import Order, RunDocument, ServerPresence
+from ..protocol.documents import Order, Presence, RunDocument, ServerPresence
 from ..protocol.errors import BrokerError, FedzoError
 from ..protocol.topics import RETAINED, Channel, server_subscriptions, topic
+from .access import REVOKED, Access
 from .blobs import BlobServer
 from .brokers.base import Broker
 from .intake import Drops, Intake
@@ -91,6 +92,7 @@ class Server:
         observer: Called on the server's thread; what it raises ends the run.
         threads: Threads of the server's own passes.
         telemetry: Sees every turn; what it raises ends the run, see :class:`~.telemetry.Watchers`.
+        access: Whose messages count, and the key that signs; without it everybody's, and nothing is signed.
 
     Attributes:
         coordinator: The run as it stands.
@@ -112,12 +114,14 @@ class Server:
         observer: Callable[[Progress], None] | None = None,
         threads: int = 1,
         telemetry: Telemetry | None = None,
+        access: Access | None = None,
     ) -> None:
         self._folder, self._broker, self._journal, self._federation = folder, broker, journal, federation
         self._observer, self._telemetry = observer, telemetry
         self._events: Inbox[TransportEvent | machine.CoordinatorEvent | FedzoError] = Inbox(INBOX_MESSAGES, INBOX_BYTES)
         self._drops = Drops()
-        self._intake = Intake(federation, self._drops)
+        self._access = access
+        self._intake = Intake(federation, self._drops, access)
         self._asked = self._answered = 0
         self._turned_at = time.monotonic()
         self._stop = threading.Event()
@@ -135,7 +139,7 @@ class Server:
         self._goodbye = Publication(topic(federation, Channel.SERVER), away.encode(), retain=True)
         self._transport = MqttTransport(
             broker.url,
-            broker.login.username if broker.login else f"fedzo-server-{federation}",
+            broker.client_id or (broker.login.username if broker.login else f"fedzo-server-{federation}"),
             username=broker.login.username if broker.login else None,
             password=broker.login.password if broker.login else None,
             tls=broker.tls,
@@ -168,6 +172,13 @@ class Server:
         """Ask :meth:`serve` to record what has arrived and return; safe in a signal handler."""
         self._stop.set()
         self._events.put(machine.Tick())
+
+    def dismiss(self, admitted: frozenset[str]) -> None:
+        """Do not wait for devices other than these, as they have lost their rights; from any thread."""
+        for name, member in list(self.coordinator.roster.members.items()):
+            if name not in admitted and member.is_alive:
+                gone = Presence(member.session, "left", detail=REVOKED)
+                self._events.put(machine.DeviceSaid(name, Channel.STATE, gone))
 
     def serve(self, *, connect_timeout_s: float = 30.0) -> None:
         """Run to the end.
@@ -263,7 +274,9 @@ class Server:
         for record in records:
             if record.kind == "refusal" and record.device not in self._refused:  # Once: it may go on for ever.
                 self._refused.add(record.device)
-                _log.warning("refused in round %d: %s: %s", record.round, record.device, record.payload.decode())
+                known = {"event": "refused", "round": record.round, "device": record.device}
+                why = record.payload.decode()
+                _log.warning("refused in round %d: %s: %s", record.round, record.device, why, extra=known)
         updates = [s for s, r in zip(sequences, records, strict=True) if r.kind == "update"]
         self._log_sequences += updates
         keep_last_snapshot(self._journal, {record.kind for record in records})
@@ -297,12 +310,15 @@ class Server:
         if (limit or order.action == "excuse") and self._limits.get(device) != limit:
             self._limits[device] = limit
             what = f"may use a micro-batch of {limit} at most" if limit else "is excused from the run"
-            _log.warning("%s %s: %s", device, what, order.detail or "over its memory budget with a larger one")
+            why = order.detail or "over its memory budget with a larger one"
+            _log.warning("%s %s: %s", device, what, why, extra={"event": "lowered", "device": device})
 
     def _send(self, channel: Channel, payload: bytes, device: str = "") -> None:
         if channel is Channel.BLOCK and self._transport.queue.bytes + len(payload) > BLOCKS_BYTES:
             self._drops.add("blocks", "a block for %s does not fit the queue; it will ask again", device)
             return
+        if self._access is not None:
+            payload = self._access.signer.sign(self._federation, channel, device, payload)
         self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
 
     def _send_log(self, command: machine.ServeLog) -> None:
