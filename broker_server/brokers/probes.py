@@ -70,7 +70,7 @@ class Probes:
         self._retained: list[str] = []
         self._sessions: list[str] = []
         self._silent: ProbeClient | None = None
-        self._silent_since = 0.0
+        self._silent_since, self._silence = 0.0, f"{self._topics}/silence"
 
     def run(self, only: Sequence[str] = ALL_PROBES) -> Iterator[Finding]:
         """Yield findings; what was left in the broker is removed also when the caller stops early.
@@ -236,7 +236,7 @@ class Probes:
 
     def _keep_alive(self) -> Iterator[Finding]:
         """Silence takes longest (Mosquitto looks every five seconds), so it began before the other probes."""
-        silent, name = self._silent, f"{self._topics}/silent"
+        silent = self._silent
         if silent is None:
             yield Finding("keep-alive", "warn", "no client to be silent", _HINTS["keep-alive"])
             return
@@ -248,16 +248,15 @@ class Probes:
         if not self._own_ids:  # A second client would end the silence.
             time.sleep(max(0.0, self._silent_since + SILENCE_S - time.monotonic()))
         left_s = max(1.0, self._silent_since + SILENCE_S - time.monotonic())
-        found = f"given up, and the will published, {{:.1f}} s after the last word at a keep-alive of {KEEPALIVE_S} s"
-        yield self._await_will("keep-alive", name, found, self._silent_since, left_s)
+        found = f"given up, and its will there, {{:.1f}} s after the last word at a keep-alive of {KEEPALIVE_S} s"
+        yield self._await_will("keep-alive", self._silence, found, self._silent_since, left_s)
 
     def _fall_silent(self) -> None:
-        name = f"{self._topics}/silent"
         self._silent_since = time.monotonic()
         with contextlib.suppress(ProbeLost):
-            self._silent = self._client("silent", will=Will(name, b"lost"), keepalive_s=KEEPALIVE_S)
+            self._silent = self._client("silent", will=Will(self._silence, b"lost"), keepalive_s=KEEPALIVE_S)
             self._clients.remove(self._silent)
-            self._retained.append(name)
+            self._retained.append(self._silence)
 
     def _await_will(self, what: str, name: str, found: str, since: float, timeout_s: float) -> Finding:
         heir = self._client("heir")
@@ -313,7 +312,7 @@ class Probes:
             server.acknowledge()
             taken += [bytes(message.payload) for message in server.arrived]
             server.arrived.clear()
-            self._until_quiet(server)
+            wait([server], lambda: bool(server.arrived), QUIET_S)
         different = len(set(taken))
         if different < wanted:
             detail = f"{different} of {wanted} messages waited for a client that was away; the others are lost"
@@ -332,11 +331,13 @@ class Probes:
     # --- leaving nothing behind -------------------------------------------------------------------------------------
 
     def _clear_retained(self, *, over: bool = False) -> None:
-        if self._retained:
+        kept = [] if over else [name for name in self._retained if name == self._silence]  # its will may be yet to come
+        gone = [name for name in self._retained if name not in kept]
+        if gone:
             speaker = self._client("broom")
-            speaker.publish([(name, b"") for name in self._retained], retain=True)
+            speaker.publish([(name, b"") for name in gone], retain=True)
             speaker.leave()
-            self._retained = [f"{self._topics}/silent"] if self._silent is not None and not over else []
+            self._retained = kept
 
     def _clean(self) -> None:
         try:

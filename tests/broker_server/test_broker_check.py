@@ -18,7 +18,6 @@ from fedzo.broker_server.brokers import Credentials
 from fedzo.broker_server.brokers.check import BrokerCheck, Finding, verdict
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from fedzo.broker_server.brokers.probes import ALL_PROBES
 from fedzo.cli.main import main
 from fedzo.edge_runtime.broker_check import BrokerAccess
 from fedzo.edge_runtime.transport import Arrived, Delivered
@@ -26,7 +25,6 @@ from fedzo.protocol.errors import BrokerError
 from tests.broker_fixtures import Client, needs_mosquitto
 
 Connect = Callable[..., Client]
-QUICK = tuple(name for name in ALL_PROBES if name != "keep-alive")
 
 
 @contextmanager
@@ -86,7 +84,7 @@ def test_the_recommended_broker_has_everything_and_nothing_is_left_in_it(connect
 @needs_mosquitto
 def test_mosquitto_as_installed_is_enough_for_few_boards_only() -> None:
     with mosquitto_with() as url:
-        found = check(url, devices=300, probes=QUICK)
+        found = check(url, devices=300, probes=("session",))
     assert not statuses(found, "fail")
     assert {"window", "queue"} <= statuses(found, "warn")
     assert found["window"].detail.startswith("at most 20 ")
@@ -119,7 +117,7 @@ def test_what_a_crippled_mosquitto_lacks_is_named(line: str, probe: str, name: s
 @needs_mosquitto
 def test_a_broker_that_forgets_sessions_is_noticed() -> None:
     with mosquitto_with() as url, forgetful(url) as relayed:
-        found = check(relayed, probes=QUICK)
+        found = check(relayed, probes=("session",))
     assert found["session"].status == "warn"
     assert not statuses(found, "fail")
 
@@ -186,7 +184,7 @@ def test_rights_of_server_and_device(tmp_path: Path) -> None:
             password_file=server,
             device="dev-1",
             device_password_file=device,
-            probes=QUICK,
+            probes=("QoS 1", "retained messages", "will", "session"),
         )
         assert not statuses(found, "fail"), found
         assert found["strangers"].status == "ok"
@@ -259,7 +257,7 @@ def test_a_login_with_a_session_is_left_alone(tmp_path: Path, connect: Connect) 
 @needs_mosquitto
 def test_a_check_that_is_interrupted_leaves_nothing_either(connect: Connect) -> None:
     with mosquitto_with("sys_interval 1") as url:
-        findings = BrokerCheck(BrokerAccess(url), probes=QUICK).findings()
+        findings = BrokerCheck(BrokerAccess(url), 10, probes=("retained messages", "session")).findings()
         for finding in findings:
             if finding.name == "redelivery":
                 break
