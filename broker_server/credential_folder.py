@@ -38,7 +38,7 @@ from .certificates import Authority, check_host
 from .credential_registry import DeviceEntry, Registry
 from .signing import RUN_KEY_NAME, RunSigner
 
-__all__ = ["DEFAULT_DAYS", "TLS_PORT", "CredentialFolder"]
+__all__ = ["DEFAULT_DAYS", "REGISTRY_NAME", "TLS_PORT", "CredentialFolder"]
 
 TLS_PORT = 8883
 DEFAULT_DAYS = 825

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..edge_runtime.versions import installed_versions
-from . import broker, bundle, deploy, doctor, export, plan, profiles, serve, simulate
+from . import broker, bundle, credentials, deploy, doctor, export, plan, profiles, serve, simulate
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 
@@ -38,6 +38,7 @@ profiles.register(app)
 plan.register(app)
 doctor.register(app)
 broker.register(app)
+credentials.register(app)
 
 
 @app.callback(invoke_without_command=True)

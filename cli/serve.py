@@ -52,6 +52,14 @@ def register(app: typer.Typer) -> None:
             Path | None, typer.Option(help="For a broker by URL; or FEDZO_PASSWORD.", rich_help_panel=_BROKER)
         ] = None,
         ca: Annotated[Path | None, typer.Option(help="CA of a mqtts:// broker.", rich_help_panel=_BROKER)] = None,
+        credentials: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help="Folder of fedzo credentials: TLS, logins and rights; the port is 8883 then.",
+                rich_help_panel=_BROKER,
+            ),
+        ] = None,
         metrics: Annotated[
             str | None,
             typer.Option(
@@ -79,6 +87,7 @@ def register(app: typer.Typer) -> None:
 
         Example:
             $ fedzo serve artifact --devices 8 --rounds 500 --k 64
+            $ fedzo serve artifact --host 0.0.0.0 --credentials credentials
             $ fedzo serve artifact --config run.toml --broker mqtts://broker.example:8883
             $ fedzo serve --resume runs/lenet5-20260101-120000-1
         """
@@ -96,6 +105,7 @@ def register(app: typer.Typer) -> None:
             "username": username,
             "password_file": password_file,
             "ca": ca,
+            "credentials": credentials,
             "metrics": metrics,
             "log_format": log_format,
             "log_file": log_file,

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..broker_server.brokers.base import Broker
-from ..broker_server.brokers.choose import open_broker
-from ..broker_server.brokers.credentials import Login
 from ..broker_server.http_endpoint import parse_address
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
@@ -24,7 +21,6 @@ from ..broker_server.summary import Summary, summarise
 from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
-from ..edge_runtime.endpoint import TlsConfig, read_password
 from ..edge_runtime.logs import LogFormat, LogLevel
 from ..protocol.blocks import blocks_of
 from ..protocol.documents import RunDocument
@@ -37,13 +33,26 @@ from ..protocol.topics import check_name
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
+from .serve_access import TLS_PORT, ServeAccess, folder_federation
 from .serve_operations import Operations, caught_signals
 
 __all__ = ["ServeSettings", "serve_run"]
 
 PLACE_NAME = "serve.json"
 OPERATIONS = ("metrics", "log_format", "log_file", "log_level")
-PLACE = ("test_data", "broker", "host", "port", "federation", "username", "password_file", "ca", *OPERATIONS)
+PLACE = (
+    "test_data",
+    "broker",
+    "host",
+    "port",
+    "federation",
+    "username",
+    "password_file",
+    "ca",
+    "credentials",
+    *OPERATIONS,
+)
+PATHS = ("test_data", "password_file", "ca", "credentials", "log_file")
 MAX_PORT = 65535
 
 
@@ -64,6 +73,7 @@ class ServeSettings(RunSettings):
         username: Of the server, for a broker by URL.
         password_file: Its password.
         ca: CA of a ``mqtts://`` broker.
+        credentials: Folder of ``fedzo credentials``: TLS, logins and rights of the broker, the run's key.
         metrics: ``HOST:PORT`` to serve metrics and health at; None for nowhere.
         log_format: ``text`` for people, ``json`` for one object a line.
         log_file: Where the log goes instead of stderr.
@@ -82,6 +92,7 @@ class ServeSettings(RunSettings):
     username: str | None = None
     password_file: Path | None = None
     ca: Path | None = None
+    credentials: Path | None = None
     metrics: str | None = None
     log_format: LogFormat = "text"
     log_file: Path | None = None
@@ -123,6 +134,10 @@ def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, 
         show_config(output, resolved)
         return
     settings = resolved.settings
+    if settings.credentials is not None:
+        port = TLS_PORT if resolved.origins["port"].kind == "default" else settings.port
+        federation = folder_federation(settings.credentials, settings.federation)
+        settings = dataclasses.replace(settings, port=port, federation=federation)
     output.start_logs(settings.log_format, settings.log_file, settings.log_level)
     _serve(output, settings, folder)
 
@@ -149,7 +164,7 @@ def _resumed(
         raise ConfigError(
             f"cannot read {folder.path / PLACE_NAME}: {error}", hint="write {} into it, and give --broker and --port"
         ) from error
-    paths = {name: Path(place[name]) for name in ("test_data", "password_file", "ca", "log_file") if name in place}
+    paths = {name: Path(place[name]) for name in PATHS if name in place}
     profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
     return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
 
@@ -167,28 +182,23 @@ def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) ->
     started = time.monotonic()
     manifest = _manifest(settings) if folder is None else folder.artifact.manifest
     test_set = _test_set(settings, manifest)
-    login = None
-    if settings.password_file is not None and settings.username is None:
-        raise ConfigError("a password file is given, but no user name", hint="give --username too")
-    if settings.username is not None:
-        login = Login(settings.username, read_password(settings.password_file) or "")
-    tls = TlsConfig(ca=settings.ca) if settings.ca is not None else None
     with ExitStack() as stack:
         operations = Operations(output, settings.metrics, stack)
         # The lock of a run is taken before its broker is started, but a new run only begins once there is one.
         journal = stack.enter_context(SqliteJournal(folder.journal_path)) if folder is not None else None
-        broker = stack.enter_context(open_broker(settings.broker, settings.host, settings.port, login=login, tls=tls))
+        access = ServeAccess(settings, settings.runs if folder is None else folder.path.parent)
+        broker = stack.enter_context(access.broker)
         if folder is None or journal is None:
             folder = _new_folder(settings, port=getattr(broker, "port", settings.port))
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, folder.document(_first_settings(folder, settings.run_settings())))
-        server, received = _serve_one(output, settings, folder, journal, broker, test_set, operations)
+        server, received = _serve_one(output, settings, folder, journal, access, test_set, operations)
         if not received and (following := follow_up(folder, server.coordinator)) is not None:
             output.say(f"learning rate: {following.training.learning_rate:.2e}")
             folder = _next_folder(folder, following.run)
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, following)
-            server, received = _serve_one(output, settings, folder, journal, broker, test_set, operations)
+            server, received = _serve_one(output, settings, folder, journal, access, test_set, operations)
         summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
     _report(output, folder, summary, round(time.monotonic() - started, 1))
     if signal.SIGINT in received:
@@ -200,7 +210,7 @@ def _serve_one(
     settings: ServeSettings,
     folder: RunFolder,
     journal: SqliteJournal,
-    broker: Broker,
+    access: ServeAccess,
     test_set: Samples | None,
     operations: Operations,
 ) -> tuple[Server, list[int]]:
@@ -211,20 +221,19 @@ def _serve_one(
         server = Server(
             folder,
             run,
-            broker,
+            access.broker,
             journal,
             federation=settings.federation,
             test_set=test_set,
             observer=observer,
             telemetry=operations.telemetry,
+            access=access.access,
         )
         received = stack.enter_context(caught_signals(server))
         stack.enter_context(operations.serving(output, server, folder))
+        access.watch(server, stack)
         output.say(f"run {run.run} in {folder.path}")
-        output.say(f"broker: {broker.description}")
-        if settings.host not in ("127.0.0.1", "::1", "localhost") and "://" not in settings.broker:
-            output.warn("whoever reaches this broker may do everything; elsewhere, put this machine's address into:")
-        output.say(f"devices join with: fedzo-device join {broker.url} --federation {settings.federation} --data ...")
+        access.tell(output)
         try:
             server.serve()
         except (BrokerError, QuorumError) as error:
