@@ -8,6 +8,7 @@ device, which leave only the mean and clipping; attacks that aim at single scala
 
 from __future__ import annotations
 
+import json
 import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENT"]
 
+Rows = list[dict[str, Any]]
 NONE = "none"
 DEFENCES: dict[str, tuple[str, str]] = {
     "mean": ("mean", "none"),
@@ -71,9 +73,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), help="default: all")
     parser.add_argument("--rules", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), help="default: all")
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), help="default: all")
-    parser.add_argument("--devices", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--hostile", type=int, default=4, help="how many of them (default: %(default)s)")
+    parser.add_argument("--devices", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--hostile", type=int, default=3, help="how many of them (default: %(default)s)")
     parser.add_argument("--rounds-scale", type=float, default=1.0, help="part of the rounds (default: %(default)s)")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="rows, one a line: read, and appended to")
     parser.add_argument("--skew", default="dirichlet:0.3", help="of runs without an attack besides; iid for none")
 
 
@@ -101,12 +104,40 @@ def _cells(options: Namespace) -> list[tuple[str, str, str, str]]:
     return cells
 
 
-def _runs(images: Images, options: Namespace, seed: int, kind: str) -> list[dict[str, Any]]:
-    """All runs of one kind and seed."""
-    side = RUNS[kind]["side"]
-    data = (_thinned(images.x, side), images.y), (_thinned(images.xt, side), images.yt)
-    with exported_folder("lenet5", data[0][0].shape[1:], images.n_classes, seed, sparsity=0.0) as folder:
-        return [_one(images, data, folder, options, seed, cell) for cell in _cells(options) if cell[0] == kind]
+def _runs(images: Images, options: Namespace, seed: int, kind: str, known: dict[str, dict[str, Any]]) -> Rows:
+    """All runs of one kind and seed; those that are known are taken as they are."""
+    cells = [cell for cell in _cells(options) if cell[0] == kind]
+    keys = {cell: _key(images.name, options, seed, cell) for cell in cells}
+    if any(key not in known for key in keys.values()):
+        side = RUNS[kind]["side"]
+        data = (_thinned(images.x, side), images.y), (_thinned(images.xt, side), images.yt)
+        with exported_folder("lenet5", data[0][0].shape[1:], images.n_classes, seed, sparsity=0.0) as folder:
+            for cell, key in keys.items():
+                if key not in known:
+                    known[key] = _one(images, data, folder, options, seed, cell)
+                    _keep(options.resume, key, known[key])
+    return [known[key] for key in keys.values()]
+
+
+def _key(data: str, options: Namespace, seed: int, cell: tuple[str, str, str, str]) -> str:
+    """What a run depends on beside the code."""
+    sizes = f"{options.hostile} of {options.devices}, rounds x {options.rounds_scale:g}"
+    return "/".join([data, *cell, f"seed {seed}", sizes])
+
+
+def _known(file: Path | None) -> dict[str, dict[str, Any]]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        return dict(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} does not hold rows: {error}") from None
+
+
+def _keep(file: Path | None, key: str, row: dict[str, Any]) -> None:
+    if file is not None:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([key, row]) + "\n")
 
 
 def _one(
@@ -159,12 +190,13 @@ def measure(options: Namespace) -> Report:
             f"{options.hostile} hostile devices of {options.devices}", hint="at least 1, and less than half of them"
         )
     sets, cells = load_images(options.data), _cells(options)
+    known = _known(options.resume)
     rows = [
         row
-        for images in sets
         for seed in range(options.seeds)
+        for images in sets
         for kind in options.runs
-        for row in _runs(images, options, seed, kind)
+        for row in _runs(images, options, seed, kind, known)
     ]
     settings = {
         "model": "lenet5",
