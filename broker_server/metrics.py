@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 
+from ..protocol.closings import Closing
 from ..protocol.codec import decode
 from ..protocol.coordinator_events import Connected, DeviceSaid, Record, Send
 from ..protocol.documents import Announcement, parse
 from ..protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from ..protocol.open_round import Ending
 from .refusal_reasons import REASONS, refusal_reason
 from .state_metrics import StateCollector
 from .telemetry import ServerState, Turn
@@ -30,6 +33,20 @@ _CLOSINGS: Final = {"mask": "saliency", "update": "train", "evaluation": "evalua
 _ROUNDS_KEPT: Final = 16
 _WAITS_S: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3600.0)
 _WORK_S: Final = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+class _WithoutBirths(CollectorRegistry):
+    """A view of a registry without the ``_created`` series, which double the number of all others."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self._whole = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """What the registry collects, less these."""
+        for family in self._whole.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 class ServerMetrics:
@@ -44,6 +61,7 @@ class ServerMetrics:
         self._state: Callable[[], ServerState] | None = None
         self._announced: OrderedDict[int, tuple[str, float]] = OrderedDict()
         self._loss, self._weight, self._peak_kib = 0.0, 0, 0
+        self._is_closing = False
         ProcessCollector(registry=registry)
         registry.register(StateCollector(self._current))
 
@@ -63,6 +81,8 @@ class ServerMetrics:
         declines = tuple(decline.name.lower() for decline in Decline if decline is not Decline.NONE)
         self._announcements = counter("announcements_total", "Rounds announced.", "phase", PHASES)
         self._closed = counter("rounds_total", "Rounds closed.", "phase", PHASES)
+        endings = get_args(Ending)
+        self._endings = counter("round_endings_total", "Rounds by what they had come to.", "ending", endings)
         self._reports = counter("reports_total", "Reports by what became of them.", "verdict", verdicts)
         self._refusals = counter(
             "refusals_total", "Refused reports, the first of a device in a round, by reason.", "reason", REASONS
@@ -115,7 +135,7 @@ class ServerMetrics:
         for command in turn.commands:
             if isinstance(command, Record):
                 records += 1
-                closed |= command.kind in _CLOSINGS
+                closed |= command.kind == "close"
                 self._recorded(command, reports.get((command.device, command.round)), turn)
             elif isinstance(command, Send) and isinstance(command.message, Receipt):
                 self._reports.labels(command.message.verdict.name.lower()).inc()
@@ -141,6 +161,9 @@ class ServerMetrics:
             self._refusals.labels(refusal_reason(record.payload.decode(errors="replace"))).inc()
         elif record.kind == "report" and report is not None:
             self._reported(record, report, turn)
+        elif record.kind == "close":
+            self._is_closing = True  # what it gave is the next entry, if it gave something
+            self._endings.labels(Closing.decode(record.payload).ending).inc()
         elif record.kind in _CLOSINGS:
             self._ended(record, _CLOSINGS[record.kind], turn)
 
@@ -159,10 +182,12 @@ class ServerMetrics:
             self._weight += report.samples
 
     def _ended(self, record: Record, phase: str, turn: Turn) -> None:
-        self._closed.labels(phase).inc()
-        _, announced_at = self._announced.get(record.round, ("", None))
-        if announced_at is not None:
-            self._round.labels(phase).observe(turn.decided - announced_at)
+        if self._is_closing:  # else it is a mask that needs no round
+            self._closed.labels(phase).inc()
+            _, announced_at = self._announced.get(record.round, ("", None))
+            if announced_at is not None:
+                self._round.labels(phase).observe(turn.decided - announced_at)
+        self._is_closing = False
         if record.kind == "update":
             if self._weight:
                 self._training_loss.set(self._loss / self._weight)
@@ -183,4 +208,4 @@ class ServerMetrics:
             accept: The request's ``Accept`` header.
         """
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        return encode(_WithoutBirths(self.registry)), content_type

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 from ..broker_server.event_log import EventLog
 from ..broker_server.health import Health
 from ..broker_server.http_endpoint import HttpEndpoint, parse_address
+from ..broker_server.live_file import noted
 from ..broker_server.run_folder import RunFolder
 from ..broker_server.server import Server
 from ..broker_server.telemetry import Telemetry, Turn, Watchers
@@ -20,9 +18,7 @@ from ..edge_runtime.service import ServiceManager
 from ..protocol.errors import ConfigError
 from .output import Output
 
-__all__ = ["LIVE_NAME", "Operations", "caught_signals"]
-
-LIVE_NAME = "live.json"
+__all__ = ["Operations", "caught_signals"]
 
 
 class _Feeder:
@@ -79,15 +75,12 @@ class Operations:
         self._health.attach(lambda: server.state, folder.journal_path)
         if self._metrics is not None:
             self._metrics.attach(lambda: server.state)
-        live = folder.path / LIVE_NAME
-        live.write_text(json.dumps({"pid": os.getpid(), "url": self.url}) + "\n")
-        self._service.ready()
-        try:
-            yield
-        finally:
-            self._service.stopping()
-            with suppress(OSError):
-                live.unlink()
+        with noted(folder.path, self.url):
+            self._service.ready()
+            try:
+                yield
+            finally:
+                self._service.stopping()
 
 
 @contextmanager
@@ -111,11 +104,3 @@ def caught_signals(server: Server) -> Iterator[list[int]]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
-
-
-def live_url(folder: Path) -> str:
-    """Address of the endpoint of whoever serves a run, as it was told when it began; empty if none is known."""
-    try:
-        return str(json.loads((folder / LIVE_NAME).read_text())["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
