@@ -34,6 +34,14 @@ def run_options(
             rich_help_panel=_ROUNDS,
         ),
     ] = None,
+    staleness: Annotated[
+        int | None,
+        typer.Option(help="Updates that a report may be late by and still count; 0: none.", rich_help_panel=_ROUNDS),
+    ] = None,
+    staleness_power: Annotated[
+        float | None,
+        typer.Option(help="A report late by A updates is scaled by (1 + A) ** -POWER.", rich_help_panel=_ROUNDS),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that a round may take.", rich_help_panel=_ROUNDS)
     ] = None,
@@ -212,6 +220,8 @@ def run_options(
         "participants": per_round,
         "quorum": quorum,
         "close_at": close_at,
+        "staleness": staleness,
+        "staleness_power": staleness_power,
         "deadline_s": deadline,
         "enrol_deadline_s": enrol_deadline,
         "patience": patience,

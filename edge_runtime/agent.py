@@ -316,7 +316,7 @@ class Agent:
                 self._send(command.channel, command.message.encode())
             elif isinstance(command, (machine.FindBlob, machine.StoreBlob)):
                 self._events.put(self._blob(command))
-            elif isinstance(command, (machine.Plan, machine.Prepare)):
+            elif isinstance(command, (machine.Plan, machine.Prepare, machine.GiveBack)):
                 self._worker.submit(command)
             elif isinstance(command, machine.Compute):
                 self._announce(command.task)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from .data import Batch, Dataset, batch_indices
 from .engine import Engine
 from .estimators import Cancelled
 from .loss import NonFiniteLossError
-from .residual_file import Residual, residual_key
+from .residual_file import Residual, carried_by, residual_key
 from .saliency import UnitShiftScorer
 
 __all__ = ["Measured", "NoSamplesError", "RoundWork", "as_over_budget", "decline_of"]
@@ -76,7 +76,8 @@ class RoundWork:
         manifest = engine.artifact.manifest
         self.run, self.engine, self.key = run, engine, residual_key(run, mask_sha256)
         # Directions of its own: those of a machine's replica cache rows and may belong to another thread.
-        self._estimator = make_estimator(training, blocks_of(training, manifest, engine.mask), seed)
+        self._blocks = blocks_of(training, manifest, engine.mask)
+        self._estimator = make_estimator(training, self._blocks, seed)
         self._fresh = self._estimator.state()
         self._scorer = UnitShiftScorer(manifest, shift=saliency.shift, draws=saliency.draws, seed=seed)
 
@@ -122,16 +123,31 @@ class RoundWork:
         def draw(step: int) -> Batch:
             return train.batch(batch_indices(seed, first + step, task.ordinal, len(train), settings.batch))
 
-        before, batch = self._restored(residual, task.round), draw(0)
+        before, batch = self._restored(residual, task), draw(0)
         request = ProbeRequest(task.weights, batch, task.round, task.ordinal, task.positions, task.sigma, later=draw)
         result = self._estimator.probe(self.engine, request, cancelled)
         after = self._estimator.state()
-        kept = Residual(self.key, task.round, before, after) if after else None
+        kept = None
+        if after:
+            kept = Residual(self.key, task.round, before, after, task.log_length, self._carried(task, result.blocks))
         return Measured(result.blocks, len(batch), result.mean_loss, result.queries, kept)
 
-    def _restored(self, residual: Residual | None, round_: int) -> bytes:
+    def _carried(self, task: Task, scalars: Sequence[NDArray[np.float32]]) -> bytes:
+        """What the scalars of all sketches took out of their residuals, which lie one behind the other."""
+        start, places, values = 0, [], []
+        for block, positions, row in zip(self._blocks, task.positions, scalars, strict=True):
+            if block.kind == "sketch":
+                places.append(start + positions)
+                values.append(row)
+                start += block.size
+        return carried_by(places, values)
+
+    def _restored(self, residual: Residual | None, task: Task) -> bytes:
         """Put the estimator into the state from which a round is measured, also when it is measured again."""
-        state = residual.state_for(round_) if residual is not None and residual.key == self.key else b""
+        is_ours = residual is not None and residual.key == self.key
+        state = (
+            residual.state_for(task.round, task.log_length, task.recent) if residual is not None and is_ours else b""
+        )
         try:
             self._estimator.restore(state or self._fresh)
         except ProtocolError as error:

@@ -1,10 +1,12 @@
 """The thread that computes: plans memory, opens the engine, measures. Whatever goes wrong becomes an answer.
 
-Commands are carried out one after another, in the order in which they were given, and each gets exactly one answer.
+Commands are carried out one after another, in the order in which they were given. Each gets exactly one answer, but for
+those that give a residual back what did not count.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
@@ -16,6 +18,7 @@ from ..protocol.device_events import (
     Computed,
     DeviceEvent,
     Failed,
+    GiveBack,
     Outcome,
     OverBudget,
     Plan,
@@ -71,7 +74,7 @@ class Worker:
         self._load_data, self._blobs, self._answer, self._limits = load_data, blobs, answer, limits
         self.plans: tuple[MemoryPlan, ...] = ()
         self.layout = ""
-        self._commands: queue.SimpleQueue[Plan | Prepare | Compute | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Plan | Prepare | Compute | GiveBack | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="fedzo-worker", daemon=True)
         self._submitted = 0
         self._cancelled = 0  # tasks up to this number are not wanted; written by the caller, read by the thread
@@ -81,6 +84,7 @@ class Worker:
         self._dataset: tuple[tuple[int, ...], int, Dataset] | None = None
         self._work: RoundWork | None = None
         self._residual: Residual | None = None
+        self._lost_round = -1
         self._arena_bytes = 0
         self._is_lowered = False
         self._has_batches = False
@@ -90,8 +94,8 @@ class Worker:
         """Start the thread."""
         self._thread.start()
 
-    def submit(self, command: Plan | Prepare | Compute) -> None:
-        """Queue a command; its answer is given later."""
+    def submit(self, command: Plan | Prepare | Compute | GiveBack) -> None:
+        """Queue a command; its answer is given later, but for :class:`GiveBack`."""
         if isinstance(command, Compute):
             self._submitted = command.task.number
         self._commands.put(command)
@@ -114,6 +118,10 @@ class Worker:
         while (command := self._commands.get()) is not None:
             if self._closing:
                 break
+            if isinstance(command, GiveBack):
+                self._lost_round = command.round
+                self._give_back()
+                continue
             if isinstance(command, Compute):
                 self._answer(Computed(command.task.number, self._outcome(command.task)))
                 continue
@@ -196,7 +204,16 @@ class Worker:
         self._work = RoundWork(run, engine, command.mask_sha256)
         if self._residual is None or self._residual.key != self._work.key:
             self._residual = self._residuals.load(self._work.key) if self._residuals is not None else None
+            self._give_back()  # The receipt of an earlier session's report may have come before.
         return Prepared(run.run, command.mask_sha256)
+
+    def _give_back(self) -> None:
+        """The report of the lost round did not count; what it carried belongs to the residual again."""
+        residual = self._residual
+        if residual is not None and residual.round == self._lost_round and not residual.is_lost:
+            self._residual = dataclasses.replace(residual, is_lost=True)
+            if self._residuals is not None:
+                self._residuals.save(self._residual)
 
     def _outcome(self, task: Task) -> Outcome | None:
         started = time.monotonic()

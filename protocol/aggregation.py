@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .aggregation_rules import AggregationSettings, aggregate, clip_rows
-from .blocks import Deal
+from .blocks import Block, Deal
 from .directions import round_coefficients
 from .errors import ProtocolError
 from .manifest import Manifest
@@ -26,10 +26,12 @@ __all__ = [
     "MAX_PARTICIPANTS",
     "Evaluation",
     "average_blocks",
+    "block_estimates",
     "check_report",
     "combine_probes",
     "combine_scores",
     "evaluate_reports",
+    "round_block",
 ]
 
 MAX_PARTICIPANTS = 24_000  # with every second one missing, segments and scalars still fit one update
@@ -122,31 +124,43 @@ def combine_probes(
     Raises:
         QuorumError: There are fewer reports than the rule needs.
     """
-    segments: list[tuple[int, int]] = []
-    parts: list[NDArray[np.float64]] = []
+    found = block_estimates(deals, reports, rule)
+    segments = tuple(place for places, _ in found for place in places)
+    return segments, np.concatenate([round_block(d.block, part) for d, (_, part) in zip(deals, found, strict=True)])
+
+
+def block_estimates(
+    deals: Sequence[Deal], reports: Sequence[tuple[int, Report]], rule: AggregationSettings
+) -> list[tuple[list[tuple[int, int]], NDArray[np.float64]]]:
+    """Segments and coefficients of every block, not rounded yet; see :func:`combine_probes`."""
+    found: list[tuple[list[tuple[int, int]], NDArray[np.float64]]] = []
     ordered = sorted(reports, key=lambda item: item[0])
     shared = _combine_shared(deals, [report for _, report in ordered], rule)
     for number, deal in enumerate(deals):
         first = deal.block.offset + deal.first
         if deal.n_slots == 1:
             mean = shared[number] / deal.k if deal.block.kind == "probe" else shared[number]
-            if deal.block.kind == "sketch":
-                mean = round_to_halves(round_coefficients(mean)).astype(np.float64)
-            parts.append(mean)
-            segments.append((first, deal.k))
+            found.append(([(first, deal.k)], mean))
             continue
         rows = [report.blocks[number].astype(np.float64) for _, report in ordered]
         if rule.clip != "none":
             rows = list(clip_rows(rule, np.array(rows)))
         dealt = sorted(zip((deal.slot(rank) for rank, _ in ordered), rows, strict=True), key=lambda item: item[0])
-        for slot, row in dealt:
+        segments: list[tuple[int, int]] = []
+        for slot, _ in dealt:
             start = first + slot * deal.k
             if segments and sum(segments[-1]) == start:
                 segments[-1] = (segments[-1][0], segments[-1][1] + deal.k)
             else:
                 segments.append((start, deal.k))
-            parts.append(row / (len(dealt) * deal.k))
-    return tuple(segments), round_coefficients(np.concatenate(parts))
+        found.append((segments, np.concatenate([row / (len(dealt) * deal.k) for _, row in dealt])))
+    return found
+
+
+def round_block(block: Block, values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Coefficients of a block as they travel: those of a sketch also fit a row of halves."""
+    rounded = round_coefficients(values)
+    return round_coefficients(round_to_halves(rounded).astype(np.float64)) if block.kind == "sketch" else rounded
 
 
 def _combine_shared(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .device_events import DeviceCommand, DropReport, SaveReport, Send
+from .device_events import DeviceCommand, DropReport, GiveBack, SaveReport, Send
 from .documents import Announcement, RunDocument
-from .messages import Receipt, Report
+from .messages import Receipt, Report, ReportKind, Verdict
 from .repeater import Repeater
 from .topics import Channel
 
@@ -25,6 +25,7 @@ class Delivery:
     def __init__(self, outbox: tuple[str, Report] | None, *, retry_s: float) -> None:
         self.answered = -1
         self._outbox = outbox
+        self._run: RunDocument | None = None
         self._repeater = Repeater(retry_s)
 
     @property
@@ -44,6 +45,7 @@ class Delivery:
     def start_run(self, run: RunDocument) -> list[DeviceCommand]:
         """Another run: nobody waits for a report of the one before."""
         self.answered = -1
+        self._run = run
         return self._drop() if self._outbox is not None and self._outbox[0] != run.run else []
 
     def put(self, run: RunDocument, report: Report) -> list[DeviceCommand]:
@@ -58,16 +60,30 @@ class Delivery:
         if report is None or (report.run_tag, report.round) != (receipt.run_tag, receipt.round):
             return []
         self.answered = max(self.answered, receipt.round)  # also by an earlier session
-        return self._drop()
+        counts = bool(report.blocks) and receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE)
+        return [*self._drop(), *([] if counts else self.give_back(report.kind, report.round))]
+
+    def give_back(self, kind: ReportKind, round_: int) -> list[DeviceCommand]:
+        """What a round's scalars carried did not count: where a sketch keeps a residual it goes back into that."""
+        keeps = self._run is not None and self._run.training.keeps_residual
+        return [GiveBack(round_)] if keeps and kind is ReportKind.PROBE else []
 
     def steps(self, head: Announcement | None, now: float) -> list[DeviceCommand]:
-        """Send it if that is due; drop it if its round is over."""
+        """Send it if that is due; drop it if its round is over and nothing depends on what became of it.
+
+        A late report may still count, and what is in a residual depends on whether it did: then only the receipt tells.
+        """
         if self._outbox is None:
             return []
         report = self._outbox[1]
-        if head is not None and head.round > report.round:
+        if head is not None and head.round > report.round and not self._must_know(head, report):
             return self._drop()
         return [Send(Channel.REPORT, report)] if self._repeater.is_due(now) else []
+
+    def _must_know(self, head: Announcement, report: Report) -> bool:
+        if self._run is None or head.phase == "done" or report.kind is not ReportKind.PROBE:
+            return False
+        return self._run.settings.staleness > 0 or self._run.training.keeps_residual
 
     def _drop(self) -> list[DeviceCommand]:
         self._outbox = None

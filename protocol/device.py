@@ -54,7 +54,7 @@ from .parts import Parts
 from .preparation import Preparation
 from .repeater import Repeater
 from .run_files import RunFiles
-from .tasks import make_report, make_task
+from .tasks import is_wanted, make_report, make_task
 from .topics import Channel
 from .transfers import BlobBlock, LogSlice
 from .update import Replica
@@ -94,21 +94,19 @@ class Device:
         self._out: list[DeviceCommand] = []
         self._tasks = 0
         self._now = 0.0
-        self.stage = "offline"
-        self.finished = False
+        self.stage, self.finished = "offline", False
         self._forget_run()
 
     def _forget_run(self) -> None:
         self._run: RunDocument | None = None
         self._head: Announcement | None = None
         self._other_head: Announcement | None = None
-        self._is_enrolled = False
+        self._is_enrolled = self._is_cancelled = False
         self._ordinal: int | None = None
         self._files: RunFiles | None = None
         self._preparation: Preparation | None = None
         self._followed_mask: str | None = None
         self._computing: Task | None = None
-        self._is_cancelled = False
         self._follower: LogFollower | None = None
 
     @property
@@ -245,8 +243,10 @@ class Device:
             return
         if outcome.decline is Decline.OVER_BUDGET:
             self._preparation.over_budget(self._run.run, outcome.detail)
-        if self._head is not None and task.round >= self._head.round:  # Else the round closed without us.
+        if self._head is not None and is_wanted(task, self._run, self._head):
             self._report(self._run, self._preparation, task, outcome)
+        else:  # The round closed without us.
+            self._out += self._delivery.give_back(task.kind, task.round)
 
     def _report(self, run: RunDocument, preparation: Preparation, task: Task, outcome: Outcome) -> None:
         report = make_report(run, task, outcome, self._hello.session, preparation.micro_batch)
@@ -272,7 +272,7 @@ class Device:
         self._out += self._delivery.steps(self._head, now)
         if self._heartbeat.is_due(now):  # A broker may lose even what it retained.
             self._say(self._presence.status, detail=self._presence.detail)
-        if self._computing is not None and self._head is not None and self._computing.round != self._head.round:
+        if self._computing is not None and self._head and not is_wanted(self._computing, self._run, self._head):
             self._cancel()
         run, files, preparation, head = self._run, self._files, self._preparation, self._head
         if self._artifact_missing(preparation, files, now):
@@ -281,7 +281,7 @@ class Device:
         if head is None or head.phase == "enrol" or self._mask_missing(run, files, preparation, head, now):
             return  # A replica of the dense weights may never be needed.
         if self._follower is not None and not self._is_behind(self._follower, head, now):
-            self._work(run, preparation, head, self._follower.replica)
+            self._work(run, preparation, head, self._follower)
 
     def _artifact_missing(self, preparation: Preparation, files: RunFiles, now: float) -> bool:
         """Fetch the manifest, plan, fetch the graphs, in this order: a plan that does not fit loads nothing."""
@@ -329,7 +329,7 @@ class Device:
             self._out.append(Send(Channel.GET, request))
         return True
 
-    def _work(self, run: RunDocument, preparation: Preparation, head: Announcement, replica: Replica) -> None:
+    def _work(self, run: RunDocument, preparation: Preparation, head: Announcement, follower: LogFollower) -> None:
         if self._computing is not None:
             self.stage = "computing"
         elif head.phase == "done":
@@ -344,7 +344,7 @@ class Device:
                 self._say(self._presence.status, detail=preparation.detail)  # until a smaller micro-batch is ordered
             if head.round <= self._delivery.answered or self._ordinal is None:
                 return
-            task = make_task(run, head, self._ordinal, self._tasks + 1, replica)
+            task = make_task(run, head, self._ordinal, self._tasks + 1, follower.replica, follower.recent)
             if task is not None and preparation.is_over_budget:
                 self._tasks = task.number
                 outcome = Outcome((), 0, decline=Decline.OVER_BUDGET, detail=preparation.detail)

@@ -29,6 +29,7 @@ __all__ = [
     "Failed",
     "FindBlob",
     "Finish",
+    "GiveBack",
     "Outcome",
     "OverBudget",
     "Plan",
@@ -276,6 +277,8 @@ class Task:
             keeps one.
         weights_digest: Digest of those weights, 16 bytes.
         sigma: Length scale of the directions, a float32 value; 0 for the settings'.
+        log_length: Updates before the round.
+        recent: Place in the log and round of the latest of them.
     """
 
     number: int
@@ -286,6 +289,8 @@ class Task:
     weights: NDArray[np.float32]
     weights_digest: bytes = bytes(16)
     sigma: float = 0.0
+    log_length: int = 0
+    recent: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,10 +319,19 @@ class DropReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The scalars of a round did not count: what they carried belongs into the estimator's residual again."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Leave: everything is done, or ``error`` says why not."""
 
     error: FedzoError | None = None
 
 
-DeviceCommand = Send | FindBlob | StoreBlob | Plan | Prepare | Compute | Cancel | SaveReport | DropReport | Finish
+DeviceCommand = (
+    Send | FindBlob | StoreBlob | Plan | Prepare | Compute | Cancel | SaveReport | DropReport | GiveBack | Finish
+)

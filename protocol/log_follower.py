@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from .documents import Announcement
 from .errors import ProtocolError, SelfTestError
 from .messages import UpdateRecord
@@ -11,6 +13,7 @@ from .update import Replica
 
 __all__ = ["LogFollower"]
 
+REMEMBERED = 32
 REQUEST_RECORDS = 1024
 REQUEST_ENTRIES = 1 << 26
 """Weights that the records of one request may touch, counted once a record.
@@ -33,6 +36,7 @@ class LogFollower:
 
     Attributes:
         replica: The weights; updated in place.
+        recent: Place in the log and round of the latest records.
     """
 
     def __init__(self, replica: Replica, *, retry_s: float) -> None:
@@ -41,6 +45,7 @@ class LogFollower:
         self._is_expecting = False
         self._latest_round = -1
         self._divergences = 0
+        self.recent: deque[tuple[int, int]] = deque(maxlen=REMEMBERED)
 
     @property
     def wakeup(self) -> float | None:
@@ -116,6 +121,7 @@ class LogFollower:
             self._start_over(error.message)
             return False
         self._latest_round = record.round
+        self.recent.append((record.index, record.round))
         return True
 
     def _start_over(self, detail: str) -> None:
@@ -124,5 +130,6 @@ class LogFollower:
             raise SelfTestError(f"replaying the log fails: {detail}", hint="run fedzo-device doctor")
         self.replica.restore_from_start()
         self._latest_round = -1
+        self.recent.clear()
         # The next request waits for its time, so that a repeated answer does not count as a second failure.
         self._is_expecting = False

@@ -21,6 +21,7 @@ from .errors import ProtocolError
 from .scalar_rows import ROW_PREFIX_BYTES, pack_row, unpack_row
 from .wire import (
     COUNT,
+    MAX_AGE,
     MAX_PAYLOAD_BYTES,
     MAX_SCALARS,
     RUN_TAG_BYTES,
@@ -181,7 +182,7 @@ class Report:
 
 
 _UPDATE = struct.Struct("<BBHIIf16s16sI")
-_SEGMENT = struct.Struct("<QI")
+_SEGMENT = struct.Struct("<QHH")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +193,14 @@ class UpdateRecord:
         index: Position in the log, from 0.
         round: Round whose seed words made the directions.
         learning_rate: A float32 value.
-        segments: ``(first position, count)`` runs, ascending and disjoint; position ``p`` of block ``b`` counts as
-            ``b * 2**60 + p``.
+        segments: ``(first position, count)`` runs; position ``p`` of block ``b`` counts as ``b * 2**60 + p``. Blocks
+            ascend, in a block ages, and of one age positions, which are disjoint.
         coefficients: ``float32[sum of counts]``, rounded by the server; the gradient of a block is the sum of its
             coefficients times directions. Read-only.
         parent: Chain digest of the log before this record, 16 bytes.
         digest: Digest of the weights after it, 16 bytes.
+        ages: Of every segment, how many records ago its round made one: its directions are that round's. Empty if all
+            are of this round.
     """
 
     index: int
@@ -207,6 +210,7 @@ class UpdateRecord:
     coefficients: NDArray[np.float32]
     parent: bytes
     digest: bytes
+    ages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_unsigned("index", self.index, 32)
@@ -217,21 +221,31 @@ class UpdateRecord:
             raise ProtocolError(f"the learning rate {self.learning_rate!r} is not a finite float32 value")
         if not 1 <= len(self.segments) <= MAX_SEGMENTS:
             raise ProtocolError(f"an update has 1 to {MAX_SEGMENTS} segments, not {len(self.segments)}")
-        end = 0
-        for first, count in self.segments:
-            if count < 1 or first < end or first + count > MAX_BLOCKS * MAX_POSITION:
-                raise ProtocolError("the segments of an update are not ascending, disjoint and below 2**63")
-            if first // MAX_POSITION != (first + count - 1) // MAX_POSITION:
-                raise ProtocolError("a segment of an update lies in two blocks")
-            end = first + count
+        self._check_order()
         total = sum(count for _, count in self.segments)
         if total > MAX_SCALARS or total != self.coefficients.size:
             raise ProtocolError(f"{total} positions and {self.coefficients.size} coefficients (limit {MAX_SCALARS})")
         if (size := update_bytes(len(self.segments), total)) > MAX_UPDATE_BYTES:
             raise ProtocolError(f"an update of {size} bytes is over the limit of {MAX_UPDATE_BYTES}")
 
+    def _check_order(self) -> None:
+        if self.ages and (len(self.ages) != len(self.segments) or not any(self.ages)):
+            raise ProtocolError(f"{len(self.segments)} segments have {len(self.ages)} ages")
+        before, end = (0, 0), 0
+        for (first, count), age in zip(self.segments, self.ages or [0] * len(self.segments), strict=True):
+            group = first // MAX_POSITION, age
+            if group > before:
+                before, end = group, 0
+            if count < 1 or first < end or group < before or first + count > MAX_BLOCKS * MAX_POSITION:
+                raise ProtocolError("the segments of an update are not ascending, disjoint and below 2**63")
+            if group[0] != (first + count - 1) // MAX_POSITION:
+                raise ProtocolError("a segment of an update lies in two blocks")
+            if not 0 <= age <= MAX_AGE:
+                raise ProtocolError(f"a segment of an update is {age} updates old, the limit is {MAX_AGE}")
+            end = first + count
+
     def positions(self) -> NDArray[np.int64]:
-        """All positions in ascending order: ``int64[sum of counts]``."""
+        """All positions in the order of segments: ``int64[sum of counts]``."""
         return np.concatenate([np.arange(count, dtype=np.int64) + first for first, count in self.segments])
 
     def encode(self) -> bytes:
@@ -248,7 +262,9 @@ class UpdateRecord:
             self.coefficients.size,
         )
         rows = np.split(self.coefficients, np.cumsum(_row_lengths(self.segments))[:-1])
-        return head + b"".join(_SEGMENT.pack(*s) for s in self.segments) + b"".join(pack_row(row) for row in rows)
+        ages = self.ages or (0,) * len(self.segments)
+        places = (_SEGMENT.pack(*segment, age) for segment, age in zip(self.segments, ages, strict=True))
+        return head + b"".join(places) + b"".join(pack_row(row) for row in rows)
 
     @classmethod
     def decode(cls, data: bytes) -> UpdateRecord:
@@ -257,7 +273,8 @@ class UpdateRecord:
         start = _UPDATE.size + n_segments * _SEGMENT.size
         if count > MAX_SCALARS or n_segments < 1 or len(data) < start:
             raise ProtocolError(f"an update of {len(data)} bytes does not hold {n_segments} segments, {count} scalars")
-        segments = tuple(_SEGMENT.iter_unpack(data[_UPDATE.size : start]))
+        places = list(_SEGMENT.iter_unpack(data[_UPDATE.size : start]))
+        segments, ages = tuple((first, n) for first, n, _ in places), tuple(age for _, _, age in places)
         if sum(n for _, n in segments) != count:
             raise ProtocolError(f"an update has {sum(n for _, n in segments)} positions and {count} coefficients")
         rows, rest = [], memoryview(data)[start:]
@@ -269,7 +286,7 @@ class UpdateRecord:
             raise ProtocolError(f"an update of {count} coefficients has {len(rest)} bytes too many")
         coefficients = np.concatenate(rows) if len(rows) > 1 else rows[0]
         coefficients.flags.writeable = False
-        return cls(index, round_, rate, segments, coefficients, parent, digest)
+        return cls(index, round_, rate, segments, coefficients, parent, digest, ages if any(ages) else ())
 
 
 def _row_lengths(segments: Sequence[tuple[int, int]]) -> list[int]:

@@ -1,7 +1,8 @@
 """One open round: what is announced, who has answered, who may still answer.
 
 A round closes when every participant that is alive has answered and the quorum is met, at the deadline with the
-quorum, or as soon as enough have answered, if the settings say how many that is (:mod:`.selection`). Under the quorum the deadline starts again; participants that cannot come back are replaced by a new round.
+quorum, or as soon as enough have answered, if the settings say how many that is (:mod:`.selection`). Under the quorum
+the deadline starts again; participants that cannot come back are replaced by a new round.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .messages import KINDS, Decline, Report, Verdict
 from .roster import Roster
 from .score_checks import checked_ranks
 from .settings import RunSettings
+from .staleness import LateReports
 
 __all__ = ["Ending", "OpenRound"]
 
@@ -40,8 +42,11 @@ class OpenRound:
         roster: All devices.
         settings: Of the run.
         deals: The positions that it hands out; none unless weights are trained.
+        late: Reports of earlier rounds that count in its update.
 
     Attributes:
+        head: Its announcement.
+        deals: As given.
         deadline: When it is over; None until it is set, or until the first event after a restart.
         participants: Device ids in the order of ordinals.
         reports: Accepted reports by device id, those that declined included.
@@ -51,10 +56,18 @@ class OpenRound:
         unchecked: Devices whose scores the server is to compute again.
     """
 
-    def __init__(self, head: Announcement, roster: Roster, settings: RunSettings, deals: Sequence[Deal] = ()) -> None:
-        self._head = head
+    def __init__(
+        self,
+        head: Announcement,
+        roster: Roster,
+        settings: RunSettings,
+        deals: Sequence[Deal] = (),
+        late: LateReports | None = None,
+    ) -> None:
+        self.head = self._head = head
         self._settings = settings
-        self._deals = tuple(deals)
+        self.deals = self._deals = tuple(deals)
+        self._late = late if head.phase == "train" else None
         self._roster = roster
         self.deadline: float | None = None
         self.participants = tuple(roster.names_of(head.participants))
@@ -172,7 +185,7 @@ class OpenRound:
                     self.is_overdue, self.deadline = True, now + self._settings.deadline_s
                 return "wait"
             return "close" if over or self.is_overdue or not is_waiting else "wait"
-        if self.n_usable >= quorum and (over or not is_waiting or self._is_enough()):
+        if self.n_counted >= quorum and (over or not is_waiting or self._is_enough()):
             return "close"
         if self.all_answered() and not self.unchecked:
             if any(member.name not in self.participants for member in self._roster.ready()):
@@ -181,7 +194,15 @@ class OpenRound:
         return "missed" if over else "wait"
 
     def _is_enough(self) -> bool:
-        return 0 < self._settings.close_at <= self.n_usable and not self.unchecked
+        return 0 < self._settings.close_at <= self.n_counted and not self.unchecked
+
+    @property
+    def n_counted(self) -> int:
+        """Devices that its update would hear of, by a report of this round or a late one."""
+        if self._late is None or not self._late.devices:
+            return self.n_usable
+        fresh = {name for name, report in self.reports.items() if report.blocks}
+        return self.n_usable + len(self._late.devices - fresh)
 
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""
@@ -202,7 +223,7 @@ class OpenRound:
     def too_few(self, quorum: int, deadlines: int) -> QuorumError:
         """The error for a round that never got its quorum."""
         return QuorumError(
-            f"round {self._head.round}: {self.n_usable} reports after {deadlines} deadlines, the quorum is {quorum}",
+            f"round {self._head.round}: {self.n_counted} reports after {deadlines} deadlines, the quorum is {quorum}",
             hint="start more devices and resume the run",
         )
 
@@ -210,7 +231,7 @@ class OpenRound:
         """The error for a round in which everybody answered and too few could compute."""
         reasons = sorted({r.decline.name.lower() for r in self.reports.values() if r.decline is not Decline.NONE})
         hint = "lower --learning-rate or --sigma" if "non_finite" in reasons else "see the devices' own logs"
-        usable, count = self.n_usable, len(self.participants)
+        usable, count = self.n_counted, len(self.participants)
         detail = f" ({', '.join(reasons)})" if reasons else ""
         return QuorumError(
             f"round {self._head.round}: {usable} of {count} devices could answer{detail}, the quorum is {quorum}",

@@ -10,7 +10,14 @@ from .manifest import Manifest
 from .mask import Mask
 from .update import Replica
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "start_replica"]
+
+
+def start_replica(run: RunDocument, manifest: Manifest, mask: Mask) -> Replica:
+    """The weights at the start of a run's log."""
+    settings, blocks = run.settings, blocks_of(run.training, manifest, mask)
+    optimiser = run.training.optimiser
+    return Replica(manifest.layout, mask, manifest.seed, settings.seed, blocks, optimiser, settings.staleness)
 
 
 class Parts:
@@ -38,6 +45,4 @@ class Parts:
 
     def replica(self, run: RunDocument, manifest: Manifest, mask: Mask) -> Replica:
         """The weights at the start of a run's log."""
-        training = run.training
-        blocks = blocks_of(training, manifest, mask)
-        return Replica(manifest.layout, mask, manifest.seed, run.settings.seed, blocks, training.optimiser)
+        return start_replica(run, manifest, mask)

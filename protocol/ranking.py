@@ -109,10 +109,19 @@ class CoordinateRanking:
         """
         del round_
         k = len(positions)
-        if not 0 < k <= self.size or int(positions[0]) != 0 or int(positions[-1]) != k - 1:
+        if not 0 < k <= self.size:
+            raise ProtocolError(f"a sketch has the positions 0 to k - 1 of {self.size} weights, not {positions}")
+        return self.combine_at(self.chosen(k), positions, coefficients)
+
+    def combine_at(
+        self, coordinates: NDArray[np.int64], positions: NDArray[np.int64], coefficients: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """:meth:`combine` for the coordinates of an earlier round, ``int64[k]``."""
+        k = len(positions)
+        if k != len(coordinates) or int(positions[0]) != 0 or int(positions[-1]) != k - 1:
             raise ProtocolError(f"a sketch has the positions 0 to k - 1 of {self.size} weights, not {positions}")
         out = np.zeros(self.size, np.float32)
-        out[self.chosen(k)] = coefficients
+        out[coordinates] = coefficients
         return out
 
     def advance(self, coefficients: NDArray[np.float32]) -> None:

@@ -92,7 +92,7 @@ class RangeTest:
 
 
 def range_test_settings(settings: RunSettings) -> RunSettings:
-    """The range test in front of a run; it evaluates nothing and keeps no average."""
+    """The range test in front of a run; it evaluates nothing, keeps no average and counts no late reports."""
     training = dataclasses.replace(
         settings.training,
         rounds=settings.tune_rounds,
@@ -103,7 +103,7 @@ def range_test_settings(settings: RunSettings) -> RunSettings:
         warmup=0,
         k_max=0,
     )
-    return dataclasses.replace(settings, training=training, evaluate_every=0, tune_rounds=0)
+    return dataclasses.replace(settings, training=training, evaluate_every=0, tune_rounds=0, staleness=0)
 
 
 def with_found_rate(settings: RunSettings, test: RangeTest) -> RunSettings:

@@ -13,19 +13,22 @@ from typing import Any
 import numpy as np
 
 from .adaptation import Adaptation
-from .aggregation import MAX_PARTICIPANTS, combine_probes, combine_scores, evaluate_reports
-from .blocks import Deal, blocks_of, deal
+from .aggregation import MAX_PARTICIPANTS, combine_scores, evaluate_reports
+from .blocks import Deal
 from .coordinator_events import ServerEvaluated
-from .documents import Announcement, Phase, RunDocument, pack_participants, unpack_participants
+from .dealing import deals_of
+from .documents import Announcement, Phase, RunDocument, pack_participants
 from .errors import FedzoError, ProtocolError
 from .layer_densities import read_mask
 from .manifest import Manifest
 from .mask import Mask
 from .mask_choice import check_pruning, federated_mask, mask_from_seed
 from .messages import Report, UpdateRecord
+from .parts import start_replica
 from .rate_finder import RangeTest
 from .roster import Member
 from .selection import select
+from .staleness import Group, combine_groups
 from .update import Replica
 
 __all__ = ["EvaluationRecord", "RunProgress"]
@@ -64,12 +67,8 @@ class RunProgress:
     def _set_mask(self, mask: Mask, encoded: bytes) -> None:
         self.mask, self._mask_size = mask, len(encoded)
         self.mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
-        training, manifest = self._run.training, self._manifest
-        blocks = blocks_of(training, manifest, mask)
-        self.replica = Replica(
-            manifest.layout, mask, manifest.seed, self._run.settings.seed, blocks, training.optimiser
-        )
-        self._adaptation = Adaptation(training)
+        self.replica = start_replica(self._run, self._manifest, mask)
+        self._adaptation = Adaptation(self._run.training)
 
     @property
     def awaits_mask(self) -> bool:
@@ -99,7 +98,8 @@ class RunProgress:
             ready: Devices that it can count on, in the order of ordinals; :func:`~.selection.select` draws from them.
                 The more blocks there are, the fewer devices one update has room for.
         """
-        settings, most = self._run.settings, MAX_PARTICIPANTS // len(self.replica.blocks)
+        settings = self._run.settings
+        most = MAX_PARTICIPANTS // (len(self.replica.blocks) * (1 + settings.staleness))
         members = select(settings.seed, round_, ready, wanted=settings.participants, most=most)
         has_log = phase != "saliency"
         return Announcement(
@@ -119,12 +119,7 @@ class RunProgress:
 
     def deals(self, head: Announcement) -> tuple[Deal, ...]:
         """The positions that an announced round hands out; none unless weights are trained."""
-        if head.phase != "train":
-            return ()
-        n_devices, training = max(1, unpack_participants(head.participants).size), self._run.training
-        return deal(
-            self.replica.blocks, training.assignment, head.log_length, n_devices, k=head.k, k_max=training.k_max
-        )
+        return deals_of(self._run.settings, self.replica.blocks, head)
 
     def digest_for(self, phase: Phase) -> bytes:
         """Digest of the weights that a round of this phase is measured with, 16 bytes."""
@@ -145,20 +140,24 @@ class RunProgress:
             return None
         return mask_from_seed(self._manifest, self._run.settings)
 
-    def make_update(self, head: Announcement, reports: Sequence[tuple[int, Report]]) -> UpdateRecord:
+    def make_update(
+        self, head: Announcement, reports: Sequence[tuple[int, Report]], late: Sequence[Group] = ()
+    ) -> UpdateRecord:
         """The next update, applied.
 
         Args:
             head: The round's announcement.
             reports: ``(rank, report)`` of every usable report.
+            late: Those of earlier rounds.
 
         Raises:
             FedzoError: The update cannot be made; nothing has changed.
         """
-        training, index = self._run.training, self.replica.index
+        settings, training, index = self._run.settings, self._run.training, self.replica.index
+        groups = [*late, Group(0, self.deals(head), tuple(reports))] if reports else list(late)
         try:
-            segments, coefficients = combine_probes(self.deals(head), reports, self._run.settings.aggregation)
-            record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients)
+            segments, coefficients, ages = combine_groups(groups, settings.aggregation, settings.staleness_power)
+            record = self.replica.prepare(index, head.round, training.rate(index), segments, coefficients, ages)
         except ProtocolError as error:
             raise FedzoError(f"training diverged: {error.message}", hint="lower --learning-rate") from None
         self._learn(head, reports, record)

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .mask import Fill
 from .optimisers import OptimiserConfig
 from .schedules import SCHEDULES, Schedule, rate_factor
+from .wire import MAX_AGE
 
 __all__ = [
     "AggregationSettings",
@@ -191,6 +192,16 @@ class TrainingSettings:
         _check(0.0 <= self.final_rate <= 1.0, "final rate", self.final_rate, "0 to 1, relative to the peak")
         most = f"0, or k ({self.k}) to {MAX_DIRECTIONS}"
         _check(self.k_max == 0 or self.k <= self.k_max <= MAX_DIRECTIONS, "k max", self.k_max, most)
+        if (self.k_max or self.adapt_sigma) and self.estimator not in DEALING_ESTIMATORS:
+            raise ConfigError(
+                f"the estimator {self.estimator} has no directions that {'k' if self.k_max else 'sigma'} could adapt to",
+                hint="leave --k-max and --adapt-sigma away, or use --estimator stein, split or node",
+            )
+
+    @property
+    def keeps_residual(self) -> bool:
+        """Whether a device keeps what its sketches have not carried yet."""
+        return self.estimator == "node" or self.estimator in LOCAL_ESTIMATORS
 
     def _check_local_steps(self) -> None:
         steps, rate = self.local_steps, self.local_rate
@@ -232,6 +243,9 @@ class RunSettings:
         quorum: Reports that a round needs.
         close_at: Usable reports that close a round of scoring or training at once, without a wait for the others it
             asked; 0 to wait for all that may still come.
+        staleness: Updates that a report of training may be late by and still count, see ``staleness.py``.
+        staleness_power: A report that is late by ``a`` updates is scaled by ``(1 + a) ** -staleness_power``; 0 to count
+            it like the others.
         deadline_s: Time that a round may take.
         enrol_deadline_s: Time to wait for ``devices``; then ``quorum`` devices are enough.
         patience: Deadlines without quorum in a row after which the run stops (and can be resumed).
@@ -251,6 +265,8 @@ class RunSettings:
     participants: int = 0
     quorum: int = 4
     close_at: int = 0
+    staleness: int = 0
+    staleness_power: float = 0.5
     deadline_s: float = 60.0
     enrol_deadline_s: float = 300.0
     patience: int = 10
@@ -262,6 +278,11 @@ class RunSettings:
         _check(0 <= self.seed < 1 << 64, "seed", self.seed, "an unsigned 64-bit number")
         _check(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "at least 0 and below 1")
         _check(self.fill in ("zero", "init"), "fill", self.fill, "zero or init")
+        if self.fill == "init" and self.sparsity == 0.0:
+            raise ConfigError(
+                "nothing is removed at a sparsity of 0, so there is nothing to fill with initial values",
+                hint="--sparsity 0.8 or another one above 0, or leave --fill away",
+            )
         _check(1 <= self.devices <= 100_000, "devices", self.devices, "1 to 100000")
         _check(
             0 <= self.participants <= self.devices,
@@ -285,6 +306,22 @@ class RunSettings:
         _check(self.tune_rounds == 0 or 20 <= self.tune_rounds <= 100_000, "tune rounds", self.tune_rounds, least)
         _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")
         self._check_aggregation()
+        self._check_staleness()
+
+    def _check_staleness(self) -> None:
+        most, power = f"0 to {MAX_AGE} updates", self.staleness_power
+        _check(0 <= self.staleness <= MAX_AGE, "staleness", self.staleness, most)
+        _check(0.0 <= power <= 10.0, "staleness power", power, "0 to 10")
+        if self.staleness and not self.aggregation.is_plain:
+            raise ConfigError(
+                "late reports cannot be compared with others, as their directions are of another round",
+                hint="--staleness 0, or --rule mean without --clip",
+            )
+        if self.staleness and self.training.k_max:
+            raise ConfigError(
+                "the directions of a round are adapted to what its reports agree on, late ones tell nothing about it",
+                hint="--staleness 0, or --k-max 0",
+            )
 
     def _check_aggregation(self) -> None:
         rule, training = self.aggregation, self.training

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import deal
+from .dealing import deals_of
 from .device_events import Outcome, Task
 from .documents import Announcement, RunDocument, unpack_participants
 from .errors import ProtocolError
 from .messages import KINDS, Decline, Report, ReportKind
 from .update import Replica
 
-__all__ = ["make_report", "make_task"]
+__all__ = ["is_wanted", "make_report", "make_task"]
 
 
-def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, replica: Replica) -> Task | None:
+def make_task(
+    run: RunDocument,
+    head: Announcement,
+    ordinal: int,
+    number: int,
+    replica: Replica,
+    recent: Iterable[tuple[int, int]] = (),
+) -> Task | None:
     """What the announced round asks of a device.
 
     Args:
@@ -26,6 +34,7 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
         ordinal: The device's number in the run.
         number: Of the task.
         replica: At the round's weights.
+        recent: Place in the log and round of its latest updates.
 
     Returns:
         The task, or None if the round has no work for this device.
@@ -42,16 +51,31 @@ def make_task(run: RunDocument, head: Announcement, ordinal: int, number: int, r
         return None
     positions: tuple[NDArray[np.int64], ...] = ()
     if kind is ReportKind.PROBE:
-        training = run.training
-        deals = deal(replica.blocks, training.assignment, head.log_length, members.size, k=head.k, k_max=training.k_max)
         positions = tuple(
             replica.coordinates(one.block.number, one.k)
             if one.block.kind == "sketch"
             else one.positions(one.slot(rank))
-            for one in deals
+            for one in deals_of(run.settings, replica.blocks, head)
         )
     weights, digest = replica.evaluated() if kind is ReportKind.EVALUATE else (replica.weights.copy(), replica.digest)
-    return Task(number, kind, head.round, ordinal, positions, weights, digest, head.sigma)
+    return Task(
+        number, kind, head.round, ordinal, positions, weights, digest, head.sigma, head.log_length, tuple(recent)
+    )
+
+
+def is_wanted(task: Task, run: RunDocument, head: Announcement) -> bool:
+    """Whether the server can still use what comes of a task: its round is open, or made one of the latest updates.
+
+    Args:
+        task: Of this run.
+        run: The run.
+        head: The latest announcement.
+    """
+    if task.round >= head.round:
+        return True
+    if task.kind is not ReportKind.PROBE or head.log_length >= run.training.rounds:
+        return False
+    return 1 <= head.log_length - task.log_length <= run.settings.staleness
 
 
 def make_report(run: RunDocument, task: Task, outcome: Outcome, session: int, micro_batch: int) -> Report:

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Block, directions_of
+from .blocks import Block, directions_of, sketch_k
 from .directions import MAX_POSITION, Directions, round_coefficients
 from .errors import ProtocolError
 from .layout import Layout, initial_weights
@@ -27,6 +27,7 @@ from .mask import Mask
 from .messages import UpdateRecord
 from .moving_average import MovingAverage
 from .optimisers import Optimiser, OptimiserConfig
+from .past_rounds import PastRound, PastRounds
 from .ranking import CoordinateRanking
 
 __all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estimate_gradient", "weights_digest"]
@@ -34,6 +35,7 @@ __all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estim
 DIGEST_BYTES = 16
 _SNAPSHOT = struct.Struct("<4sII16s16s16s")
 _SNAPSHOT_MAGIC = b"FZS1"
+_NOTHING = PastRounds(0, ())
 
 
 def weights_digest(weights: NDArray[np.float32]) -> bytes:
@@ -47,7 +49,13 @@ def chain_digest(parent: bytes, record: bytes) -> bytes:
 
 
 def empty_log_digest(
-    layout: Layout, mask: Mask, manifest_seed: int, run_seed: int, blocks: Sequence[Block], optimiser: OptimiserConfig
+    layout: Layout,
+    mask: Mask,
+    manifest_seed: int,
+    run_seed: int,
+    blocks: Sequence[Block],
+    optimiser: OptimiserConfig,
+    staleness: int = 0,
 ) -> bytes:
     """Head of a log without records. It covers every setting of the replay, so that two sides whose settings differ
     disagree from the first record on instead of drifting apart.
@@ -65,44 +73,63 @@ def empty_log_digest(
         "blocks": [[b.number, b.first, b.size, b.kind, b.family] for b in blocks],
         "optimiser": optimiser.to_json(),
     }
+    if staleness:
+        settings["staleness"] = staleness
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
 
 
 def estimate_gradient(
-    blocks: Sequence[Block], directions: Sequence[Directions | CoordinateRanking], record: UpdateRecord
+    blocks: Sequence[Block],
+    directions: Sequence[Directions | CoordinateRanking],
+    record: UpdateRecord,
+    past: PastRounds = _NOTHING,
 ) -> NDArray[np.float32]:
     """Sum of coefficient times direction over the positions of every block; zeros where a block has none.
+
+    What is of one age is summed by itself; the sums are added in the order of ages.
 
     Args:
         blocks: Of the run, one behind the other.
         directions: Theirs; of a sketched block the ranking after the updates before this one.
         record: The update.
+        past: The rounds before this one.
 
     Returns:
         ``float32[n_survivors]``, owned by the caller.
 
     Raises:
-        ProtocolError: A position belongs to no block.
+        ProtocolError: A position belongs to no block, or is older than the rounds that are known.
     """
     positions = record.positions()
-    parts = []
-    for block, basis, (start, stop) in zip(blocks, directions, _pieces(blocks, record), strict=True):
-        if start == stop:
-            parts.append(np.zeros(block.size, np.float32))
-            continue
-        mine = positions[start:stop] - block.offset
-        parts.append(basis.combine(record.round, mine, record.coefficients[start:stop]))
+    parts, sketch = [], 0
+    for block, basis, pieces in zip(blocks, directions, _pieces(blocks, record), strict=True):
+        total = None
+        for age, (start, stop) in pieces.items():
+            mine, coefficients = positions[start:stop] - block.offset, record.coefficients[start:stop]
+            if age == 0:
+                part = basis.combine(record.round, mine, coefficients)
+            elif isinstance(basis, CoordinateRanking):
+                part = basis.combine_at(past.at(age).coordinates[sketch], mine, coefficients)
+            else:
+                part = basis.combine(past.at(age).round, mine, coefficients)
+            total = part if total is None else np.add(total, part, out=total)
+        sketch += isinstance(basis, CoordinateRanking)
+        parts.append(np.zeros(block.size, np.float32) if total is None else total)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _pieces(blocks: Sequence[Block], record: UpdateRecord) -> list[tuple[int, int]]:
-    """Where each block's coefficients begin and end."""
-    owners = record.positions() // MAX_POSITION
-    if int(owners[-1]) >= len(blocks):
-        raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
-    ends = [0, *np.searchsorted(owners, [block.number + 1 for block in blocks]).tolist()]
-    return list(pairwise(ends))
+def _pieces(blocks: Sequence[Block], record: UpdateRecord) -> list[dict[int, tuple[int, int]]]:
+    """Where the coefficients of each block begin and end, by age."""
+    found: list[dict[int, tuple[int, int]]] = [{} for _ in blocks]
+    start = 0
+    for (first, count), age in zip(record.segments, record.ages or [0] * len(record.segments), strict=True):
+        block = first // MAX_POSITION
+        if block >= len(blocks):
+            raise ProtocolError(f"update {record.index} has coefficients for more than {len(blocks)} blocks")
+        found[block][age] = found[block].get(age, (start,))[0], start + count
+        start += count
+    return found
 
 
 class Replica:
@@ -119,6 +146,7 @@ class Replica:
         run_seed: Seed of the directions.
         blocks: Which parts of the survivors have directions of their own, from the first to the last survivor.
         optimiser_config: The optimiser, over the surviving weights.
+        staleness: How many updates ago the round of a scalar may be.
 
     Attributes:
         weights: ``float32[n_survivors]``, a read-only view that the replica updates in place.
@@ -133,6 +161,7 @@ class Replica:
         run_seed: int,
         blocks: Sequence[Block],
         optimiser_config: OptimiserConfig,
+        staleness: int = 0,
     ) -> None:
         if mask.layout != layout:
             raise ProtocolError("the mask belongs to another layout")
@@ -142,13 +171,15 @@ class Replica:
         if [(b.number, b.first) for b in blocks] != places or ends[-1:] != [mask.n_survivors]:
             raise ProtocolError(f"the blocks do not cover the {mask.n_survivors} survivors")
         self._layout, self._mask, self._manifest_seed = layout, mask, manifest_seed
-        self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, blocks, optimiser_config)
+        self._start = empty_log_digest(layout, mask, manifest_seed, run_seed, blocks, optimiser_config, staleness)
         self._weights = np.empty(mask.n_survivors, dtype=np.float32)
         front = self.blocks[0].size if len(self.blocks) > 1 else 0
         self._optimiser = Optimiser(optimiser_config, mask.n_survivors, front)
         self._average = MovingAverage(optimiser_config.ema, mask.n_survivors) if optimiser_config.ema else None
         self._directions = directions_of(blocks, run_seed)
         self._rankings = tuple(d for d in self._directions if isinstance(d, CoordinateRanking))
+        sketched = [sketch_k(block, len(blocks), 1 + staleness) for block in blocks if block.kind == "sketch"]
+        self._sketched, self._past = tuple(sketched), PastRounds(staleness, sketched)
         self.weights = self._weights.view()
         self.weights.setflags(write=False)
         self.restore_from_start()
@@ -187,7 +218,7 @@ class Replica:
 
     def gradient(self, record: UpdateRecord) -> NDArray[np.float32]:
         """:func:`estimate_gradient` of a record of this run; of a sketched block only until the record is applied."""
-        return estimate_gradient(self.blocks, self._directions, record)
+        return estimate_gradient(self.blocks, self._directions, record, self._past)
 
     def restore_from_start(self) -> None:
         """Go back to the initial weights and the empty log."""
@@ -199,6 +230,7 @@ class Replica:
             self._average.restore(0)
         for ranking in self._rankings:
             ranking.restart()
+        self._past.clear()
         self._digest, self._head = weights_digest(self._weights), self._start
 
     def apply(self, record: UpdateRecord) -> None:
@@ -225,6 +257,7 @@ class Replica:
         learning_rate: float,
         segments: tuple[tuple[int, int], ...],
         coefficients: NDArray[np.float32],
+        ages: tuple[int, ...] = (),
     ) -> UpdateRecord:
         """The server's side of :meth:`apply`: make the next record and apply it.
 
@@ -232,8 +265,9 @@ class Replica:
             index: Must be :attr:`index`.
             round_: Round whose directions were probed.
             learning_rate: A float32 value.
-            segments: ``(first position, count)`` runs, ascending and disjoint.
+            segments: ``(first position, count)`` runs, as :class:`~.messages.UpdateRecord` has them.
             coefficients: ``float32[sum of counts]`` from :func:`~.directions.round_coefficients`.
+            ages: Of the segments; empty if all are of this round.
 
         Returns:
             The record, with parent and digest filled in.
@@ -248,7 +282,8 @@ class Replica:
                 "a coefficient has more than 13 significant bits", hint="pass them to round_coefficients"
             )
         with np.errstate(over="ignore"):  # a rate beyond float32 is refused, not warned about
-            draft = UpdateRecord(index, round_, learning_rate, segments, coefficients, self._head, bytes(DIGEST_BYTES))
+            blank = bytes(DIGEST_BYTES)
+            draft = UpdateRecord(index, round_, learning_rate, segments, coefficients, self._head, blank, ages)
         self._step(draft, None)
         record = dataclasses.replace(draft, digest=self._digest)
         self._head = chain_digest(record.parent, record.encode())
@@ -274,9 +309,7 @@ class Replica:
             self._digest = digest
             if self._average is not None:
                 self._average.add(self._weights)
-            for basis, (start, stop) in zip(self._directions, _pieces(self.blocks, record), strict=True):
-                if isinstance(basis, CoordinateRanking):
-                    basis.advance(record.coefficients[start:stop])
+            self._remember(record)
             return
         np.copyto(self._weights, weights)
         self._optimiser.restore(record.index, state)
@@ -290,10 +323,20 @@ class Replica:
             hint="run the self-test (fedzo-device doctor), then fetch a snapshot",
         )
 
+    def _remember(self, record: UpdateRecord) -> None:
+        """What later updates need to know of this one; late scalars tell the rankings nothing."""
+        if self._past.limit:
+            chosen = (ranking.chosen(k) for ranking, k in zip(self._rankings, self._sketched, strict=True))
+            self._past.note(PastRound(record.round, tuple(chosen)))
+        for basis, pieces in zip(self._directions, _pieces(self.blocks, record), strict=True):
+            if isinstance(basis, CoordinateRanking):
+                start, stop = pieces.get(0, (0, 0))
+                basis.advance(record.coefficients[start:stop])
+
     @property
     def snapshot_bytes(self) -> int:
         """Length of :meth:`snapshot`."""
-        return self._snapshot_ends()[-1]
+        return self._snapshot_ends()[-1] + self._past.state_bytes(self.index)
 
     def _snapshot_ends(self) -> list[int]:
         """Where its arrays end, then each ranking."""
@@ -307,7 +350,8 @@ class Replica:
         arrays = (self._weights, *self._optimiser.state, *self._average_sums())
         header = _SNAPSHOT.pack(_SNAPSHOT_MAGIC, self._weights.size, self.index, self._start, self._head, self._digest)
         rankings = b"".join(ranking.state() for ranking in self._rankings)
-        return header + b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays) + rankings
+        values = b"".join(array.astype("<f4", copy=False).tobytes() for array in arrays)
+        return header + values + rankings + self._past.state()
 
     def _average_sums(self) -> tuple[NDArray[np.float32], ...]:
         return () if self._average is None else (self._average.sums,)
@@ -322,9 +366,12 @@ class Replica:
         arrays = 1 + moments + len(self._average_sums())
         size = self._weights.size
         ends = self._snapshot_ends()
-        if len(snapshot) != ends[-1]:
-            raise ProtocolError(f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries")
+        wrong = f"a snapshot of {len(snapshot)} bytes does not hold {arrays} arrays of {size} entries"
+        if len(snapshot) < ends[-1]:
+            raise ProtocolError(wrong)
         magic, found, index, start, head, digest = _SNAPSHOT.unpack_from(snapshot)
+        if len(snapshot) != ends[-1] + self._past.state_bytes(index):
+            raise ProtocolError(wrong)
         if magic != _SNAPSHOT_MAGIC or found != size or start != self._start:
             raise ProtocolError("the snapshot belongs to a run with other settings")
         values = np.frombuffer(snapshot[: ends[0]], dtype="<f4", offset=_SNAPSHOT.size).reshape(arrays, size)
@@ -332,8 +379,10 @@ class Replica:
             raise ProtocolError("the snapshot's arrays are damaged")
         for ranking, (first, end) in zip(self._rankings, pairwise(ends), strict=True):
             ranking.check(snapshot[first:end])
+        past = self._past.read(snapshot[ends[-1] :], [ranking.size for ranking in self._rankings])
         np.copyto(self._weights, values[0])
         self._optimiser.restore(index, tuple(values[1 : 1 + moments]))
+        self._past.restore(past)
         if self._average is not None:
             self._average.restore(index, values[-1])
         for ranking, (first, end) in zip(self._rankings, pairwise(ends), strict=True):

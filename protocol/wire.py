@@ -12,6 +12,7 @@ from .errors import ProtocolError
 __all__ = [
     "COUNT",
     "DIGEST_BYTES",
+    "MAX_AGE",
     "MAX_PAYLOAD_BYTES",
     "MAX_SCALARS",
     "RUN_TAG_BYTES",
@@ -28,6 +29,7 @@ VERSION: Final = 1
 DIGEST_BYTES: Final = 16
 MAX_PAYLOAD_BYTES: Final = 256 << 10
 MAX_SCALARS: Final = 60_000
+MAX_AGE: Final = 100  # updates that a late scalar may be behind
 RUN_TAG_BYTES: Final = 4
 COUNT: Final = struct.Struct("<I")
 

@@ -71,6 +71,10 @@ class Labour:
         """What a device measured in a round was in vain."""
         self._pool.forget(device, round_)
 
+    def give_back(self, device: int, round_: int) -> None:
+        """What a device sent in a round did not count."""
+        self._pool.give_back(device, round_)
+
     def settle(self) -> None:
         """Wait for everything that was given."""
         if not self._waiting:

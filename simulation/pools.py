@@ -55,6 +55,10 @@ class WorkPool(Protocol):
         """See :meth:`.work.Executor.forget`; behind what was submitted before."""
         ...
 
+    def give_back(self, device: int, round_: int) -> None:
+        """See :meth:`.work.Executor.give_back`; behind what was submitted before."""
+        ...
+
     def collect(self) -> list[WorkResult]:
         """Wait for everything that was submitted; results in the order of tickets.
 
@@ -110,6 +114,10 @@ class InlinePool:
     def forget(self, device: int, round_: int) -> None:
         """See :meth:`WorkPool.forget`."""
         self._one.forget(device, round_)
+
+    def give_back(self, device: int, round_: int) -> None:
+        """See :meth:`WorkPool.give_back`."""
+        self._one.give_back(device, round_)
 
     def collect(self) -> list[WorkResult]:
         """See :meth:`WorkPool.collect`."""

@@ -77,6 +77,10 @@ class ProcessPool:
         """See :meth:`.pools.WorkPool.forget`."""
         self._workers[device % self.processes].call("forget", device, round_)
 
+    def give_back(self, device: int, round_: int) -> None:
+        """See :meth:`.pools.WorkPool.give_back`."""
+        self._workers[device % self.processes].call("give_back", device, round_)
+
     def collect(self) -> list[WorkResult]:
         """See :meth:`.pools.WorkPool.collect`."""
         found: dict[int, WorkResult] = {}

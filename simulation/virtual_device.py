@@ -161,6 +161,8 @@ class VirtualDevice:
                 self._world.labour.forget(self._number, self._computing.round)
                 number, self._computing = self._computing.number, None
                 events.append(machine.Computed(number, None))
+        elif isinstance(command, machine.GiveBack):
+            self._world.labour.give_back(self._number, command.round)
         elif isinstance(command, machine.Finish):
             self.error = command.error
 

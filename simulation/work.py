@@ -196,6 +196,7 @@ class Executor:
         self._weights: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._open: OrderedDict[tuple[str, int], _Open] = OrderedDict()
         self._residuals: dict[int, Residual] = {}
+        self._earlier: dict[int, Residual | None] = {}
 
     def prepare(self, key: str, mask: Mask) -> None:
         """Know a mask by a name."""
@@ -240,10 +241,20 @@ class Executor:
         return WorkResult(ticket, outcome, opened.engine.sample_passes)
 
     def forget(self, device: int, round_: int) -> None:
-        """What the device measured in a round was in vain: it goes on from the state before it."""
+        """What the device measured in a round was never ready: it goes on as if it had not begun."""
         residual = self._residuals.get(device)
         if residual is not None and residual.round == round_:
-            self._residuals[device] = dataclasses.replace(residual, after=residual.before)
+            before = self._earlier.get(device)
+            if before is None:
+                del self._residuals[device]
+            else:
+                self._residuals[device] = before
+
+    def give_back(self, device: int, round_: int) -> None:
+        """What the device sent in a round did not count: its residual gets it back."""
+        residual = self._residuals.get(device)
+        if residual is not None and residual.round == round_:
+            self._residuals[device] = dataclasses.replace(residual, is_lost=True)
 
     def evaluate(self, mask_key: str, key: bytes, first: int, stop: int) -> list[tuple[float, int, int]]:
         """Loss sum, correct answers and samples of some batches of the server's test set, by number.
@@ -279,6 +290,7 @@ class Executor:
         return self._artifact.manifest
 
     def _keep(self, device: int, residual: Residual) -> None:
+        self._earlier[device] = self._residuals.get(device)
         self._residuals[device] = residual
 
     def _opened(self, mask_key: str, micro_batch: int) -> _Open:

@@ -47,6 +47,7 @@ def settings_of(seed: int) -> RunSettings:
         devices=4,
         quorum=2 + seed % 2,
         close_at=3 if seed % 6 == 1 else 0,
+        staleness=(0, 3, 0, 1)[seed // 4 % 4] if seed % 4 > 1 else 0,
         deadline_s=8.0,
         enrol_deadline_s=30.0,
         patience=1_000,

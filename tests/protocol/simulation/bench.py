@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedzo.protocol.blocks import blocks_of
 from fedzo.protocol.codec import BinaryMessage
 from fedzo.protocol.device import Device
 from fedzo.protocol.device_events import (
@@ -42,10 +41,10 @@ from fedzo.protocol.documents import (
 )
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.messages import Report, UpdateRecord
+from fedzo.protocol.parts import start_replica
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest
-from fedzo.protocol.update import Replica
 from tests.protocol.builders import seeded_normals
 from tests.protocol.simulation.fakes import (
     cut_graphs,
@@ -110,9 +109,8 @@ class Bench:
     def follow(self, mask: Mask) -> None:
         """The server starts a log from this mask."""
         self.mask, self.log = mask, list[UpdateRecord]()
-        training, manifest = self.run.training, manifest_for(self.run.training.estimator)
-        blocks = blocks_of(training, manifest, mask)
-        self.server = Replica(manifest.layout, mask, manifest.seed, self.run.settings.seed, blocks, training.optimiser)
+        manifest = manifest_for(self.run.training.estimator)
+        self.server = start_replica(self.run, manifest, mask)
 
     # --- events ---------------------------------------------------------------------------------------------------
 

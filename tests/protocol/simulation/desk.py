@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.blocks import deal
 from fedzo.protocol.codec import BinaryMessage
 from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.coordinator_events import (
@@ -26,6 +25,7 @@ from fedzo.protocol.coordinator_events import (
     ServerEvaluated,
     Tick,
 )
+from fedzo.protocol.dealing import deals_of
 from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.documents import Announcement, Document, Hello, Order, Presence, Status, parse
 from fedzo.protocol.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
@@ -162,8 +162,7 @@ class Desk:
         ranks = {member: rank for rank, member in enumerate(self.participants())}
         positions: tuple[NDArray[np.int64], ...] = ()
         if kind is ReportKind.PROBE:
-            training, blocks = run.training, machine.replica.blocks
-            deals = deal(blocks, training.assignment, head.log_length, len(ranks), k=head.k, k_max=training.k_max)
+            deals = deals_of(run.settings, machine.replica.blocks, head)
             positions = tuple(one.positions(one.slot(ranks.get(name, 0))) for one in deals)
         weights, digest = machine.replica.weights.copy(), machine.replica.digest
         if kind is ReportKind.EVALUATE:

@@ -40,6 +40,7 @@ class DeviceNode(Node):
         stages: Every stage it was seen in.
         alter: Changes what the engine measured, for devices that misbehave.
         wanted: Files that it can do without.
+        given_back: Rounds whose scalars it was told not to count.
         fits: The largest micro-batch that does not need more memory than it has, whatever its plans say.
         opens: Whether too large a micro-batch shows only when it computes.
     """
@@ -57,6 +58,7 @@ class DeviceNode(Node):
         self.stages: set[str] = set()
         self.alter: Callable[[Task, Outcome], Outcome] = lambda _, outcome: outcome
         self.wanted: tuple[GraphFile, ...] = ()
+        self.given_back: list[int] = []
         self.fits, self.opens = 8, True
         self.micro_batch = 0
         self._prepared: tuple[RunDocument, Mask] | None = None
@@ -142,6 +144,8 @@ class DeviceNode(Node):
             self.outbox = (command.run, report)
         elif isinstance(command, device_events.DropReport):
             self.outbox = None
+        elif isinstance(command, device_events.GiveBack):
+            self.given_back.append(command.round)
         else:
             self.error = command.error
             self.later(1.0, lambda: self.world.broker.disconnect(self, will=False))

@@ -72,6 +72,8 @@ class World(Simulation):
 def check_journal(journal: list[Entry], settings: RunSettings) -> None:
     """What must hold for any journal, however the run went."""
     reports: dict[int, dict[str, Report]] = {}
+    late: dict[tuple[int, str], Report] = {}
+    updated: list[int] = []
     announced: list[Announcement] = []
     for kind, round_, device, payload in journal:
         if kind == "announce":
@@ -80,17 +82,34 @@ def check_journal(journal: list[Entry], settings: RunSettings) -> None:
         elif kind == "report":
             report = decode(payload)
             assert isinstance(report, Report)
-            assert report.round == round_ == announced[-1].round
+            assert report.round == round_
             assert device not in reports.setdefault(round_, {}), f"two reports of {device} in round {round_}"
             reports[round_][device] = report
+            if round_ != announced[-1].round:
+                assert round_ in updated[-settings.staleness :], f"a report of round {round_} is too late"
+                late[round_, device] = report
         elif kind in ("mask", "update"):
-            usable = [report for report in reports.get(round_, {}).values() if report.blocks]
+            usable = {device for device, report in reports.get(round_, {}).items() if report.blocks}
             assert round_ == announced[-1].round
+            if kind == "update":
+                usable |= {device for _, device in late}
+                check_parts(payload, settings, updated, late)
+                late = {}
+                updated.append(round_)
             assert len(usable) >= settings.quorum, f"round {round_} was closed under the quorum"
     rounds = [head.round for head in announced]
     assert rounds == sorted(set(rounds)), "round numbers do not grow"
     updates = [decode(payload) for kind, _, _, payload in journal if kind == "update"]
     assert [u.index for u in updates if isinstance(u, UpdateRecord)] == list(range(len(updates)))
+
+
+def check_parts(payload: bytes, settings: RunSettings, updated: list[int], late: dict[tuple[int, str], Report]) -> None:
+    """An update has scalars of exactly those earlier rounds of which reports were waiting."""
+    record = decode(payload)
+    assert isinstance(record, UpdateRecord)
+    ages = {len(updated) - updated.index(round_) for round_, _ in late}
+    assert set(record.ages) - {0} == ages
+    assert all(age <= settings.staleness for age in ages)
 
 
 def replay(server: ServerNode) -> Coordinator:
