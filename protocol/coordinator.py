@@ -160,16 +160,19 @@ class Coordinator(JournaledRun):
 
     def _take_report(self, member: Member, report: Report) -> None:
         verdict, reason = Verdict.LATE, ""
-        if self._round is not None and report.run_tag == self.run.tag and report.round == self.head.round:
-            verdict, reason = self._round.take(
-                member.name, report, self.manifest, self._progress.digest_for(self.head.phase)
-            )
+        if report.run_tag != self.run.tag:
+            pass
+        elif self._round is not None and report.round == self.head.round:
+            digest = self._progress.digest_for(self.head.phase)
+            verdict, reason = self._round.take(member.name, report, self.manifest, digest)
+        else:
+            verdict, reason = self._late.take(member, report)
         if verdict is Verdict.ACCEPTED:
-            self._record("report", report.encode(), device=member.name)
+            self._record("report", report.encode(), round_=report.round, device=member.name)
             self._ask_server()
-        elif verdict is Verdict.REFUSED:
-            if member.refused_round != report.round:  # Once a round: a device must not fill the disk.
-                self._record("refusal", reason.encode(), device=member.name)
+        elif verdict is Verdict.REFUSED and member.refused_round < report.round:
+            # Once a round: a device must not fill the disk.
+            self._record("refusal", reason.encode(), round_=report.round, device=member.name)
             member.refused_round = report.round
         self._out.append(Send(Channel.ACK, Receipt(report.run_tag, report.round, verdict), member.name))
         self._lower(member)
@@ -269,10 +272,12 @@ class Coordinator(JournaledRun):
 
     def _update(self, current: OpenRound) -> None:
         try:
-            record = self._progress.make_update(self.head, current.ranked())
+            late = self._late.groups(self.replica.index)
+            record = self._progress.make_update(self.head, current.ranked(), late)
         except FedzoError as error:
             self._stop(error, is_diverged=True)
             return
+        self._late.close(current)
         self._record("update", record.encode())
         self._out.append(Send(Channel.LOG, record))
         self._record_snapshot_if_due()

@@ -22,6 +22,7 @@ from .roster import Roster
 from .run_progress import RunProgress
 from .run_view import RunView
 from .snapshots import Snapshot, SnapshotClock
+from .staleness import LateReports
 
 __all__ = ["DONE", "JournaledRun"]
 
@@ -53,6 +54,7 @@ class JournaledRun(RunView):
         self._settings = run.settings
         self._round: OpenRound | None = None
         self._gathering = Gathering(self.roster, self._settings)
+        self._late = LateReports(self._settings, manifest)
         self._out: list[CoordinatorCommand] = []
         self._recorded_run, self._recorded_close = False, -1
         self._clock = SnapshotClock()
@@ -88,6 +90,8 @@ class JournaledRun(RunView):
                 message = decode(payload)
                 if isinstance(message, Report) and self._round and round_ == self.head.round:
                     self._round.accept(device, message)
+                elif isinstance(message, Report):
+                    self._late.accept(self.roster.members[device], message)
             elif kind == "refusal" and device in self.roster.members:
                 self.roster.members[device].refused_round = round_
                 if self._round and round_ == self.head.round:
@@ -117,7 +121,12 @@ class JournaledRun(RunView):
     def _record_snapshot_if_due(self) -> None:
         """To be called right after an update, when nothing of the round matters any more."""
         if self._clock.is_due(self.replica.snapshot_bytes + self.roster.state_bytes):
-            state = {"head": asdict(self.head), "roster": self.roster.state(), "progress": self._progress.state()}
+            state = {
+                "head": asdict(self.head),
+                "roster": self.roster.state(),
+                "progress": self._progress.state(),
+                "late": self._late.state(),
+            }
             snapshot = Snapshot(state, self._progress.state_arrays(), self.replica.snapshot())
             self._record("snapshot", snapshot.encode())
 
@@ -128,7 +137,7 @@ class JournaledRun(RunView):
     # --- reading --------------------------------------------------------------------------------------------------
 
     def _round_of(self, head: Announcement) -> OpenRound:
-        return OpenRound(head, self.roster, self._settings, self._progress.deals(head))
+        return OpenRound(head, self.roster, self._settings, self._progress.deals(head), self._late)
 
     def _adopt(self, kind: RecordKind, payload: bytes) -> None:
         if kind == "mask":
@@ -138,6 +147,8 @@ class JournaledRun(RunView):
             record = decode(payload)
             assert isinstance(record, UpdateRecord)
             self._progress.adopt_update(record, self.head, self._round.ranked() if self._round else [])
+            if self._round:
+                self._late.close(self._round)
         else:
             self._progress.adopt_evaluation(json.loads(payload))
 
@@ -151,6 +162,7 @@ class JournaledRun(RunView):
             self.head = Announcement(**snapshot.state["head"])
             self.roster.restore(snapshot.state["roster"])
             self._progress.restore(snapshot.state["progress"], snapshot.arrays, snapshot.replica)
+            self._late.restore(snapshot.state["late"], self._round_of)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the snapshot does not fit the run: {error}") from None
         self._round = None
@@ -164,7 +176,7 @@ class JournaledRun(RunView):
             member.status, member.weights_digest = "done", digest
         elif word == DONE:
             self.finished = True
-        elif self._round and self._round.all_answered() and self._round.n_usable < self._settings.quorum:
+        elif self._round and self._round.all_answered() and self._round.n_counted < self._settings.quorum:
             self._round = None
             self._gathering.expect_all()
             self.roster.forget_presence()

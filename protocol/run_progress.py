@@ -29,7 +29,6 @@ from .rate_finder import RangeTest
 from .roster import Member
 from .selection import select
 from .staleness import Group, combine_groups
-from .update import Replica
 
 __all__ = ["EvaluationRecord", "RunProgress"]
 
