@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from ..edge_runtime.inbox import Inbox
 from ..edge_runtime.transport import MqttTransport
@@ -26,7 +27,7 @@ def device_state(member: Member) -> str:
 
 def server_state(
     coordinator: Coordinator,
-    inbox: Inbox[object],
+    inbox: Inbox[Any],
     transport: MqttTransport,
     *,
     passes: int,
