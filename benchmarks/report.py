@@ -36,7 +36,7 @@ class Report:
 
     Attributes:
         settings: What was asked for.
-        rows: Measurements, all with the same keys.
+        rows: Measurements; the table has a column for every key, empty where a row lacks it.
         figures: Numbers that texts quote.
     """
 
@@ -53,8 +53,8 @@ class Report:
         host = machine()
         print(f"{host['cpu']}, {host['cores']} cores, Python {host['python']}, numpy {host['numpy']}")
         print(", ".join(f"{key} {value}" for key, value in self.settings.items()))
-        header = list(self.rows[0]) if self.rows else []
-        lines = [header, *([_text(row[key]) for key in header] for row in self.rows)]
+        header = list(dict.fromkeys(key for row in self.rows for key in row))
+        lines = [header, *([_text(row.get(key, "")) for key in header] for row in self.rows)]
         widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
