@@ -149,7 +149,9 @@ class MosquittoBroker(Broker):
             self._child.signal(signal.SIGHUP)
 
     def _write_files(self, folder: Path) -> Path:
-        lines = [f"listener {self._port} {self._host}".rstrip()]
+        # A listener's own: without it a device with its own password takes over another's session by its client id.
+        own_sessions = [] if self.credentials is None else ["use_username_as_clientid true"]
+        lines = [f"listener {self._port} {self._host}".rstrip(), *own_sessions]
         if self._tls is not None:
             # Copies, because mosquitto may run as a user that cannot read the originals.
             write_private(folder / "certificate.pem", read_private(self._tls.certificate, _MAX_PEM_BYTES))
@@ -160,7 +162,7 @@ class MosquittoBroker(Broker):
                 lines += [f"cafile {folder / 'client-ca.pem'}", "require_certificate true"]
             if self._write_revoked(folder):
                 lines += [f"crlfile {folder / 'revoked.pem'}"]
-            lines += [f"listener {self._local_port} 127.0.0.1"]
+            lines += [f"listener {self._local_port} 127.0.0.1", *own_sessions]
         lines += [
             "persistence false",
             f"max_queued_messages {self._max_queued_messages}",
@@ -180,8 +182,6 @@ class MosquittoBroker(Broker):
                 "allow_anonymous false",
                 f"password_file {folder / 'passwords'}",
                 f"acl_file {folder / 'rights'}",
-                # Else a device with its own password takes over another's session by using its client id.
-                "use_username_as_clientid true",
             ]
         config = folder / "mosquitto.conf"
         write_private(config, ("\n".join(lines) + "\n").encode())
