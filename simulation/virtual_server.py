@@ -144,7 +144,9 @@ class VirtualServer:
             head = self.coordinator.head
             self._wires.is_training = head.phase == "train"
             self._on_phase(head.phase)
-            self._participants, self._open = unpack_participants(head.participants).size, []
+            self._participants = unpack_participants(head.participants).size
+            # What is late waits for the next update; what a round that came to nothing had is lost.
+            self._open = [report for report in self._open if report.round < head.round - 1]
         elif record.kind == "report" and isinstance(event, machine.DeviceSaid) and isinstance(event.message, Report):
             self.declined += event.message.decline not in (Decline.NONE, Decline.NO_DATA)
             if event.message.kind is ReportKind.PROBE and event.message.blocks:

@@ -6,9 +6,10 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fedzo.edge_runtime.residual_file import Residual, ResidualFile, residual_key
+from fedzo.edge_runtime.residual_file import Residual, ResidualFile, carried_by, residual_key
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.settings import RunSettings
 
@@ -32,6 +33,39 @@ def test_a_residual_comes_back_for_its_run_and_mask(tmp_path: Path) -> None:
 def test_a_round_that_is_measured_again_begins_where_it_began(round_: int, state: bytes) -> None:
     """Nothing of a gradient counts twice; and the same run begun anew begins with nothing."""
     assert RESIDUAL.state_for(round_) == state
+
+
+SENT = Residual(
+    KEY,
+    7,
+    np.zeros(4, "<f4").tobytes(),
+    np.array([1.0, 0.0, 2.0, 0.5], "<f4").tobytes(),
+    5,
+    carried_by([np.array([1]), np.array([2, 3])], [np.array([4.0], np.float32), np.array([-2.0, 0.25], np.float32)]),
+)
+
+
+@pytest.mark.parametrize(
+    ("is_lost", "log_length", "recent", "comes_back"),
+    [
+        (False, 6, ((5, 7),), False),
+        (True, 6, ((5, 7),), True),
+        (False, 5, ((4, 6),), True),  # the same weights again: the round made no update
+        (False, 6, ((4, 6), (5, 8)), True),  # another round made it
+        (False, 50, ((48, 60), (49, 61)), False),  # nobody knows any more
+    ],
+)
+def test_what_did_not_count_comes_back(
+    tmp_path: Path, is_lost: bool, log_length: int, recent: tuple[tuple[int, int], ...], comes_back: bool
+) -> None:
+    file = ResidualFile(tmp_path / "residual")
+    file.save(dataclasses.replace(SENT, is_lost=is_lost))
+    residual = file.load(KEY)
+    assert residual == dataclasses.replace(SENT, is_lost=is_lost)
+    assert residual is not None
+    expected = [1.0, 4.0, 0.0, 0.75] if comes_back else [1.0, 0.0, 2.0, 0.5]
+    assert np.frombuffer(residual.state_for(9, log_length, recent), "<f4").tolist() == expected
+    assert residual.state_for(7, log_length, recent) == SENT.before
 
 
 @pytest.mark.parametrize("damage", [b"", b"FZR1", b"FZO1" + bytes(100), None])

@@ -1,0 +1,46 @@
+"""Rounds in the real world, in virtual time: boards of different speeds, late reports, devices that come late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedzo.simulation.process_pool import ProcessPool
+from fedzo.simulation.result import SimulationResult
+from fedzo.simulation.settings import SimulationSettings
+from fedzo.simulation.simulate import simulate
+from tests.simulation.conftest import images, run_settings
+
+DATA = images(1, 240)
+TEST = images(2, 100)
+BOARDS = "rpi-5-8gb:0.6,rpi-zero-2w:0.4"
+
+
+def run(artifact: Path, *, pool: Any = None, world: dict[str, Any] | None = None, **changes: Any) -> SimulationResult:
+    settings = run_settings(training_rounds=8, **changes)
+    return simulate(
+        artifact, settings, DATA, TEST, SimulationSettings(**{"boards": BOARDS, "seed": 6} | (world or {})), pool=pool
+    )
+
+
+def test_a_round_that_asks_for_more_than_it_needs_does_not_wait_for_slow_boards(artifact: Path) -> None:
+    patient, quick = run(artifact, training_k=60), run(artifact, training_k=60, close_at=3)
+    assert quick.virtual_s_per_round < 0.8 * patient.virtual_s_per_round
+    assert quick.devices_agree
+
+
+@pytest.mark.parametrize("estimator", ["stein", "node"])
+def test_buffered_rounds_are_a_function_of_the_settings(artifact: Path, estimator: str) -> None:
+    """Whoever computes, the same reports are late by the same number of updates, and residuals get the same back."""
+    settings = {"training_estimator": estimator, "training_k": 30, "close_at": 2, "staleness": 3}
+    alone = run(artifact, **settings)
+    shared = run(artifact, pool=ProcessPool(2), **settings)
+    assert alone.devices_agree
+    assert (shared.digest, shared.rounds) == (alone.digest, alone.rounds)
+    strict = run(artifact, **{**settings, "staleness": 0})
+    assert strict.digest != alone.digest
+    # With late reports the slow boards count as well.
+    assert sum(row.reports for row in alone.rounds) >= 2 * 8
+    assert alone.virtual_s_per_round <= strict.virtual_s_per_round
