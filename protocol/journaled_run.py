@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 
 from .closings import Closing
 from .codec import decode
@@ -122,7 +121,7 @@ class JournaledRun(RunView):
         """To be called right after an update, when nothing of the round matters any more."""
         if self._clock.is_due(self.replica.snapshot_bytes + self.roster.state_bytes):
             state = {
-                "head": asdict(self.head),
+                "head": self.head.encode().hex(),
                 "roster": self.roster.state(),
                 "progress": self._progress.state(),
                 "late": self._late.state(),
@@ -159,7 +158,7 @@ class JournaledRun(RunView):
                 raise ProtocolError(f"the snapshot after update {self.replica.index - 1} has other weights or moments")
             return
         try:
-            self.head = Announcement(**snapshot.state["head"])
+            self.head = parse(Announcement, bytes.fromhex(snapshot.state["head"]))
             self.roster.restore(snapshot.state["roster"])
             self._progress.restore(snapshot.state["progress"], snapshot.arrays, snapshot.replica)
             self._late.restore(snapshot.state["late"], self._round_of)

@@ -120,7 +120,8 @@ def test_a_damaged_snapshot_counts_as_none(caplog: pytest.LogCaptureFixture) -> 
         lambda found: found.state["roster"]["name"].append("stranger"),
         lambda found: found.state["roster"]["session"].pop(),
         lambda found: found.state["progress"].pop("scored"),
-        lambda found: found.state["head"].update(round=-1),
+        lambda found: found.state.update(head="00"),
+        lambda found: found.state.update(head="no hex"),
         lambda found: found.state.pop("head"),
     ],
 )
