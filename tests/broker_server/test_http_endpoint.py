@@ -22,7 +22,6 @@ from fedzo.broker_server.http_endpoint import HttpEndpoint, parse_address
 from fedzo.broker_server.telemetry import ServerState
 from fedzo.protocol.errors import ConfigError
 
-
 STATE = ServerState(
     run="run-1", phase="train", round=5, updates=4, updates_total=9, devices={}, is_connected=True, is_leaving=False,
     turned_s_ago=0.5, queues=(), dropped={}, pauses=0, bytes_in=0, bytes_out=0, messages_in=0, messages_out=0,

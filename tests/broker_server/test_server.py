@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -16,15 +17,18 @@ import pytest
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.journal import MemoryJournal
 from fedzo.broker_server.run_folder import RunFolder
-from fedzo.broker_server.server import Server
+from fedzo.broker_server.server import BLOCKS_BYTES, Server
 from fedzo.edge_runtime.data import load_dataset
 from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.transport import Arrived, Token
 from fedzo.protocol import coordinator_events as machine
-from fedzo.protocol.documents import Order
+from fedzo.protocol.documents import Hello, Order, Presence
+from fedzo.protocol.errors import BrokerError
 from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.settings import RunSettings
 from fedzo.protocol.topics import Channel
+from fedzo.protocol.transfers import BlobRequest
 from tests.edge_runtime.conftest import INPUT_SHAPE, LAYOUT, N_CLASSES, SEED, Reference, write_artifact
 
 SAMPLES = 640
@@ -114,3 +118,104 @@ def test_what_becomes_of_a_board_that_is_short_of_memory_is_said_once(
         "pi-1 may use a micro-batch of 4 at most: over its memory budget with a larger one",
         "pi-1 is excused from the run: over the memory budget with a micro-batch of 1",
     ]
+
+
+# ---------------------------------------------------------------------- leaving, and floods
+
+
+def arrived(channel: str, payload: bytes, number: int = 0) -> Arrived:
+    return Arrived(f"fedzo/v1/default/d/board-0/{channel}", payload, False, Token(1, number))
+
+
+def test_a_server_that_waits_for_its_broker_can_be_stopped(server: Server) -> None:
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    server.stop()
+    thread.join(20.0)
+    assert not thread.is_alive()
+    assert time.monotonic() - started < 15.0, "half of what the first connection may take"
+
+
+def test_a_server_that_leaves_records_and_acknowledges_what_is_there_and_announces_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hello = Hello(1, "", 512.0, 8, 2, "", "x86_64").encode()
+    acknowledged: list[Token] = []
+    monkeypatch.setattr(server._transport, "connect", lambda _: None)
+    monkeypatch.setattr(server._transport, "acknowledge", lambda token: acknowledged.append(token) or True)
+    ready = Presence(1, "ready", "run-1", micro_batch=8).encode()
+    server._events.put(arrived("hello", hello, 1))
+    server._events.put(arrived("state", ready, 2))  # one device is all that the run waits for
+    server._events.put(BrokerError("a connection that failed just now"))
+    server._stop.set()
+    server.serve()
+    assert [token.mid for token in acknowledged] == [1, 2]
+    kinds = [entry.kind for _, entry in server._journal.read()]
+    assert kinds == ["run", "enrolment"]
+    assert server.state.is_leaving
+
+
+def test_the_state_of_a_server(server: Server) -> None:
+    state = server.state
+    assert (state.run, state.phase, state.updates) == ("run-1", "enrol", 0)
+    assert [queue.name for queue in state.queues] == ["inbound", "outbound", "passes"]
+    assert not state.is_connected
+    server.coordinator.roster.enrol("a", Hello(1, "", 512.0, 8, 2, "", ""))
+    assert server.state.devices["joining"] == 1
+
+
+def test_a_flood_of_nonsense_is_counted_and_said_at_powers_of_two(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING, "fedzo"):
+        server._carry_out([arrived("report", b"nonsense") for _ in range(1000)], pool)
+    assert server.state.dropped["undecodable"] == 1000
+    assert len(caplog.records) == 10
+
+
+def test_a_flood_of_questions_gets_as_many_blocks_as_fit(server: Server) -> None:
+    """Devices that pull get nothing beyond the limit and ask again; what they must hear still finds room."""
+    data = bytes(200_000)
+    digest = hashlib.sha256(data).digest()
+    server._blobs.offer(digest, data)
+    ask = machine.ServeBlob("board-0", BlobRequest(digest, 0, 128 << 10))
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(1000):
+            server._do(ask, pool)
+        outbound = server._transport.queue
+        assert BLOCKS_BYTES - (129 << 10) < outbound.bytes <= BLOCKS_BYTES
+        assert server.state.dropped["blocks"] == 1000 - len(outbound)
+        before = len(outbound)
+        server._do(machine.Send(Channel.HEAD, server.coordinator.head), pool)
+        assert len(outbound) == before + 1
+
+
+def test_a_flood_of_answers_is_bounded_in_messages_and_the_rest_counted(server: Server) -> None:
+    order = Order("run-1", "enrol", 1)
+    waiting = server._transport.queue
+    waiting.capacity = 100
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(150):
+            server._do(machine.Send(Channel.COMMAND, order, f"board-{number}"), pool)
+    assert (len(waiting), waiting.overflowed) == (100, 50)
+
+
+def test_passes_that_wait_are_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(_: object) -> None:
+        begun.set()
+        go.wait(20.0)
+
+    monkeypatch.setattr(server._passes, "answer", wait)
+    with ThreadPoolExecutor(1) as pool:
+        for round_ in range(5):
+            server._do(evaluation(round_), pool)
+            server._do(evaluation(round_), pool)  # asked for again: one is enough
+        assert begun.wait(10.0)
+        (passes,) = [queue for queue in server.state.queues if queue.name == "passes"]
+        assert passes.depth == 5
+        go.set()
+    assert [queue.depth for queue in server.state.queues if queue.name == "passes"] == [0]
