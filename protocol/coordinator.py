@@ -203,7 +203,8 @@ class Coordinator(JournaledRun):
     def _announce(self, phase: Phase) -> None:
         newly_numbered = not self.roster.is_numbered
         self.roster.number()
-        self.head = self._progress.announce(phase, self.head.round + 1, self.roster.ready())
+        members = self.roster.ready() if phase != "done" else self.roster.finalists(self.head.participants)
+        self.head = self._progress.announce(phase, self.head.round + 1, members)
         self._record("announce", self.head.encode())
         if newly_numbered:
             for member in self.roster.members.values():
@@ -229,10 +230,12 @@ class Coordinator(JournaledRun):
         ending = current.ending(now, self._has_test_set)
         if ending == "close":
             self._close(current, now)
-        elif ending in ("others", "lowered") or (ending == "short" and self._has_patience()):
+        elif ending == "lowered" or (ending in ("others", "short") and self._has_patience()):
             self._record_close(current, ending, now)
             self._gather(now)
-        elif ending in ("short", "nobody"):
+            if ending == "short":
+                self._gathering.expect_one_more(now)
+        elif ending in ("others", "short", "nobody"):
             self._stop(current.nobody_could(self._settings.quorum), is_diverged=current.is_diverged())
         elif ending == "missed":
             self._miss_quorum(current, now)
@@ -245,14 +248,14 @@ class Coordinator(JournaledRun):
         if not self._has_patience():
             self._stop(current.too_few(self._settings.quorum, self._failures))
             return
-        current.silence(now)
-        current.deadline = now + self._settings.deadline_s
+        current.silence()
+        current.is_overdue = False
         if self.roster.count_ready() >= self._settings.quorum:
             self._record_close(current, "missed", now)
             self._open(self.head.phase, now)
 
     def _close(self, current: OpenRound, now: float) -> None:
-        current.silence(now)
+        current.silence()
         self._failures = 0
         self._record_close(current, "close", now)
         if self.head.phase == "saliency":
@@ -283,7 +286,7 @@ class Coordinator(JournaledRun):
         self._record_snapshot_if_due()
 
     def _end(self, now: float) -> None:
-        """Announce the end, then wait until every live device holds the final weights.
+        """Announce the end, then wait until every device that is there, or just was, holds the final weights.
 
         Nobody leaves after a range test: another run follows, with the rate that was found.
         """
@@ -291,7 +294,7 @@ class Coordinator(JournaledRun):
             self._announce("done")
             self._gathering.until = now + self._settings.deadline_s
         until = self._gathering.until
-        if self.range_test is not None or until is None or now >= until or self.roster.is_done():
+        if self.range_test is not None or until is None or now >= until or self.roster.is_done(self.head.participants):
             self._record("phase", DONE.encode())
             self._finish(None)
 

@@ -35,6 +35,16 @@ class Gathering:
         """The run has begun: a quorum is enough."""
         self._target = self._settings.quorum
 
+    def expect_one_more(self, now: float) -> None:
+        """A board plans again and those that are ready do not make up the quorum: wait for it, for one deadline.
+
+        Without that, rounds that cannot succeed would follow each other as fast as the others decline.
+        """
+        ready = self._roster.count_ready()
+        if ready >= self._settings.quorum:
+            self._target, self._shortfall = ready + 1, 0
+            self.until = now + self._settings.deadline_s
+
     def is_complete(self, now: float) -> bool:
         """Whether enough devices are ready.
 

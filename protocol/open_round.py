@@ -52,7 +52,7 @@ class OpenRound:
         reports: Accepted reports by device id, those that declined included.
         n_usable: How many of them have scalars.
         server_result: The server's own evaluation.
-        is_overdue: The deadline is over and only the server's own evaluation is waited for.
+        is_overdue: The deadline is over and only the server's own passes are waited for.
         unchecked: Devices whose scores the server is to compute again.
     """
 
@@ -167,34 +167,34 @@ class OpenRound:
         members, round_ = self._roster.members, self._head.round
         return bool(self.unchecked) or any(members[name].may_answer(round_) for name in self._unanswered)
 
-    def silence(self, now: float) -> None:
+    def silence(self) -> None:
         """Those that had all the time and have not answered are not waited for again until they are heard of."""
-        if not self.is_overdue and (self.deadline is None or now < self.deadline):
+        if not self.is_overdue:
             return
         for name in self._unanswered:
             if self._roster.members[name].may_answer(self._head.round):
                 self._roster.members[name].silent = True
 
     def ending(self, now: float, has_test_set: bool) -> Ending:
-        """Whether it is over, and how; an evaluation waits for the server's own beyond the deadline."""
+        """Whether it is over, and how; the deadline bounds the devices' answers, not the server's own passes."""
         assert self.deadline is not None
-        over, is_waiting, quorum = now >= self.deadline, self.is_waiting(), self._settings.quorum
+        if now >= self.deadline:
+            self.is_overdue, self.deadline = True, now + self._settings.deadline_s
+        if self.unchecked or (self._head.phase == "evaluate" and has_test_set and self.server_result is None):
+            return "wait"
+        over, is_waiting, quorum = self.is_overdue, self.is_waiting(), self._settings.quorum
         if self._head.phase == "evaluate":
-            if has_test_set and self.server_result is None:
-                if over:  # It bounds the devices' answers, not the server's own.
-                    self.is_overdue, self.deadline = True, now + self._settings.deadline_s
-                return "wait"
-            return "close" if over or self.is_overdue or not is_waiting else "wait"
+            return "close" if over or not is_waiting else "wait"
         if self.n_counted >= quorum and (over or not is_waiting or self._is_enough()):
             return "close"
-        if self.all_answered() and not self.unchecked:
+        if self.all_answered():
             if any(member.name not in self.participants for member in self._roster.ready()):
                 return "others"
             return "lowered" if self.is_lowered() else "short" if self.is_short_of_memory() else "nobody"
         return "missed" if over else "wait"
 
     def _is_enough(self) -> bool:
-        return 0 < self._settings.close_at <= self.n_counted and not self.unchecked
+        return 0 < self._settings.close_at <= self.n_counted
 
     @property
     def n_counted(self) -> int:

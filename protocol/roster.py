@@ -251,12 +251,27 @@ class Roster:
         """How many devices a new round can count on."""
         return sum(member.is_ready for member in self.members.values())
 
-    def is_done(self) -> bool:
-        """Whether every device that may still be heard of has ended.
+    def finalists(self, packed: str) -> list[Member]:
+        """Devices to wait for at the end, in the order of ordinals: the ready ones, and who took part until now.
+
+        A link that broke a moment ago comes back soon, and whoever is not waited for never gets the last updates.
+
+        Args:
+            packed: Participants of the last round.
+        """
+        members = {name: self.members[name] for name in self.names_of(packed)}
+        members |= {member.name: member for member in self.ready()}
+        return sorted((m for m in members.values() if m.is_taking_part), key=lambda member: member.ordinal)
+
+    def is_done(self, packed: str) -> bool:
+        """Whether everybody has ended who may still be heard of, and all of a packed set who have not left for good.
 
         The latest first: many end in the order in which they came, and each of them asks.
         """
-        return all(member.status == "done" or not member.is_alive for member in reversed(self.members.values()))
+        names = self.names_of(packed)
+        return all(m.status == "done" or not m.is_alive for m in reversed(self.members.values())) and all(
+            m.status in ("done", "left") or not m.is_taking_part for m in map(self.members.__getitem__, names)
+        )
 
     def names_of(self, packed: str) -> list[str]:
         """Device ids of a packed set of ordinals, ascending."""

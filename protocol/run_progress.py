@@ -99,7 +99,8 @@ class RunProgress:
         """
         settings = self._run.settings
         most = MAX_PARTICIPANTS // (len(self.replica.blocks) * (1 + settings.staleness))
-        members = select(settings.seed, round_, ready, wanted=settings.participants, most=most)
+        wanted = settings.participants if phase != "done" else 0
+        members = select(settings.seed, round_, ready, wanted=wanted, most=most)
         has_log = phase != "saliency"
         return Announcement(
             run=self._run.run,

@@ -339,13 +339,39 @@ def test_the_end_waits_for_every_live_device() -> None:
     desk.report()
     assert desk.head.phase == "done"
     digest = desk.machine.replica.digest.hex()
-    desk.presence("a", "b", status="done", weights_digest=digest).presence("c", status="lost")
+    desk.presence("a", "b", status="done", weights_digest=digest).presence("c", status="left")
     desk.say("d", LogRequest(0, 1))
     assert desk.out == [ServeLog("d", LogRequest(0, 1))]
     assert not desk.machine.finished
     desk.presence("d", status="done", weights_digest=digest)
     assert desk.finish() == Finish()
     assert desk.kinds()[-1] == "phase"
+
+
+def test_the_end_waits_for_devices_that_were_lost_just_before() -> None:
+    desk = at_evaluation(False)
+    desk.presence("c", status="lost")
+    desk.report("a", "b", "d")
+    assert desk.head.phase == "done"
+    desk.presence("d", status="lost")
+    assert desk.participants() == list(NAMES)
+    digest = desk.machine.replica.digest.hex()
+    desk.presence("a", "b", status="done", weights_digest=digest)
+    for name in "dc":
+        assert not desk.machine.finished
+        desk.presence(name).presence(name, status="done", weights_digest=digest)
+    assert desk.finish() == Finish()
+
+
+def test_a_device_that_stays_lost_holds_the_end_until_its_deadline() -> None:
+    desk = at_evaluation(False)
+    desk.presence("c", status="lost")
+    desk.report("a", "b", "d")
+    desk.presence("a", "b", "d", status="done", weights_digest=desk.machine.replica.digest.hex())
+    desk.wait(9.9)
+    assert not desk.machine.finished
+    desk.wait(0.2)
+    assert desk.finish() == Finish()
 
 
 def test_the_end_comes_at_the_deadline() -> None:

@@ -65,14 +65,26 @@ def test_a_restart_remembers_the_verdict() -> None:
     assert masks(again) == masks(undisturbed)
 
 
-def test_a_check_that_does_not_come_holds_a_round_until_its_deadline() -> None:
+@pytest.mark.parametrize(("difference", "used"), [(0.0, 4), (9.0, 3)])
+def test_a_check_is_waited_for_beyond_the_deadline(difference: float, used: int) -> None:
+    """The deadline bounds the devices' answers; scores that were not checked would count as if they were good."""
     desk = scoring(differences={NAMES[2]: None})
     desk.report(*NAMES)
-    assert phase(desk) == "saliency"
-    desk.wait(SPARSE.deadline_s + 1)
+    for _ in range(3):
+        assert phase(desk) == "saliency"
+        desk.wait(SPARSE.deadline_s + 1)
+    desk.on(ScoresChecked(1, NAMES[2], difference))
     assert phase(desk) == "train"
-    late = desk.on(ScoresChecked(1, NAMES[2], 9.0))
-    assert not [c for c in late if getattr(c, "kind", "") == "refusal"]
+    assert desk.kinds().count("report") - desk.kinds().count("refusal") == used
+
+
+def test_a_scoring_round_closes_without_the_devices_once_its_deadline_and_its_checks_are_over() -> None:
+    desk = scoring(differences={NAMES[1]: None})
+    desk.report(*NAMES[:3])
+    desk.wait(SPARSE.deadline_s + 1)
+    assert phase(desk) == "saliency"
+    desk.on(ScoresChecked(1, NAMES[1], 0.0))
+    assert phase(desk) == "train"
 
 
 def test_without_a_quorum_of_good_boards_the_run_stops() -> None:
