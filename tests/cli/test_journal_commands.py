@@ -1,0 +1,103 @@
+"""`fedzo replay` and `fedzo inspect` on the folder of a run."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.long_journal import write_journal
+from fedzo.broker_server.journal import SqliteJournal
+from fedzo.broker_server.run_folder import RunFolder
+from fedzo.cli.main import main
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from tests.edge_runtime.conftest import write_artifact
+
+DEVICES, ROUNDS = 5, 12
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run in the middle of its 13th round."""
+    write_artifact(tmp_path / "artifact")
+    folder = RunFolder.create(tmp_path / "runs", tmp_path / "artifact", name="small")
+    training = TrainingSettings(rounds=20, k=4, assignment="shared", learning_rate=0.01)
+    pruning = SaliencySettings(method="random")
+    settings = RunSettings(sparsity=0.5, saliency=pruning, devices=DEVICES, quorum=2, training=training)
+    names = [f"pi-{number}" for number in range(DEVICES)]
+    with SqliteJournal(folder.journal_path) as journal:
+        write_journal(journal, folder.document(settings), folder.artifact.manifest, names, ROUNDS, open_share=0.4)
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> dict[str, Any]:
+    assert main([*map(str, arguments), "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_replay(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    last = answer(capsys, "replay", run.path, "--recount")
+    assert (last["run"], last["round"], last["updates"], last["is_last"]) == ("small", ROUNDS + 1, ROUNDS, True)
+    assert last["recounted"] == ROUNDS
+    assert last["checked"]["announce"] == ROUNDS + 1
+    assert answer(capsys, "replay", run.path, "--round", ROUNDS)["weights_digest"] == last["weights_digest"]
+    earlier = answer(capsys, "replay", run.path, "--round", 3)
+    assert (earlier["updates"], earlier["is_last"], earlier["recounted"]) == (3, False, None)
+    assert earlier["weights_digest"] != last["weights_digest"]
+    assert main(["replay", str(run.path)]) == 0
+    assert last["weights_digest"] in capsys.readouterr().out
+
+
+def test_replay_while_a_server_writes(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    with SqliteJournal(run.journal_path):
+        assert answer(capsys, "replay", run.path)["updates"] == ROUNDS
+
+
+@pytest.mark.parametrize("arguments", [["replay"], ["inspect"]])
+def test_a_round_that_is_not_there(run: RunFolder, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    error = answer(capsys, *arguments, run.path, "--round", 99, code=3)["error"]
+    assert error["message"] == f"the journal has no round 99: it ends with round {ROUNDS + 1}"
+    assert answer(capsys, *arguments, run.path.parent, code=3)["error"]["message"].endswith("it has no journal.sqlite")
+    assert main([*arguments, str(run.path), "--round", "0"]) == 2
+
+
+def test_replay_of_a_changed_journal(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    connection = sqlite3.connect(run.journal_path)
+    connection.execute("DROP TRIGGER entries_stay_as_they_are")
+    sequence, payload = connection.execute(
+        "SELECT sequence, payload FROM entry WHERE kind = 'update' AND round = 5"
+    ).fetchone()
+    connection.execute(
+        "UPDATE entry SET payload = ? WHERE sequence = ?", (payload[:-1] + bytes([payload[-1] ^ 64]), sequence)
+    )
+    connection.commit()
+    connection.close()
+    error = answer(capsys, "replay", run.path, code=6)["error"]
+    assert error["message"].startswith(f"entry {sequence} of the journal (update, round 5) does not follow")
+    assert answer(capsys, "replay", run.path, "--round", 4)["updates"] == 4
+
+
+def test_inspect_a_run(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "inspect", run.path)
+    assert (found["devices"], len(found["rounds"])) == (DEVICES, ROUNDS + 1)
+    assert found["entries"]["report"] == DEVICES * ROUNDS + 2
+    *closed, last = found["rounds"]
+    assert {(row["reports"], row["usable"], row["ending"]) for row in closed} == {(DEVICES, DEVICES, "close")}
+    assert (last["reports"], last["usable"], last["ending"]) == (2, None, "")
+    assert main(["inspect", str(run.path), "--last", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines[-3:]] == ["11", "12", "13"]
+    assert lines[-1].split("\t")[7] == "open"
+
+
+def test_inspect_a_round(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "inspect", run.path, "--round", ROUNDS + 1)
+    assert found["asked"] == DEVICES
+    assert [row["what"] for row in found["devices"]] == ["reported"] * 2 + ["silent"] * 3
+    assert {row["scalars"] for row in found["devices"]} == {0, 4}
+    assert main(["inspect", str(run.path), "--round", "2"]) == 0
+    assert capsys.readouterr().out.count("reported") == DEVICES
