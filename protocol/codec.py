@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from .documents import Announcement
 from .errors import ProtocolError
 from .messages import Receipt, Report, UpdateRecord
 from .transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
@@ -16,7 +17,7 @@ from .wire import MAX_PAYLOAD_BYTES, VERSION, MessageType
 
 __all__ = ["BinaryMessage", "decode"]
 
-BinaryMessage = Report | UpdateRecord | Receipt | BlobRequest | BlobBlock | LogRequest | LogSlice
+BinaryMessage = Report | UpdateRecord | Receipt | BlobRequest | BlobBlock | LogRequest | LogSlice | Announcement
 
 _DECODERS: dict[MessageType, Callable[[bytes], BinaryMessage]] = {
     MessageType.REPORT: Report.decode,
@@ -26,6 +27,7 @@ _DECODERS: dict[MessageType, Callable[[bytes], BinaryMessage]] = {
     MessageType.BLOB_BLOCK: BlobBlock.decode,
     MessageType.LOG_REQUEST: LogRequest.decode,
     MessageType.LOG_SLICE: LogSlice.decode,
+    MessageType.ANNOUNCEMENT: Announcement.decode,
 }
 
 

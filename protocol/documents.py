@@ -1,4 +1,6 @@
-"""The JSON documents: rare, small, schema-checked. What is hot travels as the binary messages of ``messages.py``.
+"""The documents: small, schema-checked JSON. What is hot travels as the binary messages of ``messages.py``.
+
+One document is hot too, the announcement, so that its bytes are fixed (``announcement_bytes.py``).
 
 A document is one flat frozen dataclass. :func:`parse` checks each field against its annotation, refuses unknown,
 repeated and missing keys, numbers that are not finite and texts that are too long, and raises nothing but
@@ -7,22 +9,22 @@ repeated and missing keys, numbers that are not finite and texts that are too lo
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import json
 import math
 import re
+import struct
 import typing
-import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .announcement_bytes import pack_announcement, unpack_announcement
 from .errors import ConfigError, ProtocolError
 from .manifest import MAX_MANIFEST_BYTES
+from .participants import MAX_PARTICIPANTS_BYTES, pack_participants, unpack_participants
 from .settings import MAX_SIGMA, MIN_SIGMA, RunSettings, SaliencySettings, TrainingSettings
 from .topics import check_name
 from .wire import DIGEST_BYTES, check_unsigned, run_tag
@@ -45,7 +47,6 @@ __all__ = [
 
 MAX_DOCUMENT_BYTES = 64 << 10
 MAX_LINE = 1_000
-MAX_PARTICIPANTS = 24 << 10  # 100,000 random ordinals take 16.7 kB
 MAX_MASK_BYTES = 64 << 20
 Phase = Literal["enrol", "saliency", "train", "evaluate", "done", "stopped"]
 Status = Literal["joining", "ready", "done", "refused", "left", "lost"]
@@ -68,10 +69,10 @@ def _check_hex(name: str, text: str, length: int, *, optional: bool = True) -> N
         raise ProtocolError(f"{name} {text[:80]!r} is not {2 * length} hex digits")
 
 
-def _check_lines(*texts: str, limit: int = MAX_LINE) -> None:
+def _check_lines(*texts: str) -> None:
     for text in texts:
-        if len(text) > limit:
-            raise ProtocolError(f"a text of {len(text)} characters is over the limit of {limit}")
+        if len(text) > MAX_LINE:
+            raise ProtocolError(f"a text of {len(text)} characters is over the limit of {MAX_LINE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class RunDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class Announcement(Document):
-    """Retained on ``head``: the open round.
+    """Retained on ``head``: the open round. Binary, unlike the other documents.
 
     Attributes:
         run: Run id.
@@ -142,24 +143,24 @@ class Announcement(Document):
             a device gets (``blocks.py``).
         log_head: Chain digest of the log, 32 hex digits; empty before training.
         weights_digest: Digest of the weights, 32 hex digits; empty before training.
-        deadline_s: Time that the round may take; for information, the server's clock decides.
         k: Directions per device of the first block, of others in proportion; 0 for the settings' number.
         sigma: Length scale of perturbations, a float32 value; 0 for the settings'.
+        pace: How often the directions of every participant are halved (``pace.py``); empty for never.
     """
 
     KIND: ClassVar[str] = "head"
     run: str
     round: int
     phase: Phase
-    participants: str = ""
+    participants: bytes = b""
     mask_sha256: str = ""
     mask_size: int = 0
     log_length: int = 0
     log_head: str = ""
     weights_digest: str = ""
-    deadline_s: float = 0.0
     k: int = 0
     sigma: float = 0.0
+    pace: bytes = b""
 
     def __post_init__(self) -> None:
         check_name("run", self.run)
@@ -168,13 +169,32 @@ class Announcement(Document):
         check_unsigned("k", self.k, 16)
         if self.sigma and not (MIN_SIGMA < self.sigma < MAX_SIGMA and float(np.float32(self.sigma)) == self.sigma):
             raise ProtocolError(f"sigma {self.sigma!r} is no float32 value above {MIN_SIGMA} and below {MAX_SIGMA}")
-        _check_lines(self.participants, limit=MAX_PARTICIPANTS)
+        if len(self.pace) > MAX_PARTICIPANTS_BYTES:
+            raise ProtocolError(f"levels of {len(self.pace)} bytes are over the limit of {MAX_PARTICIPANTS_BYTES}")
+        if (size := len(self.participants)) > MAX_PARTICIPANTS_BYTES:
+            raise ProtocolError(f"a set of participants of {size} bytes is over the limit of {MAX_PARTICIPANTS_BYTES}")
         _check_hex("the mask's hash", self.mask_sha256, 32)
         least, most = (1, MAX_MASK_BYTES) if self.mask_sha256 else (0, 0)
         if not least <= self.mask_size <= most:
             raise ProtocolError(f"the mask {self.mask_sha256!r} has {least} to {most} bytes, not {self.mask_size}")
         _check_hex("the log's head", self.log_head, DIGEST_BYTES)
         _check_hex("the weights' digest", self.weights_digest, DIGEST_BYTES)
+
+    def encode(self) -> bytes:
+        """The payload."""
+        return pack_announcement(_plain(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Announcement:
+        """Inverse of :meth:`encode`; called by :func:`parse` and ``codec.decode``.
+
+        Raises:
+            ProtocolError: The bytes are no announcement.
+        """
+        try:
+            return cls(**unpack_announcement(data))
+        except (ValueError, struct.error, ConfigError) as error:
+            raise ProtocolError(f"malformed announcement: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +295,7 @@ _Kind = TypeVar("_Kind", bound=Document)
 
 
 def parse(kind: type[_Kind], data: bytes) -> _Kind:
-    """Parse one JSON payload.
+    """Parse one payload.
 
     Args:
         kind: The document class that the topic carries.
@@ -286,6 +306,8 @@ def parse(kind: type[_Kind], data: bytes) -> _Kind:
     """
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ProtocolError(f"a document of {len(data)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
+    if issubclass(kind, Announcement):
+        return kind.decode(data)
     try:
         raw = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -365,34 +387,3 @@ def _value(hint: Any, value: Any) -> Any:
 def one_line(text: str) -> str:
     """A text for people as it can travel: short, and without the lone surrogates of undecodable file names."""
     return text[: MAX_LINE // 2].encode("utf-8", "replace").decode()
-
-
-def pack_participants(ordinals: NDArray[np.int64]) -> str:
-    """Pack a set of ordinals: bitmap, zlib, base64. 10,000 devices take at most 1.7 kB.
-
-    Args:
-        ordinals: ``int64[n]``, distinct, not negative.
-    """
-    size = int(ordinals.max()) + 1 if ordinals.size else 0
-    bits = np.zeros(size, dtype=np.uint8)
-    bits[ordinals] = 1
-    return base64.b64encode(zlib.compress(np.packbits(bits, bitorder="little").tobytes(), 9)).decode()
-
-
-def unpack_participants(text: str) -> NDArray[np.int64]:
-    """Inverse of :func:`pack_participants`: ascending ``int64[n]``.
-
-    Raises:
-        ProtocolError: The text is no packed set.
-    """
-    if not text:
-        return np.zeros(0, dtype=np.int64)
-    inflater = zlib.decompressobj()
-    try:
-        data = inflater.decompress(base64.b64decode(text, validate=True), 1 << 16)
-    except (ValueError, zlib.error):
-        raise ProtocolError("the set of participants cannot be unpacked") from None
-    if not inflater.eof or inflater.unused_data:
-        raise ProtocolError("the set of participants is truncated or too large")
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
-    return np.flatnonzero(bits).astype(np.int64)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .documents import Hello, Order, Presence, Status, unpack_participants
-from .messages import Decline, Report
+from .documents import Hello, Order, Presence, Status
+from .messages import Decline, Report, ReportKind
+from .participants import unpack_participants
 
 __all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
 
@@ -30,6 +31,7 @@ class Member:
         silent: It missed a deadline and has not been heard of since.
         refused_round: Last round in which its report was refused; -1 for none.
         counted_round: Last round of which a report of it was accepted; -1 for none.
+        query_ms: Time of one of its forward passes in training, smoothed over its reports; 0 if none has said.
         weights_digest: What it last said of its weights, hex.
         planned_peak_mib: What its memory plan says.
         micro_batch: Of its memory plan; 0 if it has not said.
@@ -46,6 +48,7 @@ class Member:
     silent: bool = False
     refused_round: int = -1
     counted_round: int = -1
+    query_ms: float = 0.0
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
     micro_batch: int = 0
@@ -90,6 +93,9 @@ class Member:
         """
         self.silent = False
         self.counted_round = max(self.counted_round, report.round)
+        if report.kind is ReportKind.PROBE and report.queries:
+            took = report.elapsed_ms / report.queries
+            self.query_ms = (self.query_ms + took) / 2 if self.query_ms else took
         if report.session > self.session or (report.session == self.session and self.status == "joining"):
             self._start_session(report.session)
             self.status = "ready"
@@ -161,7 +167,7 @@ class Roster:
         self.members: dict[str, Member] = {}
         self.is_numbered = False
         self._names: list[str] = []
-        self._packed = ""
+        self._packed = b""
         self._unpacked: list[str] = []
 
     def get(self, name: str) -> Member | None:
@@ -218,6 +224,7 @@ class Roster:
             "status": [member.status if member.status in known else "joining" for member in members],
             "refused_round": [member.refused_round for member in members],
             "counted_round": [member.counted_round for member in members],
+            "query_ms": [member.query_ms for member in members],
             "weights_digest": [member.weights_digest for member in members],
             "micro_batch": [member.micro_batch for member in members],
             "micro_batch_limit": [member.micro_batch_limit for member in members],
@@ -229,7 +236,7 @@ class Roster:
         Raises:
             KeyError, TypeError, ValueError: It is nothing of the kind.
         """
-        self.is_numbered, self._names, self._packed = True, [], ""
+        self.is_numbered, self._names, self._packed = True, [], b""
         columns = dict(state)
         for name, *values in zip(columns.pop("name"), *columns.values(), strict=True):
             member = self.members[name]
@@ -273,7 +280,7 @@ class Roster:
             m.status in ("done", "left") or not m.is_taking_part for m in map(self.members.__getitem__, names)
         )
 
-    def names_of(self, packed: str) -> list[str]:
+    def names_of(self, packed: bytes) -> list[str]:
         """Device ids of a packed set of ordinals, ascending."""
         if packed != self._packed:
             self._packed = packed

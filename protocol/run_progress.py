@@ -112,7 +112,6 @@ class RunProgress:
             log_length=self.replica.index,
             log_head=self.replica.head.hex() if has_log else "",
             weights_digest=self.replica.digest.hex() if has_log else "",
-            deadline_s=settings.deadline_s,
             k=self._adaptation.k,
             sigma=self._adaptation.sigma,
         )

@@ -1,4 +1,4 @@
-"""Scalars on the wire: a row of halves with one exponent where that says the same, else of float32 values.
+"""Scalars on the wire: a row of halves with one exponent, of short floats, or of float32 values, whatever is shortest.
 
 A sketch needs no more than 11 bits of each of its scalars: what rounding takes away stays in the residual. Rounded
 values are float32 like all others; only their encoding is shorter, and nothing is lost in it.
@@ -16,6 +16,11 @@ __all__ = ["LARGEST", "ROW_PREFIX_BYTES", "pack_row", "round_to_halves", "unpack
 ROW_PREFIX_BYTES = 1
 _FLOATS = -128
 """In place of an exponent: the row has float32 values."""
+_SHORT_FLOATS = -127
+"""In place of an exponent: the row has float32 values without their lowest byte, which is zero in all of them.
+
+So are the coefficients of an update, which have 13 significant bits.
+"""
 _SHORTEST = 8
 """Rows of fewer scalars stay as they are."""
 _LEAST_EXPONENT, _LARGEST_EXPONENT = -90, 100
@@ -60,32 +65,43 @@ def round_to_halves(values: NDArray[np.float32] | NDArray[np.float64]) -> NDArra
 
 
 def pack_row(values: NDArray[np.float32]) -> bytes:
-    """One row: an exponent and halves, or -128 and float32 values; little-endian.
+    """One row: an exponent and halves, or a mark and float32 values of three or four bytes; little-endian.
 
     Raises:
         ProtocolError: A value is not finite.
     """
     if values.ndim != 1 or not bool(np.isfinite(values).all()):
         raise ProtocolError("scalars must be one row of finite float32 values")
-    exponent = _short_exponent(values)
-    if exponent is None:
+    exponent = _row_exponent(values)
+    if exponent == _FLOATS:
         return _FLOATS.to_bytes(1, "little", signed=True) + values.astype("<f4", copy=False).tobytes()
+    if exponent == _SHORT_FLOATS:
+        upper = np.ascontiguousarray(_bytes_of(values)[:, 1:])
+        return _SHORT_FLOATS.to_bytes(1, "little", signed=True) + upper.tobytes()
     return (
         exponent.to_bytes(1, "little", signed=True)
         + _halves(values.astype(np.float64), exponent).astype("<f2", copy=False).tobytes()
     )
 
 
-def _short_exponent(values: NDArray[np.float32]) -> int | None:
-    """The exponent with which halves say the same; None if they do not, or the row is too short to gain."""
-    if values.size < _SHORTEST:
-        return None
+def _bytes_of(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Little-endian, ``uint8[n, 4]``."""
+    return np.ascontiguousarray(values, dtype="<f4").view(np.uint8).reshape(-1, 4)
+
+
+def _row_exponent(values: NDArray[np.float32]) -> int:
+    """What a row begins with: it follows from the values alone, so that they have one encoding.
+
+    Halves say only values that end in 13 zero bits, so that most rows of losses are known not to be any at a glance.
+    """
+    if values.size < _SHORTEST or _bytes_of(values)[:, 0].any():
+        return _FLOATS
     exact = values.astype(np.float64)
     exponent = _exponent(exact)
     if exponent > _LARGEST_EXPONENT or np.signbit(exact[exact == 0.0]).any():
-        return None
+        return _SHORT_FLOATS
     said = np.ldexp(_halves(exact, exponent).astype(np.float64), exponent)
-    return exponent if np.array_equal(said, exact) else None
+    return exponent if np.array_equal(said, exact) else _SHORT_FLOATS
 
 
 def unpack_row(raw: memoryview, count: int) -> tuple[NDArray[np.float32], int]:
@@ -98,19 +114,23 @@ def unpack_row(raw: memoryview, count: int) -> tuple[NDArray[np.float32], int]:
         ProtocolError: There are fewer bytes, a value is not finite, or the row is not in its only encoding.
     """
     exponent = int.from_bytes(raw[:1], "little", signed=True)
-    width = 4 if exponent == _FLOATS else 2
+    width = {_FLOATS: 4, _SHORT_FLOATS: 3}.get(exponent, 2)
     end = 1 + width * count
     if len(raw) < end:
         raise ProtocolError(f"{len(raw)} bytes do not hold a row of {count} scalars")
     if exponent == _FLOATS:
         out = np.frombuffer(raw[1:end], dtype="<f4").astype(np.float32)
+    elif exponent == _SHORT_FLOATS:
+        padded = np.zeros((count, 4), dtype=np.uint8)
+        padded[:, 1:] = np.frombuffer(raw[1:end], dtype=np.uint8).reshape(count, 3)
+        out = padded.view("<f4").reshape(count).astype(np.float32)
     else:
         with np.errstate(over="ignore", invalid="ignore"):  # foreign bytes: what is no number is refused below
             halves = np.frombuffer(raw[1:end], dtype="<f2").astype(np.float64)
             out = np.ldexp(halves, exponent).astype(np.float32)
     if not bool(np.isfinite(out).all()):
         raise ProtocolError("a scalar is not finite")
-    if _short_exponent(out) != (None if exponent == _FLOATS else exponent):
+    if _row_exponent(out) != exponent:
         raise ProtocolError("a row of scalars is not in its only encoding")
     out.flags.writeable = False
     return out, end

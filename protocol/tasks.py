@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from .dealing import deals_of
 from .device_events import Outcome, Task
-from .documents import Announcement, RunDocument, unpack_participants
+from .documents import Announcement, RunDocument
 from .errors import ProtocolError
 from .messages import KINDS, Decline, Report, ReportKind
+from .participants import unpack_participants
 from .update import Replica
 
 __all__ = ["is_wanted", "make_report", "make_task"]

@@ -44,6 +44,7 @@ class MessageType(enum.IntEnum):
     BLOB_BLOCK = 5
     LOG_REQUEST = 6
     LOG_SLICE = 7
+    ANNOUNCEMENT = 8
 
 
 def check_unsigned(name: str, value: int, bits: int) -> None:

@@ -11,7 +11,7 @@ from struct import Struct
 
 import pytest
 
-from fedzo.protocol import directions, documents, messages, topics, transfers
+from fedzo.protocol import announcement_bytes, directions, documents, messages, topics, transfers
 from fedzo.protocol.wire import MessageType
 from tests.board_fixture import ROOT
 
@@ -25,8 +25,9 @@ HEADERS: dict[str, tuple[MessageType, Struct]] = {
     "BlobBlock": (MessageType.BLOB_BLOCK, transfers._BLOB_BLOCK),
     "LogRequest": (MessageType.LOG_REQUEST, transfers._LOG_REQUEST),
     "LogSlice": (MessageType.LOG_SLICE, transfers._LOG_SLICE),
+    "Announcement": (MessageType.ANNOUNCEMENT, announcement_bytes._ANNOUNCEMENT),
 }
-DOCUMENTS = {cls.__name__: cls for cls in documents.Document.__subclasses__()}
+DOCUMENTS = {cls.__name__: cls for cls in documents.Document.__subclasses__() if cls.__name__ not in HEADERS}
 
 
 def section(title: str) -> str:

@@ -24,7 +24,13 @@ from fedzo.protocol.documents import (
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig
 from fedzo.protocol.schedules import SCHEDULES
-from fedzo.protocol.settings import ESTIMATORS, RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.settings import (
+    DEALING_ESTIMATORS,
+    ESTIMATORS,
+    RunSettings,
+    SaliencySettings,
+    TrainingSettings,
+)
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
 
 u32 = st.integers(0, 2**32 - 1)
@@ -95,10 +101,6 @@ def log_slices(draw: st.DrawFn) -> LogSlice:
 
 receipts = st.builds(Receipt, tags, u32, st.sampled_from(Verdict))
 log_requests = st.builds(LogRequest, u32, st.integers(1, 4096))
-binary_messages: st.SearchStrategy[BinaryMessage] = st.one_of(
-    reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices()
-)
-
 fractions = st.floats(0.0, 0.999)
 participants = st.sets(st.integers(0, 3000), max_size=60).map(
     lambda ordinals: pack_participants(np.array(sorted(ordinals), dtype=np.int64))
@@ -113,8 +115,18 @@ optimisers = st.builds(
     st.floats(0.0, 100.0),
     fractions,
 )
+
+
+def _training(*, estimator: Any, k_max: int, adapt_sigma: bool, **values: Any) -> TrainingSettings:
+    """Only what has directions can adapt them."""
+    adapts = estimator in DEALING_ESTIMATORS
+    return TrainingSettings(
+        estimator=estimator, k_max=k_max if adapts else 0, adapt_sigma=adapts and adapt_sigma, **values
+    )
+
+
 training_settings = st.builds(
-    TrainingSettings,
+    _training,
     rounds=st.integers(0, 1 << 30),
     directions=st.sampled_from(FAMILIES),
     assignment=st.sampled_from(["shared", "dealt"]),
@@ -177,14 +189,16 @@ def announcements(draw: st.DrawFn) -> Announcement:
     fields |= {"k": draw(st.integers(0, 60_000)), "sigma": draw(st.just(0.0) | st.floats(2.0**-20, 8.0, width=32))}
     return Announcement(
         draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done", "stopped"])),
-        draw(participants), deadline_s=draw(st.floats(0.0, 1e7)), **fields,
+        draw(participants), **fields,
     )  # fmt: skip
 
 
+binary_messages: st.SearchStrategy[BinaryMessage] = st.one_of(
+    reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices(), announcements()
+)
 documents: st.SearchStrategy[Document] = st.one_of(
     st.builds(ServerPresence, st.booleans(), st.integers(0, 2**64 - 1)),
     st.builds(RunDocument, names, hashes.map(bytes.hex), st.integers(1, 4 << 20), run_settings()),
-    announcements(),
     st.builds(Hello, u32, texts, st.floats(0.0, 1e6), u32, u32, texts, texts),
     st.builds(
         Presence,

@@ -79,7 +79,7 @@ def test_a_device_that_is_no_participant_stays_idle() -> None:
 
 def test_participants_that_cannot_be_read_are_said_once() -> None:
     bench = Bench().plan()
-    bench.announce(participants="AAAA")
+    bench.announce(participants=bytes(3))
     assert "participants" in bench.presence().detail
     assert bench.give(Tick(), Tick()) == []
     bench.announce(round_=2)
@@ -333,7 +333,7 @@ def anything(bench: Bench, source: random.Random) -> DeviceEvent:
         (Channel.HEAD, bench.head(source.choice(["enrol", "saliency", "train", "evaluate"]), round_)),
         (Channel.HEAD, bench.head("train", round_, log_length=source.randrange(6), log_head="12" * 16)),
         (Channel.HEAD, dataclasses.replace(bench.head("train", round_), run="run-2")),
-        (Channel.HEAD, bench.head("train", round_, participants="AAAA")),
+        (Channel.HEAD, bench.head("train", round_, participants=bytes(3))),
         (Channel.COMMAND, Order(run, source.choice(["enrol", "welcome"]), SESSION, source.randrange(3))),
         (Channel.SERVER, ServerPresence(source.random() < 0.5, source.randrange(4))),
         (Channel.ACK, Receipt(TAG, round_, source.choice(list(Verdict)))),

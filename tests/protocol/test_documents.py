@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import json
 import random
@@ -35,7 +34,9 @@ from tests.protocol.golden.message_cases import DOCUMENTS, PAYLOADS
 from tests.protocol.strategies import documents
 
 GOLDEN: dict[str, str] = json.loads(PAYLOADS.read_text(encoding="utf-8"))["documents"]
-KINDS: dict[str, type[Document]] = {kind.KIND: kind for kind in Document.__subclasses__()}
+KINDS: dict[str, type[Document]] = {
+    kind.KIND: kind for kind in Document.__subclasses__() if kind.KIND != Announcement.KIND  # which is binary
+}
 
 
 def refuse(kind: type[Document], payload: bytes) -> str:
@@ -254,7 +255,7 @@ LIMITS: dict[str, Callable[[], object]] = {
     "run: huge manifest": lambda: run(manifest_size=1 << 40),
     "head: name": lambda: Announcement("", 0, "enrol"),
     "head: round": lambda: Announcement("r", 2**32, "enrol"),
-    "head: participants": lambda: Announcement("r", 1, "train", participants="A" * 30_000),
+    "head: participants": lambda: Announcement("r", 1, "train", participants=bytes(30_000)),
     "head: mask hash": lambda: Announcement("r", 1, "train", mask_sha256="zz", mask_size=1),
     "head: empty mask": lambda: Announcement("r", 1, "train", mask_sha256=HASH),
     "head: huge mask": lambda: Announcement("r", 1, "train", mask_sha256=HASH, mask_size=1 << 40),
@@ -304,36 +305,30 @@ def test_participants_of_a_large_run_fit() -> None:
     assert np.array_equal(unpack_participants(parse(Announcement, head.encode()).participants), half)
 
 
-def packed(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
 @pytest.mark.parametrize(
-    "text",
+    "packed",
     [
-        "!",
-        "é",
-        "\ud800",
-        "AAAA",
-        packed(b"\0"),
-        packed(zlib.compress(b"\xff" * 8)[:-1]),
-        packed(zlib.compress(b"\xff" * 8) + b"x"),
-        packed(zlib.compress(bytes(1 << 17), 9)),
-        packed(zlib.compress(bytes(100 << 20), 9))[: 24 << 10],
-        packed(b"\x78\x9c" + b"\xff" * 10),
-        " " + pack_participants(np.arange(3)),
+        b"!",
+        bytes(3),
+        b"\0",
+        zlib.compress(b"\xff" * 8)[:-1],
+        zlib.compress(b"\xff" * 8) + b"x",
+        zlib.compress(bytes(1 << 17), 9),
+        zlib.compress(bytes(100 << 20), 9)[: 24 << 10],
+        b"\x78\x9c" + b"\xff" * 10,
+        b" " + pack_participants(np.arange(3)),
     ],
-    ids=["no base64", "no ascii", "surrogate", "no zlib", "zero", "cut", "tail", "bomb", "large bomb", "bad", "space"],
+    ids=["no zlib", "zeros", "zero", "cut", "tail", "bomb", "large bomb", "bad", "space"],
 )
-def test_participants_that_are_none_are_refused(text: str) -> None:
+def test_participants_that_are_none_are_refused(packed: bytes) -> None:
     with pytest.raises(ProtocolError):
-        unpack_participants(text)
+        unpack_participants(packed)
 
 
 def test_a_bomb_of_participants_inflates_no_further_than_the_limit() -> None:
     import tracemalloc
 
-    bomb = packed(zlib.compress(bytes(12 << 20), 9))
+    bomb = zlib.compress(bytes(12 << 20), 9)
     tracemalloc.start()
     try:
         with pytest.raises(ProtocolError, match="too large"):
