@@ -1,0 +1,117 @@
+"""The board's pin: first use, restarts, other keys, documents that come in another order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedzo.broker_server.signing import RunSigner
+from fedzo.edge_runtime.mqtt_types import Arrived
+from fedzo.edge_runtime.run_key import RunKey, parse_run_key
+from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
+from fedzo.protocol.topics import Channel, topic
+
+OURS, THEIRS = (RunSigner(Ed25519PrivateKey.from_private_bytes(bytes([seed] * 32))) for seed in (1, 2))
+
+
+def arrived(channel: Channel, document: bytes, signer: RunSigner = OURS, *, payload: bytes | None = None) -> Arrived:
+    device = "dev" if channel is Channel.COMMAND else ""
+    payload = signer.sign("farm", channel, device, document) if payload is None else payload
+    return Arrived(topic("farm", channel, device), payload, True, None)
+
+
+def pin(tmp_path: Path, **settings: object) -> RunKey:
+    return RunKey(tmp_path / "run-key", "farm", "dev", **settings)  # type: ignore[arg-type]  # tests
+
+
+def test_the_first_run_is_trusted_and_no_other_ever_after(tmp_path: Path) -> None:
+    said: list[str] = []
+    key = pin(tmp_path, say=said.append)
+    assert key.key is None
+    assert key.open(arrived(Channel.RUN, b"run 1")) == b"run 1"
+    assert key.key == OURS.public_key
+    assert OURS.public_key.hex() in said[0]
+    assert key.open(arrived(Channel.HEAD, b"head 1")) == b"head 1"
+    assert key.open(arrived(Channel.HEAD, b"head 1")) == b"head 1", "a repetition"
+    assert key.open(arrived(Channel.COMMAND, b"order")) == b"order"
+    for channel in (Channel.RUN, Channel.HEAD, Channel.COMMAND):
+        with pytest.raises(ProtocolError):
+            key.open(arrived(channel, b"forged", THEIRS))
+    again = pin(tmp_path)
+    assert again.key == OURS.public_key
+    with pytest.raises(ArtifactError, match=f"{THEIRS.public_key.hex()}, this device trusts {OURS.public_key.hex()}"):
+        again.open(arrived(Channel.RUN, b"run 2", THEIRS))
+    assert again.open(arrived(Channel.RUN, b"run 2")) == b"run 2"
+    assert len(said) == 1
+
+
+def test_a_given_key_holds_from_the_first_run_on(tmp_path: Path) -> None:
+    key = pin(tmp_path, given=OURS.public_key)
+    with pytest.raises(ArtifactError) as caught:
+        key.open(arrived(Channel.RUN, b"forged", THEIRS))
+    assert f"--run-key {THEIRS.public_key.hex()}" in caught.value.hint
+    assert not isinstance(caught.value, ProtocolError), "the agent would only drop the payload"
+    assert pin(tmp_path).key == OURS.public_key
+    assert pin(tmp_path, given=THEIRS.public_key).open(arrived(Channel.RUN, b"run", THEIRS)) == b"run"
+    assert pin(tmp_path).key == THEIRS.public_key, "an operator's word replaces the pin"
+
+
+def test_what_is_not_signed_is_dropped_and_pins_nothing(tmp_path: Path) -> None:
+    key = pin(tmp_path)
+    good = OURS.sign("farm", Channel.RUN, "", b"run")
+    for payload in (b"", b"run", good[:-1], good[:-64] + bytes(64), b"x" + good[1:], bytes(200)):
+        with pytest.raises(ProtocolError):
+            key.open(arrived(Channel.RUN, b"", payload=payload))
+    assert key.key is None
+    assert not (tmp_path / "run-key").exists()
+
+
+def test_an_announcement_that_came_first_waits(tmp_path: Path) -> None:
+    key = pin(tmp_path)
+    old, head = arrived(Channel.HEAD, b"old"), arrived(Channel.HEAD, b"head")
+    assert key.open(old) is None
+    assert key.open(head) is None
+    assert key.open(arrived(Channel.COMMAND, b"order")) is None
+    assert key.early() is None
+    key.open(arrived(Channel.RUN, b"run"))
+    assert key.early() is head
+    assert key.early() is None
+    assert key.open(head) == b"head"
+
+
+def test_what_is_not_signed_by_design_passes(tmp_path: Path) -> None:
+    for channel in (Channel.SERVER, Channel.LOG):
+        assert pin(tmp_path).open(arrived(channel, b"", payload=b"as it is")) == b"as it is"
+
+
+def test_a_damaged_pin_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "run-key").write_text("00" * 32)
+    with pytest.raises(ConfigError, match="run-key") as caught:
+        pin(tmp_path)
+    assert "--run-key" in caught.value.hint
+
+
+def test_a_pin_that_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    key = RunKey(tmp_path / "nowhere" / "run-key", "farm", "dev")
+    with pytest.raises(ConfigError, match="cannot keep"):
+        key.open(arrived(Channel.RUN, b"run"))
+
+
+@pytest.mark.parametrize("text", ["", "zz", "00" * 32, "01" + "00" * 31, "ff" * 32, OURS.public_key.hex()[:-2]])
+def test_texts_that_are_no_key(text: str) -> None:
+    with pytest.raises(ConfigError, match="no public key"):
+        parse_run_key(text)
+    assert parse_run_key(f" {OURS.public_key.hex().upper()}\n") == OURS.public_key
+
+
+def test_the_signers_key_is_private_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "run.key"
+    signer = RunSigner.open(path)
+    assert RunSigner.open(path).public_key == signer.public_key
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in path.parent.iterdir()] == ["run.key"]
+    path.write_text("no key")
+    with pytest.raises(ConfigError, match="no private key"):
+        RunSigner.open(path)
