@@ -8,11 +8,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..broker_server.http_endpoint import parse_address
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
 from ..broker_server.run_folder import RunFolder, default_name
@@ -21,7 +19,6 @@ from ..broker_server.summary import Summary, summarise
 from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
-from ..edge_runtime.logs import LogFormat, LogLevel
 from ..protocol.blocks import blocks_of
 from ..protocol.documents import RunDocument
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
@@ -29,93 +26,16 @@ from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask
 from ..protocol.mask_choice import check_pruning
 from ..protocol.settings import RunSettings
-from ..protocol.topics import check_name
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
 from .serve_access import TLS_PORT, ServeAccess, folder_federation
 from .serve_operations import Operations, caught_signals
+from .serve_settings import PATHS, PLACE, ServeSettings
 
-__all__ = ["ServeSettings", "serve_run"]
+__all__ = ["serve_run"]
 
 PLACE_NAME = "serve.json"
-OPERATIONS = ("metrics", "log_format", "log_file", "log_level")
-PLACE = (
-    "test_data",
-    "broker",
-    "host",
-    "port",
-    "federation",
-    "username",
-    "password_file",
-    "ca",
-    "credentials",
-    *OPERATIONS,
-)
-PATHS = ("test_data", "password_file", "ca", "credentials", "log_file")
-MAX_PORT = 65535
-
-
-@dataclass(frozen=True, slots=True)
-class ServeSettings(RunSettings):
-    """A run's settings and where it is served.
-
-    Attributes:
-        artifact: Folder of ``fedzo export``.
-        resume: Folder of the run to go on with.
-        runs: Where run folders lie.
-        run: Run id.
-        test_data: The server's own test set.
-        broker: ``auto``, ``mosquitto``, ``embedded`` or a URL.
-        host: Address that a managed broker listens on.
-        port: Its port.
-        federation: Topic level.
-        username: Of the server, for a broker by URL.
-        password_file: Its password.
-        ca: CA of a ``mqtts://`` broker.
-        credentials: Folder of ``fedzo credentials``: TLS, logins and rights of the broker, the run's key.
-        metrics: ``HOST:PORT`` to serve metrics and health at; None for nowhere.
-        log_format: ``text`` for people, ``json`` for one object a line.
-        log_file: Where the log goes instead of stderr.
-        log_level: The least; warnings of text and more of JSON by default.
-    """
-
-    artifact: Path | None = None
-    resume: Path | None = None
-    runs: Path = Path("runs")
-    run: str | None = None
-    test_data: Path | None = None
-    broker: str = "auto"
-    host: str = "127.0.0.1"
-    port: int = 1883
-    federation: str = "default"
-    username: str | None = None
-    password_file: Path | None = None
-    ca: Path | None = None
-    credentials: Path | None = None
-    metrics: str | None = None
-    log_format: LogFormat = "text"
-    log_file: Path | None = None
-    log_level: LogLevel | None = None
-
-    def __post_init__(self) -> None:
-        RunSettings.__post_init__(self)
-        check_name("federation", self.federation)
-        if self.run is not None:
-            check_name("run", self.run)
-        if not 0 <= self.port <= MAX_PORT:
-            raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}")
-        if self.metrics is not None:
-            parse_address(self.metrics)
-
-    def run_settings(self) -> RunSettings:
-        """The part that the devices must know."""
-        return RunSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(RunSettings)})
-
-    def place(self) -> dict[str, Any]:
-        """The part that a resumed run takes over; paths are absolute."""
-        values = {name: getattr(self, name) for name in PLACE}
-        return {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in values.items() if v is not None}
 
 
 def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool) -> None:
@@ -134,6 +54,8 @@ def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, 
         show_config(output, resolved)
         return
     settings = resolved.settings
+    if folder is None and settings.continue_run:
+        settings, folder = _continued(settings)
     if settings.credentials is not None:
         port = TLS_PORT if resolved.origins["port"].kind == "default" else settings.port
         federation = folder_federation(settings.credentials, settings.federation)
@@ -158,15 +80,53 @@ def _resumed(
     folder = RunFolder.open(path)
     with SqliteJournal(folder.journal_path, read_only=True) as journal:
         settings = run_document(journal, folder.path).settings
+    place = _place(folder)
+    paths = {name: Path(place[name]) for name in PATHS if name in place}
+    profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
+    return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
+
+
+def _place(folder: RunFolder) -> dict[str, Any]:
+    """Where a run was served before.
+
+    Raises:
+        ConfigError: Nobody knows.
+    """
     try:
-        place = json.loads((folder.path / PLACE_NAME).read_text())
+        place: dict[str, Any] = json.loads((folder.path / PLACE_NAME).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read {folder.path / PLACE_NAME}: {error}", hint="write {} into it, and give --broker and --port"
         ) from error
-    paths = {name: Path(place[name]) for name in PATHS if name in place}
-    profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
-    return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
+    return place
+
+
+def _continued(settings: ServeSettings) -> tuple[ServeSettings, RunFolder | None]:
+    """The run of this name, if it has begun: it must be the same one, and it stays at its port.
+
+    Raises:
+        ConfigError: There is no name, or another run has it.
+    """
+    if settings.run is None or settings.tune_rounds:
+        raise ConfigError(
+            "--continue needs --run NAME, and a run without --tune-rounds", hint="give both, or --resume RUN"
+        )
+    path = settings.runs / settings.run
+    if not path.exists():
+        return settings, None
+    folder = RunFolder.open(path)
+    with SqliteJournal(folder.journal_path, read_only=True) as journal:
+        earlier = dict(_dotted(dataclasses.asdict(run_document(journal, path).settings)))
+    wanted = dict(_dotted(dataclasses.asdict(settings.run_settings())))
+    other = next((name for name, value in wanted.items() if earlier.get(name) != value), None)
+    if other is not None:
+        raise ConfigError(
+            f"the run {path} began with {other} {earlier.get(other)}, not {wanted[other]}",
+            hint=f"go on with it as it is: fedzo serve --resume {path}, or choose another --run",
+        )
+    if settings.port == 0:
+        settings = dataclasses.replace(settings, port=int(_place(folder).get("port", 0)))
+    return settings, folder
 
 
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,11 +22,10 @@ from .device_bundle import BUNDLE_NAMES, DeviceBundle
 from .durable import write_durably
 from .endpoint import Endpoint
 from .providers import CPU, provider_names
+from .unit_file import HARDENING, UNIT_FOLDER, quoted, unit_path
 
 __all__ = ["UNIT_FOLDER", "UnitSettings", "install", "unit_name", "unit_text"]
 
-UNIT_FOLDER: Final = Path("/etc/systemd/system")
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_@:,./=+-]+")
 # A wrong setting, a budget that is too small, a damaged artifact or a failed self-test do not heal by themselves.
 _NO_RESTART: Final = "2 3 4 6 7"
 
@@ -37,29 +36,6 @@ _START_S: Final = 300
 
 CGROUP_EXTRA_MIB: Final = 8
 """A budget is planned as resident memory; a control group also counts page tables, sockets and the page cache."""
-
-_HARDENING: Final = """\
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
-ProtectSystem=strict
-ProtectHome=read-only
-PrivateTmp=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-UMask=0077"""
 
 
 @dataclass(frozen=True)
@@ -184,56 +160,38 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
     only_cpu = not settings.providers or provider_names(settings.providers) == (CPU,)
     lines.append(f"PrivateDevices={'yes' if only_cpu else 'no'}")
     if settings.password_file is not None:
-        lines.append(f"LoadCredential=password:{_path(settings.password_file).replace('%', '%%')}")
+        lines.append(f"LoadCredential=password:{unit_path(settings.password_file).replace('%', '%%')}")
     if settings.key is not None:
-        lines.append(f"LoadCredential=key:{_path(settings.key).replace('%', '%%')}")
+        lines.append(f"LoadCredential=key:{unit_path(settings.key).replace('%', '%%')}")
     if (bundle := settings.credentials) is not None:
-        lines += [f"LoadCredential={name}:{_path(bundle / name).replace('%', '%%')}" for name in BUNDLE_NAMES]
-    return "\n".join([*lines, _HARDENING, "", "[Install]", "WantedBy=multi-user.target", ""])
+        lines += [f"LoadCredential={name}:{unit_path(bundle / name).replace('%', '%%')}" for name in BUNDLE_NAMES]
+    return "\n".join([*lines, HARDENING, "", "[Install]", "WantedBy=multi-user.target", ""])
 
 
 def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
-    words = [python, "-m", "fedzo.edge_runtime", "join", settings.url, "--data", _path(settings.data)]
+    words = [python, "-m", "fedzo.edge_runtime", "join", settings.url, "--data", unit_path(settings.data)]
     for option, value in (
-        ("--profile", _path(Path(settings.profile)) if settings.profile.endswith(".toml") else settings.profile),
+        ("--profile", unit_path(Path(settings.profile)) if settings.profile.endswith(".toml") else settings.profile),
         ("--ram-budget-mib", settings.ram_budget_mib and f"{settings.ram_budget_mib:g}"),
         ("--federation", settings.federation),
         ("--id", settings.id),
         ("--username", settings.username),
-        ("--ca", settings.ca and _path(settings.ca)),
-        ("--cert", settings.cert and _path(settings.cert)),
+        ("--ca", settings.ca and unit_path(settings.ca)),
+        ("--cert", settings.cert and unit_path(settings.cert)),
         ("--provider", ",".join(settings.providers)),
     ):
         if value:
             words += [option, value]
     words += ["--strict-providers"] if settings.strict_providers else []
-    quoted = [_quoted(word) for word in (*words, *settings.extra)]
-    quoted += ["--state", f"/var/lib/{state}"]
+    command = [quoted(word) for word in (*words, *settings.extra)]
+    command += ["--state", f"/var/lib/{state}"]
     if settings.password_file is not None:
-        quoted += ["--password-file", "${CREDENTIALS_DIRECTORY}/password"]
+        command += ["--password-file", "${CREDENTIALS_DIRECTORY}/password"]
     if settings.key is not None:
-        quoted += ["--key", "${CREDENTIALS_DIRECTORY}/key"]
+        command += ["--key", "${CREDENTIALS_DIRECTORY}/key"]
     if settings.credentials is not None:
-        quoted += ["--credentials", "${CREDENTIALS_DIRECTORY}"]
-    return quoted
-
-
-def _path(path: Path) -> str:
-    text = str(path.expanduser().absolute())
-    if not text.isprintable():
-        raise ConfigError(f"the path {text!r} holds a character that a unit cannot")
-    return text
-
-
-def _quoted(word: str) -> str:
-    """A word of ``ExecStart``, see systemd.service(5), "Command lines"."""
-    if not word.isprintable():
-        raise ConfigError(f"{word!r} holds a character that a unit cannot")
-    word = word.replace("%", "%%").replace("$", "$$")
-    if _PLAIN.fullmatch(word):
-        return word
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+        command += ["--credentials", "${CREDENTIALS_DIRECTORY}"]
+    return command
 
 
 def install(settings: UnitSettings, *, folder: Path = UNIT_FOLDER, overwrite: bool = False) -> tuple[Path, list[str]]:
