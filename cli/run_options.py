@@ -146,6 +146,10 @@ def run_options(
         float | None,
         typer.Option(help="Decay of the average of the weights that is evaluated; 0: none.", rich_help_panel=_TRAINING),
     ] = None,
+    k_min: Annotated[
+        int | None,
+        typer.Option(help="Least directions of a slow board, by its measured speed; 0: --k.", rich_help_panel=_ROUNDS),
+    ] = None,
     k_max: Annotated[
         int | None,
         typer.Option(help="Adapt the directions of a round, from --k up to this; 0: no.", rich_help_panel=_TRAINING),
@@ -249,6 +253,7 @@ def run_options(
         "training.decay_factor": decay_factor,
         "training.final_rate": final_rate,
         "training.optimiser.ema": ema,
+        "training.k_min": k_min,
         "training.k_max": k_max,
         "training.adapt_sigma": adapt_sigma,
         "aggregation.rule": rule,

@@ -61,6 +61,7 @@ def check_report(
     settings: RunSettings,
     deals: Sequence[Deal],
     weights_digest: bytes,
+    rank: int = 0,
 ) -> None:
     """Treat every scalar as hostile: right kind, right counts, bounded, made with the right weights.
 
@@ -75,7 +76,7 @@ def check_report(
         raise ProtocolError("made with other weights")
     counts = tuple(block.size for block in report.blocks)
     if kind is ReportKind.PROBE:
-        wanted: tuple[int, ...] = tuple(deal.k for deal in deals)
+        wanted: tuple[int, ...] = tuple(deal.size(deal.slot(rank)) for deal in deals)
     elif kind is ReportKind.SALIENCY:
         layers = (len(manifest.units),) if settings.saliency.draws else ()
         wanted = (manifest.n_units, manifest.n_moments, *layers)
@@ -148,12 +149,13 @@ def block_estimates(
         dealt = sorted(zip((deal.slot(rank) for rank, _ in ordered), rows, strict=True), key=lambda item: item[0])
         segments: list[tuple[int, int]] = []
         for slot, _ in dealt:
-            start = first + slot * deal.k
+            start, size = deal.block.offset + deal.start(slot), deal.size(slot)
             if segments and sum(segments[-1]) == start:
-                segments[-1] = (segments[-1][0], segments[-1][1] + deal.k)
+                segments[-1] = (segments[-1][0], segments[-1][1] + size)
             else:
-                segments.append((start, deal.k))
-        found.append((segments, np.concatenate([row / (len(dealt) * deal.k) for _, row in dealt])))
+                segments.append((start, size))
+        total = sum(deal.size(slot) for slot, _ in dealt)
+        found.append((segments, np.concatenate([row / total for _, row in dealt])))
     return found
 
 

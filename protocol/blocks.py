@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,8 @@ class Deal:
         step: Updates before the round.
         reach: The largest ``k`` that a round may have: the rounds' first positions lie that far apart, so that no
             round repeats what its neighbours have, whatever their ``k``.
+        starts: Where every slot begins behind the first position, and where the last one ends, if some devices have
+            fewer than ``k``; else empty.
     """
 
     block: Block
@@ -79,6 +82,7 @@ class Deal:
     n_slots: int
     step: int
     reach: int = 0
+    starts: tuple[int, ...] = ()
 
     @property
     def first(self) -> int:
@@ -94,10 +98,18 @@ class Deal:
         """Which run the device of that rank gets: another one each round, so that it meets all parts of the basis."""
         return (rank + self.step) % self.n_slots
 
+    def start(self, slot: int) -> int:
+        """The first position of a slot."""
+        return self.first + (self.starts[slot] if self.starts else slot * self.k)
+
+    def size(self, slot: int) -> int:
+        """Positions of a slot."""
+        return self.starts[slot + 1] - self.starts[slot] if self.starts else self.k
+
     def positions(self, slot: int) -> NDArray[np.int64]:
-        """The positions of one slot: ``int64[k]``, ascending."""
-        first = self.first + slot * self.k
-        return np.arange(first, first + self.k, dtype=np.int64)
+        """The positions of one slot: ``int64[size]``, ascending."""
+        first = self.start(slot)
+        return np.arange(first, first + self.size(slot), dtype=np.int64)
 
 
 def blocks_of(training: TrainingSettings, manifest: Manifest, mask: Mask) -> tuple[Block, ...]:
@@ -199,6 +211,8 @@ def deal(
     k: int = 0,
     k_max: int = 0,
     n_rounds: int = 1,
+    k_min: int = 0,
+    levels: Sequence[int] = (),
 ) -> tuple[Deal, ...]:
     """What a round hands out, so that whoever reports, the update fits one message.
 
@@ -211,6 +225,8 @@ def deal(
             blocks get as many times more, sketches always the same.
         k_max: The settings' largest ``k``; 0 if it never changes.
         n_rounds: Rounds whose scalars one update may hold: this one, and those of which late reports still count.
+        k_min: The least that a slow device gets of the first block.
+        levels: By rank, how often the positions of a device are halved; empty for never. Of dealt directions only.
     """
     slots = {b.number: n_devices if assignment == "dealt" and b.kind == "probe" else 1 for b in blocks}
     room = MAX_SCALARS // (len(blocks) * n_rounds)
@@ -223,8 +239,17 @@ def deal(
         wanted, reach = (
             (block.k * now // least if block.kind == "probe" else block.k) for now in (min(max(k, least), most), most)
         )
-        deals.append(Deal(block, min(wanted, limit), n_slots, step, min(reach, limit)))
+        share = min(wanted, limit)
+        starts: tuple[int, ...] = ()
+        if levels and n_slots > 1:
+            floor = max(1, min(share, block.k * k_min // least))
+            starts = _starts([max(floor, share >> levels[(slot - step) % n_slots]) for slot in range(n_slots)])
+        deals.append(Deal(block, share, n_slots, step, min(reach, limit), starts))
     return tuple(deals)
+
+
+def _starts(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (0, *accumulate(sizes))
 
 
 def directions_of(blocks: Sequence[Block], seed: int) -> tuple[Directions | CoordinateRanking, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .blocks import Block, Deal, deal
-from .documents import Announcement, unpack_participants
+from .documents import Announcement
+from .pace import unpack_levels
+from .participants import unpack_participants
 from .settings import RunSettings
 
 __all__ = ["deals_of"]
@@ -20,11 +22,12 @@ def deals_of(settings: RunSettings, blocks: Sequence[Block], head: Announcement)
         head: The announcement.
 
     Raises:
-        ProtocolError: The set of participants cannot be unpacked.
+        ProtocolError: The participants or their levels cannot be unpacked.
     """
     if head.phase != "train":
         return ()
     training, n_devices = settings.training, max(1, unpack_participants(head.participants).size)
+    levels = unpack_levels(head.pace, n_devices)
     return deal(
         blocks,
         training.assignment,
@@ -33,4 +36,6 @@ def deals_of(settings: RunSettings, blocks: Sequence[Block], head: Announcement)
         k=head.k,
         k_max=training.k_max,
         n_rounds=1 + settings.staleness,
+        k_min=training.k_min,
+        levels=levels,
     )

@@ -91,7 +91,8 @@ class OpenRound:
         """
         if device not in self._ranks:
             raise ProtocolError("not a participant of this round")
-        check_report(report, KINDS[self._head.phase], manifest, self._settings, self._deals, weights_digest)
+        rank = self._ranks[device]
+        check_report(report, KINDS[self._head.phase], manifest, self._settings, self._deals, weights_digest, rank)
 
     def take(self, device: str, report: Report, manifest: Manifest, weights_digest: bytes) -> tuple[Verdict, str]:
         """Check a report, and count it if it may.

@@ -16,6 +16,18 @@ MAX_DEVICES = 100_000
 FULL = "the run has all the devices it can take"
 REPLACED = "a device with the same id has started later; give each an id of its own with --id"
 
+_KEPT = (
+    "session",
+    "status",
+    "refused_round",
+    "counted_round",
+    "query_ms",
+    "weights_digest",
+    "micro_batch",
+    "micro_batch_limit",
+)
+"""What a snapshot keeps of a device."""
+
 
 @dataclass
 class Member:
@@ -217,18 +229,9 @@ class Roster:
         Whoever is neither ready nor done is joining: that it was lost, say, may not hold any more.
         """
         members = [self.members[name] for name in self._names]
-        known = ("ready", "done")
-        return {
-            "name": [member.name for member in members],
-            "session": [member.session for member in members],
-            "status": [member.status if member.status in known else "joining" for member in members],
-            "refused_round": [member.refused_round for member in members],
-            "counted_round": [member.counted_round for member in members],
-            "query_ms": [member.query_ms for member in members],
-            "weights_digest": [member.weights_digest for member in members],
-            "micro_batch": [member.micro_batch for member in members],
-            "micro_batch_limit": [member.micro_batch_limit for member in members],
-        }
+        columns = {field: [getattr(member, field) for member in members] for field in _KEPT}
+        columns["status"] = [status if status in ("ready", "done") else "joining" for status in columns["status"]]
+        return {"name": list(self._names), **columns}
 
     def restore(self, state: Mapping[str, Sequence[Any]]) -> None:
         """Go to the state of :meth:`state`; the devices are enrolled.
@@ -236,12 +239,13 @@ class Roster:
         Raises:
             KeyError, TypeError, ValueError: It is nothing of the kind.
         """
+        if state.keys() != {"name", *_KEPT}:
+            raise ValueError(f"it keeps {sorted(state)} of a device, not {sorted(_KEPT)}")
         self.is_numbered, self._names, self._packed = True, [], b""
-        columns = dict(state)
-        for name, *values in zip(columns.pop("name"), *columns.values(), strict=True):
+        for name, *values in zip(state["name"], *(state[field] for field in _KEPT), strict=True):
             member = self.members[name]
             self._give_number(member)
-            for field, value in zip(columns, values, strict=True):
+            for field, value in zip(_KEPT, values, strict=True):
                 setattr(member, field, value)
 
     def ready(self) -> list[Member]:

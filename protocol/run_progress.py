@@ -17,13 +17,15 @@ from .aggregation import MAX_PARTICIPANTS, combine_scores, evaluate_reports
 from .blocks import Deal
 from .coordinator_events import ServerEvaluated
 from .dealing import deals_of
-from .documents import Announcement, Phase, RunDocument, pack_participants
+from .documents import Announcement, Phase, RunDocument
 from .errors import FedzoError, ProtocolError
 from .layer_densities import read_mask
 from .manifest import Manifest
 from .mask import Mask
 from .mask_choice import check_pruning, federated_mask, mask_from_seed
 from .messages import Report, UpdateRecord
+from .pace import paced_levels, pack_levels
+from .participants import pack_participants
 from .parts import start_replica
 from .rate_finder import RangeTest
 from .roster import Member
@@ -101,7 +103,8 @@ class RunProgress:
         most = MAX_PARTICIPANTS // (len(self.replica.blocks) * (1 + settings.staleness))
         wanted = settings.participants if phase != "done" else 0
         members = select(settings.seed, round_, ready, wanted=wanted, most=most)
-        has_log = phase != "saliency"
+        has_log, training, k = phase != "saliency", self._run.training, self._adaptation.k or self._run.training.k
+        levels = paced_levels(members, k, training.k_min) if phase == "train" else []
         return Announcement(
             run=self._run.run,
             round=round_,
@@ -114,6 +117,7 @@ class RunProgress:
             weights_digest=self.replica.digest.hex() if has_log else "",
             k=self._adaptation.k,
             sigma=self._adaptation.sigma,
+            pace=pack_levels(levels),
         )
 
     def deals(self, head: Announcement) -> tuple[Deal, ...]:

@@ -144,6 +144,8 @@ class TrainingSettings:
         k_max: Where above ``k``, the most directions that the server may ask for in place of ``k``, as the reports
             agree, see ``adaptation.py``; 0 for always ``k``.
         adapt_sigma: Whether the server chooses sigma for each round, starting from ``sigma``.
+        k_min: Least directions of a slow device, which gets half of ``k``, a quarter and so on by its measured speed,
+            see ``pace.py``; 0 for as many as the others.
     """
 
     rounds: int = 500
@@ -169,6 +171,7 @@ class TrainingSettings:
     final_rate: float = 0.0
     k_max: int = 0
     adapt_sigma: bool = False
+    k_min: int = 0
 
     def __post_init__(self) -> None:
         _check(0 <= self.rounds <= 1 << 30, "rounds", self.rounds, "0 to 2^30")
@@ -184,6 +187,7 @@ class TrainingSettings:
         _check(1 <= self.batch <= 1 << 16, "batch", self.batch, "1 to 65536")
         _check(0 <= self.probe_batch <= self.batch, "probe batch", self.probe_batch, f"0 to the batch, {self.batch}")
         self._check_local_steps()
+        self._check_pace()
         _check(0 < self.learning_rate < 1e3, "learning rate", self.learning_rate, "above 0 and below 1000")
         _check(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         _check(0 <= self.warmup <= 1 << 30, "warmup", self.warmup, "0 to 2^30")
@@ -196,6 +200,19 @@ class TrainingSettings:
             raise ConfigError(
                 f"the estimator {self.estimator} has no directions that {'k' if self.k_max else 'sigma'} could adapt to",
                 hint="leave --k-max and --adapt-sigma away, or use --estimator stein, split or node",
+            )
+
+    def _check_pace(self) -> None:
+        _check(0 <= self.k_min <= self.k, "k min", self.k_min, f"0 to k, {self.k}")
+        if self.k_min and (self.assignment != "dealt" or self.estimator not in DEALING_ESTIMATORS):
+            raise ConfigError(
+                "only of dealt directions a slow device can have fewer than others",
+                hint="--k-min 0, or --assign dealt with --estimator stein, split or node",
+            )
+        if self.k_min and self.local_steps > 1:
+            raise ConfigError(
+                f"the directions of a slow device are halved, but {self.local_steps} local steps need equal parts",
+                hint="--k-min 0, or --local-steps 1",
             )
 
     @property
@@ -307,6 +324,8 @@ class RunSettings:
         _check(0 < self.scalar_limit <= MAX_SCALAR, "scalar limit", self.scalar_limit, f"above 0, at most {MAX_SCALAR}")
         self._check_aggregation()
         self._check_staleness()
+        if self.training.k_min and self.aggregation.clip != "none":
+            raise ConfigError("devices with fewer directions than others cannot be clipped", hint="leave --clip away")
 
     def _check_staleness(self) -> None:
         most, power = f"0 to {MAX_AGE} updates", self.staleness_power

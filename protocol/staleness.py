@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from .aggregation import block_estimates, check_report, round_block
 from .aggregation_rules import AggregationSettings
 from .blocks import Deal
-from .documents import Announcement
+from .documents import Announcement, parse
 from .errors import ProtocolError
 from .manifest import Manifest
 from .messages import Report, ReportKind, Verdict
@@ -153,7 +153,8 @@ class LateReports:
             if member.name not in closed.ranks:
                 raise ProtocolError("not a participant of this round")
             digest = bytes.fromhex(closed.head.weights_digest)
-            check_report(report, ReportKind.PROBE, self._manifest, self._settings, closed.deals, digest)
+            rank, manifest = closed.ranks[member.name], self._manifest
+            check_report(report, ReportKind.PROBE, manifest, self._settings, closed.deals, digest, rank)
         except ProtocolError as error:
             # What is refused is recorded once a round, and rounds ascend: a device must not fill the disk.
             return Verdict.REFUSED if member.refused_round <= report.round else Verdict.LATE, error.message
@@ -189,7 +190,7 @@ class LateReports:
 
     def state(self) -> list[dict[str, Any]]:
         """What a snapshot right after an update says of it, as JSON types: nothing is waiting then."""
-        return [{"head": asdict(each.head), "counted": sorted(each.counted)} for each in self._closed]
+        return [{"head": each.head.encode().hex(), "counted": sorted(each.counted)} for each in self._closed]
 
     def restore(self, state: Sequence[Mapping[str, Any]], open_again: Callable[[Announcement], OpenRound]) -> None:
         """Go to a :meth:`state`.
@@ -199,11 +200,11 @@ class LateReports:
             open_again: Gives a round of this run, by its announcement.
 
         Raises:
-            KeyError, TypeError, ValueError: It is nothing of the kind.
+            KeyError, TypeError, ValueError: It is nothing of the kind; a ProtocolError if that is an announcement.
         """
         self._waiting, self.devices = [], set()
         self._closed.clear()
         for each in state:
-            current = open_again(Announcement(**each["head"]))
+            current = open_again(parse(Announcement, bytes.fromhex(each["head"])))
             ranks = {name: rank for rank, name in enumerate(current.participants)}
             self._closed.append(_Closed(current.head, current.deals, ranks, set(map(str, each["counted"]))))

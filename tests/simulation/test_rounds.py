@@ -43,3 +43,13 @@ def test_buffered_rounds_are_a_function_of_the_settings(artifact: Path, estimato
     assert strict.digest != alone.digest
     # With late reports the slow boards count as well.
     assert sum(row.reports for row in alone.rounds) >= 2 * 8
+
+
+def test_slow_boards_with_fewer_directions_do_not_set_the_pace(artifact: Path) -> None:
+    alike, paced = (run(artifact, training_k=64, training_k_min=k_min) for k_min in (0, 2))
+    assert paced.virtual_s_per_round < 0.6 * alike.virtual_s_per_round
+    assert paced.devices_agree
+    assert [row.reports for row in paced.rounds] == [6] * 8  # and all of them count
+    assert paced.scalars_per_device_round < alike.scalars_per_device_round
+    again = run(artifact, pool=ProcessPool(2), training_k=64, training_k_min=2)
+    assert again.digest == paced.digest
