@@ -16,6 +16,7 @@ from typing import Any
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
 from fedzo.broker_server.journal import SqliteJournal
 from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.protocol.documents import Announcement, parse
 from fedzo.protocol.errors import FedzoError
 
 from ..device_run import write_samples
@@ -93,7 +94,7 @@ def measure_device(artifact: Path, folder: Path, k: int, rounds: int) -> Bytes:
     if device.returncode:
         raise FedzoError(f"the device ended with {device.returncode}: {device.stderr[-1000:]}")
     with SqliteJournal(folder / "runs" / RUN / "journal.sqlite", read_only=True) as journal:
-        heads = [entry for _, entry in journal.read({"announce"}) if json.loads(entry.payload)["phase"] == "train"]
+        heads = [e for _, e in journal.read({"announce"}) if parse(Announcement, e.payload).phase == "train"]
     first, last = heads[_SKIPPED].at, heads[wanted].at
     return Bytes.of(list(capture.between(first, last)), rounds)
 
