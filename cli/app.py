@@ -7,7 +7,21 @@ from typing import Annotated
 import typer
 
 from ..edge_runtime.versions import installed_versions
-from . import broker, bundle, credentials, deploy, doctor, export, plan, profiles, serve, simulate, status
+from . import (
+    broker,
+    bundle,
+    credentials,
+    deploy,
+    doctor,
+    export,
+    inspect,
+    plan,
+    profiles,
+    replay,
+    serve,
+    simulate,
+    status,
+)
 from .command import DebugOption, JsonOption, help_text, help_without_command
 from .output import Output
 
@@ -32,6 +46,8 @@ app = typer.Typer(
 export.register(app)
 serve.register(app)
 status.register(app)
+inspect.register(app)
+replay.register(app)
 simulate.register(app)
 deploy.register(app)
 bundle.register(app)
