@@ -216,7 +216,7 @@ def _row(entry: Entry, found: RoundInspection) -> DeviceInRound:
 def _names(journal: Journal, announced: int) -> list[str]:
     """Device ids by ordinal at an announcement: all that came before the first round by name, then as they came."""
     first = journal.sequences("announce")[0]
-    early, late = [], []
+    early, late = list[str](), list[str]()
     for sequence, entry in journal.read({"enrolment"}):
         if sequence < announced:
             (early if sequence < first else late).append(entry.device)

@@ -3,40 +3,68 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from ..protocol.coordinator_events import RecordKind
+from ..protocol.coordinator import Coordinator
+from ..protocol.coordinator_events import CoordinatorCommand, RecordKind
 from ..protocol.errors import ProtocolError
-from ..protocol.snapshots import Snapshot
 from .journal import Entry, Journal
 
-__all__ = ["entries_to_resume", "keep_last_snapshot"]
+__all__ = ["entries_to_resume", "keep_last_snapshot", "resume"]
 
 _log = logging.getLogger(__name__)
 
 _LASTING: tuple[RecordKind, ...] = ("run", "enrolment", "evaluation")
 """Few and small, so that snapshots do not repeat them; masks as well, of which only the last one counts."""
 
+PlainEntry = tuple[RecordKind, int, str, bytes]
 
-def entries_to_resume(journal: Journal) -> Iterator[tuple[RecordKind, int, str, bytes]]:
+
+def resume(make: Callable[[], Coordinator], journal: Journal) -> tuple[Coordinator, list[CoordinatorCommand]]:
+    """A coordinator in the state of the journal's last entry.
+
+    A snapshot that is damaged, or of a release that kept another state, counts as none: then everything is replayed.
+
+    Args:
+        make: Makes a new coordinator.
+        journal: Its journal.
+
+    Returns:
+        The coordinator and its commands, see :meth:`~fedzo.protocol.coordinator.Coordinator.restore`.
+
+    Raises:
+        ProtocolError: The journal belongs to another run, or replaying it gives other weights.
+    """
+    coordinator, snapshots = make(), journal.sequences("snapshot")
+    if snapshots:
+        try:
+            return coordinator, coordinator.restore(entries_to_resume(journal, snapshots[-1]))
+        except ProtocolError as error:
+            _log.warning("the whole journal is replayed: %s", error.message)
+            coordinator = make()
+    whole = (_plain(entry) for _, entry in journal.read() if entry.kind != "snapshot")
+    return coordinator, coordinator.restore(whole)
+
+
+def entries_to_resume(journal: Journal, snapshot: int) -> Iterator[PlainEntry]:
     """The entries that give a coordinator the state of the whole journal.
 
-    A snapshot that is damaged counts as none: then everything is replayed.
+    Args:
+        journal: The journal.
+        snapshot: Sequence of its newest snapshot.
 
     Yields:
-        ``(kind, round, device, payload)`` for :meth:`~fedzo.protocol.coordinator.Coordinator.restore`.
+        ``(kind, round, device, payload)``
     """
-    newest = next(reversed(journal.sequences("snapshot")), 0)
-    is_whole = newest > 0 and _is_whole(journal, newest)
-    if is_whole:
-        for _, entry in _until(journal, newest):
-            yield _plain(entry)
-        mask = max((sequence for sequence in journal.sequences("mask") if sequence < newest), default=0)
-        if mask:
-            yield _plain(journal.get(mask))
-    for sequence, entry in journal.read(from_sequence=newest if is_whole else 0):
-        if is_whole or sequence != newest:
-            yield _plain(entry)
+    for sequence, entry in journal.read(_LASTING):
+        if sequence > snapshot:
+            break
+        yield _plain(entry)
+    mask = max((sequence for sequence in journal.sequences("mask") if sequence < snapshot), default=0)
+    if mask:
+        yield _plain(journal.get(mask))
+    for _, entry in journal.read(from_sequence=snapshot):
+        yield _plain(entry)
 
 
 def keep_last_snapshot(journal: Journal, kinds: set[RecordKind]) -> None:
@@ -45,21 +73,5 @@ def keep_last_snapshot(journal: Journal, kinds: set[RecordKind]) -> None:
         journal.drop_snapshots()
 
 
-def _plain(entry: Entry) -> tuple[RecordKind, int, str, bytes]:
+def _plain(entry: Entry) -> PlainEntry:
     return entry.kind, entry.round, entry.device, entry.payload
-
-
-def _until(journal: Journal, sequence: int) -> Iterator[tuple[int, Entry]]:
-    for number, entry in journal.read(_LASTING):
-        if number > sequence:
-            return
-        yield number, entry
-
-
-def _is_whole(journal: Journal, sequence: int) -> bool:
-    try:
-        Snapshot.decode(journal.get(sequence).payload)
-    except ProtocolError as error:
-        _log.warning("the snapshot %d of the journal is ignored: %s", sequence, error.message)
-        return False
-    return True

@@ -1,17 +1,32 @@
-"""Rebuild a run from its journal alone."""
+"""Rebuild a run from its journal: quickly, as a server does when it starts, or all of it, to check it."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..protocol.codec import decode
 from ..protocol.coordinator import Coordinator
-from ..protocol.documents import RunDocument, parse
-from ..protocol.errors import ArtifactError
+from ..protocol.coordinator_events import RecordKind
+from ..protocol.documents import Announcement, RunDocument, parse
+from ..protocol.errors import ArtifactError, ConfigError, FedzoError, ProtocolError
+from ..protocol.manifest import Manifest
+from ..protocol.messages import UpdateRecord
+from ..protocol.run_progress import RunProgress
+from ..protocol.snapshots import Snapshot
 from .journal import Entry, Journal, SqliteJournal
+from .recount import Recount
+from .recovery import resume
 from .run_folder import RunFolder
 
-__all__ = ["begin_run", "replay_run", "run_document"]
+__all__ = ["Replayed", "begin_run", "open_run", "replay_run", "replay_weights", "run_document"]
+
+_WEIGHTS: tuple[RecordKind, ...] = ("announce", "mask", "update", "evaluation", "snapshot", "phase")
 
 
 def begin_run(journal: Journal, run: RunDocument) -> None:
@@ -30,22 +45,138 @@ def run_document(journal: Journal, path: Path) -> RunDocument:
     raise ArtifactError(f"the journal of {path} is empty", hint="start the run again under another name")
 
 
-def replay_run(path: Path) -> tuple[RunFolder, Coordinator]:
-    """Open a run for reading, also while a server writes it, and replay everything.
-
-    Returns:
-        Its folder, and a coordinator in the state of the last entry.
+@contextmanager
+def open_run(path: Path) -> Iterator[tuple[RunFolder, SqliteJournal, RunDocument]]:
+    """Open a run for reading, also while a server writes it.
 
     Raises:
         ConfigError: ``path`` is no run folder.
-        ArtifactError: Artifact or journal are damaged.
-        ProtocolError: The replay gives other weights than the journal says.
+        ArtifactError: Artifact or journal are damaged, or do not belong together.
     """
     folder = RunFolder.open(path)
     with SqliteJournal(folder.journal_path, read_only=True) as journal:
         run = run_document(journal, path)
         if run.manifest_sha256 != folder.artifact.digest.hex():
             raise ArtifactError(f"the artifact in {folder.artifact_path} is not the one that the run began with")
-        coordinator = Coordinator(run, folder.artifact.manifest, birth=0)
-        coordinator.restore((e.kind, e.round, e.device, e.payload) for _, e in journal.read())
+        yield folder, journal, run
+
+
+def replay_run(path: Path) -> tuple[RunFolder, Coordinator]:
+    """The state of a run after its last entry, from the newest snapshot on.
+
+    Returns:
+        Its folder, and a coordinator in that state.
+
+    Raises:
+        ConfigError: ``path`` is no run folder.
+        ArtifactError: Artifact or journal are damaged.
+        ProtocolError: The replay gives other weights than the journal says.
+    """
+    with open_run(path) as (folder, journal, run):
+        coordinator, _ = resume(lambda: Coordinator(run, folder.artifact.manifest, birth=0), journal)
     return folder, coordinator
+
+
+@dataclass
+class Replayed:
+    """What a replay of a whole journal came to.
+
+    Attributes:
+        round: Whose weights these are: as they were when it had ended, or as they are if it is open.
+        phase: What it was for.
+        updates: Updates up to there.
+        weights_digest: Digest of the weights, hex.
+        log_head: Chain digest of the updates, hex.
+        mask_sha256: Of the mask, hex; empty for the dense network.
+        survivors: Weights that it keeps.
+        is_last: Whether nothing in the journal is later.
+        checked: By kind of entry, how many said the same as the replay.
+        agreeing: Devices that said that they ended with these weights.
+        disagreeing: Devices that said that they ended with others.
+        recounted: Updates and masks that were made again out of their reports; None if that was not asked for.
+    """
+
+    round: int = 0
+    phase: str = "enrol"
+    updates: int = 0
+    weights_digest: str = ""
+    log_head: str = ""
+    mask_sha256: str = ""
+    survivors: int = 0
+    is_last: bool = True
+    checked: Counter[str] = field(default_factory=Counter)
+    agreeing: list[str] = field(default_factory=list)
+    disagreeing: list[str] = field(default_factory=list)
+    recounted: int | None = None
+
+
+def replay_weights(
+    journal: Journal, run: RunDocument, manifest: Manifest, round_: int | None = None, *, recount: bool = False
+) -> Replayed:
+    """Replay from the seed on, and compare every digest on the way with what the journal says.
+
+    Args:
+        journal: Of the run.
+        run: Its document.
+        manifest: Its artifact.
+        round_: Where to end; the last round if None.
+        recount: Make every update and mask again out of the reports, and compare it with the recorded one.
+
+    Raises:
+        ConfigError: There is no such round.
+        ProtocolError: An entry says something else than the replay; the text names it.
+    """
+    progress, out = RunProgress(run, manifest), Replayed()
+    again = Recount(run, manifest) if recount else None
+    for sequence, entry in journal.read(_WEIGHTS if again is None else None):
+        if entry.kind == "announce" and round_ is not None and entry.round > round_:
+            out.is_last = False
+            break
+        try:
+            _replay(progress, out, entry)
+            if again is not None:
+                again.restore([(entry.kind, entry.round, entry.device, entry.payload)])
+        except FedzoError as error:
+            what = f"entry {sequence} of the journal ({entry.kind}, round {entry.round})"
+            hint = "the journal was changed or this machine computes something else: fedzo doctor"
+            raise ProtocolError(f"{what} does not follow from those before it: {error.message}", hint=hint) from None
+    if round_ is not None and out.round != round_:
+        ends = f"it ends with round {out.round}" if out.round else "no round has begun"
+        raise ConfigError(f"the journal has no round {round_}: {ends}", hint="see fedzo inspect")
+    replica = progress.replica
+    out.updates, out.weights_digest, out.log_head = replica.index, replica.digest.hex(), replica.head.hex()
+    out.mask_sha256, out.survivors = progress.mask_sha256, progress.mask.n_survivors
+    out.recounted = None if again is None else again.recounted
+    return out
+
+
+def _replay(progress: RunProgress, out: Replayed, entry: Entry) -> None:
+    replica, said, found = progress.replica, "", ""
+    if entry.kind == "announce":
+        head = parse(Announcement, entry.payload)
+        out.round, out.phase = head.round, head.phase
+        said = f"{head.log_length} updates, mask {head.mask_sha256}, weights {head.weights_digest}, log {head.log_head}"
+        weights, log = (replica.digest.hex(), replica.head.hex()) if head.log_head else ("", "")
+        found = f"{replica.index} updates, mask {progress.mask_sha256}, weights {weights}, log {log}"
+    elif entry.kind == "mask":
+        progress.adopt_mask(entry.payload)
+    elif entry.kind == "update":
+        record = decode(entry.payload)
+        assert isinstance(record, UpdateRecord)
+        replica.apply(record)
+    elif entry.kind == "evaluation":
+        result = json.loads(entry.payload)
+        said = f"{result['log_length']} updates, weights {result['weights_digest']}"
+        found = f"{replica.index} updates, weights {replica.digest.hex()}"
+    elif entry.kind == "snapshot":
+        if Snapshot.decode(entry.payload).replica != replica.snapshot():
+            raise ProtocolError("it has other weights or moments")
+    elif entry.kind == "phase" and entry.device:
+        claimed = entry.payload.decode().partition(" ")[2]  # Whatever a device claims says nothing of the journal.
+        (out.agreeing if claimed == replica.digest.hex() else out.disagreeing).append(entry.device)
+        return
+    else:
+        return
+    if said != found:
+        raise ProtocolError(f"it says {said}, the replay gives {found}")
+    out.checked[entry.kind] += 1

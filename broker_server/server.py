@@ -36,7 +36,7 @@ from .brokers.base import Broker
 from .intake import Drops, Intake
 from .journal import Entry, Journal
 from .log_slices import log_slice
-from .recovery import entries_to_resume, keep_last_snapshot
+from .recovery import keep_last_snapshot, resume
 from .run_folder import RunFolder
 from .server_passes import ServerPasses
 from .server_state import server_state
@@ -126,14 +126,19 @@ class Server:
         self._turned_at = time.monotonic()
         self._stop = threading.Event()
         self._blobs = BlobServer(folder.artifact, folder.artifact_path)
-        self._log_sequences: list[int] = []
         self._passes = ServerPasses(folder.artifact, run, test_set, threads=threads, cancelled=self._stop.is_set)
         self._computing: set[tuple[type, int]] = set()
         self._limits: dict[str, int] = {}
         self._refused: set[str] = set()
         birth = time.time_ns() // 1_000_000
-        self.coordinator = Coordinator(run, folder.artifact.manifest, birth=birth, has_test_set=test_set is not None)
-        self._restore()
+        manifest, can_test = folder.artifact.manifest, test_set is not None
+        self.coordinator, offers = resume(
+            lambda: Coordinator(run, manifest, birth=birth, has_test_set=can_test), journal
+        )
+        for offer in offers:
+            if isinstance(offer, machine.OfferBlob):
+                self._blobs.offer(offer.sha256, offer.data)
+        self._log_sequences = journal.sequences("update")
         self.resumed_at = self.coordinator.replica.index
         away = ServerPresence(False, birth)
         self._goodbye = Publication(topic(federation, Channel.SERVER), away.encode(), retain=True)
@@ -345,12 +350,6 @@ class Server:
             self._answered += 1
 
     # --- the rest -------------------------------------------------------------------------------------------------
-
-    def _restore(self) -> None:
-        self._log_sequences = self._journal.sequences("update")
-        for command in self.coordinator.restore(entries_to_resume(self._journal)):
-            if isinstance(command, machine.OfferBlob):
-                self._blobs.offer(command.sha256, command.data)
 
     @property
     def progress(self) -> Progress:

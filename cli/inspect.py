@@ -89,7 +89,7 @@ def _show_round(output: Output, journal: Journal, run: str, round_: int) -> None
         ("seconds", found.seconds),
         ("outcome", found.outcome),
     ]
-    output.table(("round", round_), rows, title=f"run {run}")
+    output.table(("round", str(round_)), rows, title=f"run {run}")
     columns = ("device", "what", "scalars", "samples", "queries", "loss", "bytes", "seconds", "why")
     output.table(
         columns,
