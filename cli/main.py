@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Output(
         json="--json" in options, debug="--debug" in options or os.environ.get("FEDZO_DEBUG", "") not in ("", "0")
     )
+    output.arguments = tuple(arguments)
     try:
         return _run(arguments, output)
     except KeyboardInterrupt:

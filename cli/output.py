@@ -34,6 +34,7 @@ class Output:
         debug: Errors come with their traceback.
         closed: `result` has been called.
         logs: What is logged, once :meth:`start_logs` was called.
+        arguments: The command line, without the program's name.
     """
 
     def __init__(self, *, json: bool = False, debug: bool = False) -> None:
@@ -41,6 +42,7 @@ class Output:
         self.debug = debug
         self.closed = False
         self.logs: Logs | None = None
+        self.arguments: tuple[str, ...] = ()
 
     def start_logs(self, form: LogFormat, file: Path | None, level: LogLevel | None) -> None:
         """Log from now on; text for people goes into the log as well, and where stderr is for JSON, nowhere else.

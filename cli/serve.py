@@ -32,6 +32,9 @@ def register(app: typer.Typer) -> None:
         ] = None,
         runs: Annotated[Path | None, typer.Option("--runs", help="Where run folders lie [default: runs].")] = None,
         name: Annotated[str | None, typer.Option("--run", help="Run id [default: model and time].")] = None,
+        continue_run: Annotated[
+            bool | None, typer.Option("--continue", help="Go on with the run of --run, if it has begun.")
+        ] = None,
         test_data: Annotated[
             Path | None, typer.Option("--test-data", help="The server's own test set, scaled as the network sees it.")
         ] = None,
@@ -80,6 +83,20 @@ def register(app: typer.Typer) -> None:
                 help="debug, info, warning or error [default: warning, of json info].", rich_help_panel=_OPERATIONS
             ),
         ] = None,
+        systemd: Annotated[
+            bool,
+            typer.Option(
+                "--systemd",
+                help="Print a systemd unit that runs this command with few rights, and stop.",
+                rich_help_panel=_OPERATIONS,
+            ),
+        ] = False,
+        systemd_user: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME", help="Its user [default: systemd makes one while it runs].", rich_help_panel=_OPERATIONS
+            ),
+        ] = "",
     ) -> None:
         """Serve a run: wait for devices, prune, train, evaluate. Ends by itself; a stopped run can be resumed.
 
@@ -96,6 +113,7 @@ def register(app: typer.Typer) -> None:
             "resume": resume,
             "runs": runs,
             "run": name,
+            "continue_run": continue_run,
             "test_data": test_data,
             **run_flags,
             "broker": broker,
@@ -113,4 +131,4 @@ def register(app: typer.Typer) -> None:
         }
         from .serve_run import serve_run
 
-        serve_run(output, flags, config, show=show)
+        serve_run(output, flags, config, show=show, unit_user=systemd_user if systemd else None)

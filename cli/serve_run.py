@@ -32,14 +32,17 @@ from .output import Output
 from .serve_access import TLS_PORT, ServeAccess, folder_federation
 from .serve_operations import Operations, caught_signals
 from .serve_settings import PATHS, PLACE, ServeSettings
+from .serve_unit import print_unit
 
 __all__ = ["serve_run"]
 
 PLACE_NAME = "serve.json"
 
 
-def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool) -> None:
-    """Serve one run.
+def serve_run(
+    output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool, unit_user: str | None = None
+) -> None:
+    """Serve one run, or print its settings, or a unit that serves it as ``unit_user``.
 
     Raises:
         FedzoError: See ``Server.serve`` and the parts that are opened before.
@@ -54,12 +57,15 @@ def serve_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, 
         show_config(output, resolved)
         return
     settings = resolved.settings
-    if folder is None and settings.continue_run:
+    if folder is None and settings.continue_run and unit_user is None:
         settings, folder = _continued(settings)
     if settings.credentials is not None:
         port = TLS_PORT if resolved.origins["port"].kind == "default" else settings.port
         federation = folder_federation(settings.credentials, settings.federation)
         settings = dataclasses.replace(settings, port=port, federation=federation)
+    if unit_user is not None:
+        print_unit(output, settings, unit_user, has_runs=resolved.origins["runs"].kind != "default")
+        return
     output.start_logs(settings.log_format, settings.log_file, settings.log_level)
     _serve(output, settings, folder)
 
