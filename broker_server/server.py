@@ -33,6 +33,7 @@ from ..protocol.topics import RETAINED, Channel, server_subscriptions, topic
 from .access import REVOKED, Access
 from .blobs import BlobServer
 from .brokers.base import Broker
+from .group_commit import gather
 from .intake import Drops, Intake
 from .journal import Entry, Journal
 from .log_slices import log_slice
@@ -47,8 +48,6 @@ __all__ = ["Progress", "Server"]
 
 _log = logging.getLogger(__name__)
 
-BATCH_S = 0.004
-BATCH_EVENTS = 2_000
 BROKER_CHECK_S = 2.0
 LEAVE_S = 3.0  # for what has arrived, once the server is to stop
 INBOX_MESSAGES, INBOX_BYTES = 20_000, 64 << 20  # beyond, the broker waits
@@ -226,18 +225,11 @@ class Server:
         wakeup = self.coordinator.wakeup
         wait_s = BROKER_CHECK_S if wakeup is None else min(BROKER_CHECK_S, max(0.0, wakeup - time.monotonic()))
         try:
-            batch = [self._events.get(timeout=wait_s)]
+            return gather(self._events, wait_s)
         except queue.Empty:
             if (failure := self._broker.failure()) is not None:
                 raise BrokerError(f"the broker is gone: {failure}", hint="see why it ended") from None
             return [machine.Tick()]
-        until = time.monotonic() + BATCH_S
-        while len(batch) < BATCH_EVENTS and (left_s := until - time.monotonic()) > 0:
-            try:
-                batch.append(self._events.get(timeout=left_s))
-            except queue.Empty:
-                break
-        return batch
 
     def _carry_out(
         self, batch: list[TransportEvent | machine.CoordinatorEvent | FedzoError], pool: ThreadPoolExecutor
@@ -293,6 +285,8 @@ class Server:
             self._send(command.channel, command.message.encode(), command.device)
         elif isinstance(command, machine.OfferBlob):
             self._blobs.offer(command.sha256, command.data)
+        elif isinstance(command, machine.WithdrawBlob):
+            self._blobs.withdraw(command.sha256)
         elif isinstance(command, machine.ServeBlob):
             block = self._blobs.block(command.request)
             if block is not None:

@@ -23,7 +23,7 @@ from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.transport import Arrived, Token
 from fedzo.protocol import coordinator_events as machine
 from fedzo.protocol.documents import Hello, Order, Presence
-from fedzo.protocol.errors import BrokerError
+from fedzo.protocol.errors import BrokerError, FedzoError
 from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.mask import Mask
 from fedzo.protocol.settings import RunSettings
@@ -219,3 +219,41 @@ def test_passes_that_wait_are_shown(server: Server, monkeypatch: pytest.MonkeyPa
         assert passes.depth == 5
         go.set()
     assert [queue.depth for queue in server.state.queues if queue.name == "passes"] == [0]
+
+
+def test_nothing_is_said_or_acknowledged_before_the_batch_is_committed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    append, acknowledge = server._journal.append, server._transport.acknowledge
+
+    def note(step: str, call: Any) -> Any:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            steps.append(step)
+            return call(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(server._journal, "append", note("commit", append))
+    monkeypatch.setattr(server._transport, "acknowledge", note("acknowledge", acknowledge))
+    monkeypatch.setattr(server._transport, "publish", note("publish", lambda *_, **__: 1))
+    hello = Hello(1, "desk", 64.0, 10, 5, "none", "none").encode()
+    batch = [Arrived(f"fedzo/v1/default/d/board-{n}/hello", hello, False, Token(1, n)) for n in range(3)]
+    with ThreadPoolExecutor(1) as pool:
+        server._carry_out(list(batch), pool)
+    assert steps == ["commit", *["publish"] * 3, *["acknowledge"] * 3]
+    assert [entry.kind for _, entry in server._journal.read()] == ["run", *["enrolment"] * 3]
+
+
+def test_what_cannot_be_committed_is_not_acknowledged(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any) -> Any:
+        raise FedzoError("no space left for the journal")
+
+    acknowledged: list[Any] = []
+    monkeypatch.setattr(server._journal, "append", full)
+    monkeypatch.setattr(server._transport, "acknowledge", acknowledged.append)
+    monkeypatch.setattr(server._transport, "publish", acknowledged.append)
+    hello = Hello(1, "desk", 64.0, 10, 5, "none", "none").encode()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(FedzoError, match="no space left"):
+        server._carry_out([arrived("hello", hello)], pool)
+    assert acknowledged == []
