@@ -238,13 +238,14 @@ class Fleet:
         self.boards = [self.device(number, *options, rig=rig) for number in range(len(self.data))]
         return self.boards
 
-    def serve(self, *options: object, rig: str = "") -> Process:
+    def serve(self, *options: object, rig: str = "", **extra: str) -> Process:
         """Start the server of a new run; options go last, so they win."""
         n = len(self.data)
         command = ["serve", self.artifact, "--runs", self.folder / "runs", "--run", RUN, "--test-data", self.test_data]
         command += ["--devices", n, "--quorum", n, "--rounds", 6, "--k", 16, "--batch", 8, "--sigma", 0.001]
         command += ["--saliency-samples", 8, "--evaluate-every", 3, "--deadline", 60, "--enrol-deadline", 60]
-        return self.start("server", [*self._server(rig), *command, *self._place, *self._federation, "--json", *options])
+        command = [*self._server(rig), *command, *self._place, *self._federation, "--json", *options]
+        return self.start("server", command, **extra)
 
     def resume(self, *options: object, rig: str = "") -> Process:
         """Start the server again."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +191,27 @@ def test_watching_a_run_to_its_end(fleets: MakeFleet, mosquitto_url: str) -> Non
     assert watcher.wait(20.0) == 0, watcher.stderr
     assert watcher.stdout.splitlines()[-1].startswith("done: round ")
     assert "update 6/6" in watcher.stdout
+
+
+def test_a_service_that_is_restarted_goes_on_with_its_run(
+    undisturbed: Finished, fleets: MakeFleet, mosquitto_url: str, tmp_path: Path
+) -> None:
+    """The command line of a unit, twice the same; the service manager hears that it lives, and that it ends."""
+    fleet = fleets(url=mosquitto_url)
+    fleet.devices(rig="hasty")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(STOP_S)
+        manager_says = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "4000000"}
+        server = fleet.serve("--continue", **manager_says)
+        fleet.await_entries("update", 3)
+        server.signal(signal.SIGTERM)
+        assert server.wait(STOP_S) == 0, server.stderr
+        heard = []
+        while "STOPPING=1" not in heard:
+            heard.append(manager.recv(100).decode())
+        assert heard[0] == "READY=1"
+        assert "WATCHDOG=1" in heard
+    fleet.serve("--continue", "--k", 17).until("began with training.k 16, not 17")
+    finish(fleet, fleet.serve("--continue"), undisturbed)
+    assert fleet.serve("--continue").answer()["phase"] == "done", "a run that is over is over at once"
