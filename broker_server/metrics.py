@@ -103,7 +103,10 @@ class ServerMetrics:
         self._closing = histogram("close_seconds", "Turns that closed a round, from decision to sending.", _WORK_S)
         self._turn = histogram("turn_seconds", "Turns of the server's loop.", _WORK_S)
 
+        self._labels: dict[str, str] = {}
+
         def gauge(name: str, text: str, *labels: str) -> Gauge:
+            self._labels |= {f"fedzo_{name}": label for label in labels}
             return Gauge(f"fedzo_{name}", text, labels, registry=registry)
 
         self._training_loss = gauge("training_loss", "Mean loss in the reports of the latest training round.")
@@ -111,6 +114,18 @@ class ServerMetrics:
         self._accuracy = gauge("accuracy_ratio", "Held-out accuracy of the latest evaluation.", "on")
         self._evaluation_loss = gauge("evaluation_loss", "Held-out loss of the latest evaluation.", "on")
         self._peak = gauge("device_peak_bytes", "Largest peak of resident memory that a device reported.")
+
+    def described(self) -> list[tuple[str, str, str, str]]:
+        """Name, kind, label and meaning of everything that is exported, for documentation."""
+        rows = []
+        families = [*StateCollector(lambda: None).describe(), *self.registry.collect()]
+        for family in {family.name: family for family in reversed(families)}.values():
+            names = [name for sample in family.samples[:1] for name in sample.labels if name != "le"]
+            label = self._labels.get(family.name) or next(iter(getattr(family, "_labelnames", ()) or names), "")
+            if family.name.startswith("fedzo_"):
+                suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+                rows.append((f"{family.name}{suffix}", family.type, label, family.documentation))
+        return sorted(rows)
 
     def attach(self, state: Callable[[], ServerState]) -> None:
         """From now on the gauges are of this server.

@@ -1,8 +1,8 @@
 """Writes the parts of the documentation that follow from the code: `python docs/generate.py [--check]`.
 
-`cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, those of
-`results.md`, `experiments.md`, `claims.md`, `robustness.md` and the README from the committed results. mkdocs also
-loads this file as a hook, which makes `index.md` from the README.
+`cli.md` is made from the command line's own help, the table of `boards.md` from the hardware profiles, that of
+`operations.md` from the server's metrics, those of `results.md`, `experiments.md`, `claims.md`, `robustness.md` and the
+README from the committed results. mkdocs also loads this file as a hook, which makes `index.md` from the README.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 BOARDS, RESULTS, README = DOCS / "boards.md", DOCS / "results.md", DOCS.parent / "README.md"
+OPERATIONS = DOCS / "operations.md"
 EXPERIMENTS, CLAIMS, ROBUSTNESS = DOCS / "experiments.md", DOCS / "claims.md", DOCS / "robustness.md"
 ELSEWHERE = {"methods": CLAIMS, "attacks": ROBUSTNESS}
 """Experiments whose table is not on the page of experiments."""
@@ -152,6 +153,14 @@ def boards_table() -> str:
     ]
     heading = "| profile | board | cores | RAM, MiB | budget, MiB | unverified values |"
     return "\n".join([heading, "|---|---|---|---|---|---|", *rows])
+
+
+def metrics_table() -> str:
+    """What a server tells Prometheus, out of its registry."""
+    from fedzo.broker_server.metrics import ServerMetrics
+
+    rows = [f"| `{name}` | {kind} | {label} | {text} |" for name, kind, label, text in ServerMetrics().described()]
+    return "\n".join(["| metric | kind | label | |", "|---|---|---|---|", *rows])
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -294,12 +303,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if a page is stale")
     check = parser.parse_args().check
-    read = (BOARDS, RESULTS, README, EXPERIMENTS, *ELSEWHERE.values())
+    read = (BOARDS, RESULTS, README, EXPERIMENTS, OPERATIONS, *ELSEWHERE.values())
     texts = {page: page.read_text(encoding="utf-8") for page in read}
     pages = {
         DOCS / "cli.md": cli_reference(),
         BOARDS: renewed(texts[BOARDS], "boards", boards_table()),
         RESULTS: results_page(texts[RESULTS]),
+        OPERATIONS: renewed(texts[OPERATIONS], "metrics", metrics_table()),
         README: renewed(texts[README], "demo", demo_table()),
         EXPERIMENTS: experiments_page(texts[EXPERIMENTS]),
         **{page: renewed(texts[page], name, experiment_table(name)) for name, page in ELSEWHERE.items()},
