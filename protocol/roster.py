@@ -263,7 +263,7 @@ class Roster:
         return sum(member.is_ready for member in self.members.values())
 
     def finalists(self, packed: str) -> list[Member]:
-        """Devices to wait for at the end, in the order of ordinals: the ready ones, and who took part until now.
+        """Devices to wait for at the end, in the order of ordinals: who is there, and who took part until now.
 
         A link that broke a moment ago comes back soon, and whoever is not waited for never gets the last updates.
 
@@ -271,7 +271,7 @@ class Roster:
             packed: Participants of the last round.
         """
         members = {name: self.members[name] for name in self.names_of(packed)}
-        members |= {member.name: member for member in self.ready()}
+        members |= {name: member for name, member in self.members.items() if member.is_alive}
         return sorted((m for m in members.values() if m.is_taking_part), key=lambda member: member.ordinal)
 
     def is_done(self, packed: str) -> bool:

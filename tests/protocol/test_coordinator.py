@@ -363,6 +363,18 @@ def test_the_end_waits_for_devices_that_were_lost_just_before() -> None:
     assert desk.finish() == Finish()
 
 
+def test_the_end_waits_for_devices_that_were_still_joining() -> None:
+    desk = at_evaluation(False)
+    desk.hello("e")
+    desk.report(*NAMES)
+    assert desk.head.phase == "done"
+    digest = desk.machine.replica.digest.hex()
+    desk.presence("e", status="lost").presence(*NAMES, status="done", weights_digest=digest)
+    assert not desk.machine.finished
+    desk.presence("e").presence("e", status="done", weights_digest=digest)
+    assert desk.finish() == Finish()
+
+
 def test_a_device_that_stays_lost_holds_the_end_until_its_deadline() -> None:
     desk = at_evaluation(False)
     desk.presence("c", status="lost")
