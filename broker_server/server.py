@@ -49,6 +49,8 @@ __all__ = ["Progress", "Server"]
 _log = logging.getLogger(__name__)
 
 BROKER_CHECK_S = 2.0
+MAX_INFLIGHT = 400  # a managed Mosquitto takes 500
+PROGRESS_S = 0.1  # between two reports to the observer that have nothing new but their counts
 LEAVE_S = 3.0  # for what has arrived, once the server is to stop
 INBOX_MESSAGES, INBOX_BYTES = 20_000, 64 << 20  # beyond, the broker waits
 OUTGOING_MESSAGES, OUTGOING_BYTES = 200_000, 64 << 20
@@ -57,7 +59,7 @@ BLOCKS_BYTES = 32 << 20  # beyond, devices have to ask again for blobs and recor
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands; given to the observer after every batch that recorded something.
+    """Where a run stands; given to the observer after batches that recorded something.
 
     Attributes:
         phase: Of the announced round.
@@ -117,6 +119,8 @@ class Server:
     ) -> None:
         self._folder, self._broker, self._journal, self._federation = folder, broker, journal, federation
         self._observer, self._telemetry = observer, telemetry
+        self._shown: tuple[object, ...] = ()
+        self._shown_at = 0.0
         self._events: Inbox[TransportEvent | machine.CoordinatorEvent | FedzoError] = Inbox(INBOX_MESSAGES, INBOX_BYTES)
         self._drops = Drops()
         self._access = access
@@ -153,7 +157,7 @@ class Server:
             clean_start=False,
             session_expiry_s=86_400,
             manual_ack=True,
-            max_inflight=100,
+            max_inflight=MAX_INFLIGHT,
             max_queued=OUTGOING_MESSAGES,
             max_queued_bytes=OUTGOING_BYTES,
             may_read=self._events.has_room,
@@ -256,11 +260,20 @@ class Server:
             self._transport.acknowledge(token)
         if self._telemetry is not None:
             self._telemetry.turn(Turn(events, commands, began, decided, committed, time.monotonic()))
-        if self._observer is not None and any(isinstance(c, machine.Record) for c in commands):
+        if self._observer is not None and any(isinstance(c, machine.Record) for c in commands) and self._is_news():
             self._observer(self.progress)
         for command in commands:
             if isinstance(command, machine.Finish) and command.error is not None:
                 raise command.error
+
+    def _is_news(self) -> bool:
+        """Whether the observer should look now: to count the devices that are ready takes a look at each of them."""
+        coordinator, now = self.coordinator, time.monotonic()
+        marks = (coordinator.head, coordinator.replica.index, len(coordinator.evaluations))
+        if marks == self._shown and now < self._shown_at + PROGRESS_S:
+            return False
+        self._shown, self._shown_at = marks, now
+        return True
 
     def _record(self, records: list[machine.Record]) -> None:
         if not records:
@@ -318,7 +331,8 @@ class Server:
             return
         if self._access is not None:
             payload = self._access.signer.sign(self._federation, channel, device, payload)
-        self._transport.publish(topic(self._federation, channel, device), payload, retain=channel in RETAINED)
+        name, qos = topic(self._federation, channel, device), 0 if channel is Channel.ACK else 1
+        self._transport.publish(name, payload, qos, retain=channel in RETAINED)
 
     def _send_log(self, command: machine.ServeLog) -> None:
         def payload(number: int) -> bytes:
@@ -356,6 +370,6 @@ class Server:
             updates=coordinator.replica.index,
             updates_total=coordinator.run.training.rounds,
             devices=len(coordinator.roster.members),
-            ready=len(coordinator.roster.ready()),
+            ready=coordinator.roster.count_ready(),
             accuracy=held_out_accuracy(evaluations[-1]) if evaluations else None,
         )

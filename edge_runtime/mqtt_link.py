@@ -28,6 +28,8 @@ with stand_ins(*not_needed_by_paho()):
     from paho.mqtt.properties import Properties
     from paho.mqtt.reasoncodes import ReasonCode
 
+    from .buffered_client import BufferedClient
+
 if TYPE_CHECKING:
     import ssl
 
@@ -174,7 +176,7 @@ class Link:
             return
         if wake.receiver not in self._selector.get_map():
             self._selector.register(wake.receiver, selectors.EVENT_READ)
-        self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0))
+        self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.has_unsent else 0))
         if self._settings.may_read():
             # OpenSSL may hold decrypted bytes that the socket no longer shows as readable.
             pending = self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
@@ -186,14 +188,25 @@ class Link:
             wake.wait(_PAUSE_S)
             pending, mask = False, 0
         if pending or mask & selectors.EVENT_READ:
+            self._client.refill()
             self._check(self._client.loop_read())
-        if self.loss is None and (mask & selectors.EVENT_WRITE or self._client.want_write()):
-            self._check(self._client.loop_write())
+            while self.loss is None and self._client.has_unread:
+                self._check(self._client.loop_read())
+        if self.loss is None and (mask & selectors.EVENT_WRITE or self._client.has_unsent):
+            self._write()
         if self.loss is None:
             self._check(self._client.loop_misc())
         if self.loss is None and not self.ready and time.monotonic() > self._deadline:
             missing = f"no SUBACK for {_SUBACK_TIMEOUT_S:g} s"
             self._lose(missing if self._accepted else f"{self._connack_timeout_s:g} s passed")
+
+    def _write(self) -> None:
+        self._check(self._client.loop_write())
+        try:
+            if self.loss is None:
+                self._client.flush()
+        except OSError as error:
+            self._lose(f"the link was lost ({error.strerror or error})")
 
     def publish(self, topic: str, payload: bytes, qos: int, retain: bool, expiry_s: int | None) -> int:
         """Hand a message to the client, to be written by the next `step`, and return its packet id."""
@@ -285,10 +298,10 @@ class Link:
         by_broker = flags.is_disconnect_packet_from_server
         self._lose(f"the broker closed the link: {reason}" if by_broker else f"the link was lost ({reason})")
 
-    def _new_client(self) -> Client:
+    def _new_client(self) -> BufferedClient:
         settings = self._settings
         v5 = self.protocol == "5"
-        client = Client(
+        client = BufferedClient(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             # In 3.1.1 one flag stands for both: start clean, and forget the session at the end.

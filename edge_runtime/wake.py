@@ -16,9 +16,13 @@ class Wake:
         self.receiver, self._sender = socket.socketpair()
         self.receiver.setblocking(False)
         self._sender.setblocking(False)
+        self._is_set = False
 
     def set(self) -> None:
         """End the current wait, or the next one. From any thread, also after `close`."""
+        if self._is_set:  # A server that answers thousands of boards at once would make a system call for each.
+            return
+        self._is_set = True
         try:
             self._sender.send(b"\0")
         except OSError as error:
@@ -27,12 +31,15 @@ class Wake:
                 raise
 
     def clear(self) -> None:
-        """Forget wake-ups so far."""
+        """Forget wake-ups so far; whoever waits then looks at what there is to do."""
         try:
             while self.receiver.recv(4096):
                 pass
         except BlockingIOError:
             pass
+        # Last: a call of `set` up to here may send nothing, but its reason is there to be seen. Were it the first line,
+        # a byte sent in between would be read here, and no later call would send another.
+        self._is_set = False
 
     def wait(self, timeout_s: float) -> None:
         """Wait for `set`, no longer than `timeout_s`."""
