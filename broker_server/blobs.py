@@ -28,6 +28,10 @@ class BlobServer:
         """Keep a small blob in memory."""
         self._data[sha256] = data
 
+    def withdraw(self, sha256: bytes) -> None:
+        """Forget a blob that was offered."""
+        self._data.pop(sha256, None)
+
     def block(self, request: BlobRequest) -> BlobBlock | None:
         """The block that a device asked for.
 

@@ -42,6 +42,14 @@ def run_options(
         float | None,
         typer.Option(help="A report late by A updates is scaled by (1 + A) ** -POWER.", rich_help_panel=_ROUNDS),
     ] = None,
+    snapshots: Annotated[
+        bool | None,
+        typer.Option(
+            "--snapshots/--no-snapshots",
+            help="Send a device that is far behind the weights themselves where that is fewer bytes than the scalars.",
+            rich_help_panel=_ROUNDS,
+        ),
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that a round may take.", rich_help_panel=_ROUNDS)
     ] = None,
@@ -226,6 +234,7 @@ def run_options(
         "close_at": close_at,
         "staleness": staleness,
         "staleness_power": staleness_power,
+        "snapshots": snapshots,
         "deadline_s": deadline,
         "enrol_deadline_s": enrol_deadline,
         "patience": patience,

@@ -18,6 +18,7 @@ PHASES = ("enrol", "saliency", "train", "evaluate", "done", "stopped")
 _ANNOUNCEMENT = struct.Struct("<BBBBIIHHfI")
 _HAS_LOG_HEAD, _HAS_WEIGHTS_DIGEST, _HAS_PACE, _PHASE = 16, 32, 64, 15
 _HASH_BYTES = 32
+_LENGTH = struct.Struct("<H")
 
 
 def pack_announcement(fields: Mapping[str, Any]) -> bytes:
@@ -40,7 +41,8 @@ def pack_announcement(fields: Mapping[str, Any]) -> bytes:
         fields["mask_size"],
     )
     digests = (fields["mask_sha256"], fields["log_head"], fields["weights_digest"])
-    return head + run + participants + b"".join(map(bytes.fromhex, digests)) + fields["pace"]
+    pace = _LENGTH.pack(len(fields["pace"])) + fields["pace"] if fields["pace"] else b""
+    return head + run + participants + b"".join(map(bytes.fromhex, digests)) + pace
 
 
 def unpack_announcement(data: bytes) -> dict[str, Any]:
@@ -64,9 +66,11 @@ def unpack_announcement(data: bytes) -> dict[str, Any]:
         DIGEST_BYTES if flags & _HAS_LOG_HEAD else 0,
         DIGEST_BYTES if flags & _HAS_WEIGHTS_DIGEST else 0,
     )
-    end, has_pace = _ANNOUNCEMENT.size + sum(sizes), bool(flags & _HAS_PACE)
-    if len(data) < end or has_pace != (len(data) > end):
-        raise ProtocolError(f"an announcement of {len(data)} bytes should have {'more than ' * has_pace}{end}")
+    end, n_pace = _ANNOUNCEMENT.size + sum(sizes), 0
+    if flags & _HAS_PACE:
+        (n_pace,), end = _LENGTH.unpack_from(data, end), end + _LENGTH.size
+    if len(data) != end + n_pace or bool(n_pace) != bool(flags & _HAS_PACE):
+        raise ProtocolError(f"an announcement of {len(data)} bytes should have {end + n_pace}")
     found: dict[str, Any] = {
         "round": round_,
         "phase": PHASES[flags & _PHASE],

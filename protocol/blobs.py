@@ -8,7 +8,7 @@ from .device_events import BlobFound, DeviceCommand, FindBlob, Send, StoreBlob
 from .topics import Channel
 from .transfers import BlobBlock, BlobRequest
 
-__all__ = ["BLOCK_BYTES", "BlobDownload", "BlobFetcher"]
+__all__ = ["BLOCK_BYTES", "MAX_SETBACKS", "BlobDownload", "BlobFetcher"]
 
 BLOCK_BYTES = 64 << 10
 WINDOW = 4

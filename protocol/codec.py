@@ -12,12 +12,14 @@ from collections.abc import Callable
 from .documents import Announcement
 from .errors import ProtocolError
 from .messages import Receipt, Report, UpdateRecord
-from .transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+from .transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 from .wire import MAX_PAYLOAD_BYTES, VERSION, MessageType
 
 __all__ = ["BinaryMessage", "decode"]
 
-BinaryMessage = Report | UpdateRecord | Receipt | BlobRequest | BlobBlock | LogRequest | LogSlice | Announcement
+BinaryMessage = (
+    Report | UpdateRecord | Receipt | BlobRequest | BlobBlock | LogRequest | LogSlice | SnapshotOffer | Announcement
+)
 
 _DECODERS: dict[MessageType, Callable[[bytes], BinaryMessage]] = {
     MessageType.REPORT: Report.decode,
@@ -28,6 +30,7 @@ _DECODERS: dict[MessageType, Callable[[bytes], BinaryMessage]] = {
     MessageType.LOG_REQUEST: LogRequest.decode,
     MessageType.LOG_SLICE: LogSlice.decode,
     MessageType.ANNOUNCEMENT: Announcement.decode,
+    MessageType.SNAPSHOT_OFFER: SnapshotOffer.decode,
 }
 
 

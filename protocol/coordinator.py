@@ -24,25 +24,28 @@ from .coordinator_events import (
     CoordinatorEvent,
     DeviceSaid,
     Finish,
+    Garbled,
     MakeMask,
     MaskMade,
     ScoresChecked,
     Send,
     ServeBlob,
-    ServeLog,
     ServerEvaluated,
 )
-from .documents import Hello, Phase, Presence, RunDocument, ServerPresence
+from .documents import Hello, Phase, Presence, RunDocument, ServerPresence, one_line
 from .errors import FedzoError, QuorumError
 from .journaled_run import DONE, JournaledRun
 from .manifest import Manifest
 from .messages import Receipt, Report, Verdict
 from .open_round import OpenRound
+from .repeater import Repeater
 from .roster import REPLACED, Member, refusal
 from .topics import Channel
 from .transfers import BlobRequest, LogRequest
 
 __all__ = ["Coordinator"]
+
+REPUBLISH_S = 30.0
 
 
 class Coordinator(JournaledRun):
@@ -67,6 +70,7 @@ class Coordinator(JournaledRun):
         self._presence = ServerPresence(True, birth)
         self._has_test_set = has_test_set
         self._failures = 0
+        self._again = Repeater(REPUBLISH_S)
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -98,11 +102,13 @@ class Coordinator(JournaledRun):
         if self._round is not None and self._round.deadline is None:
             self._round.deadline = now + self._settings.deadline_s
         if isinstance(event, Connected):
-            self._out += [Send(Channel.SERVER, self._presence), Send(Channel.RUN, self.run)]
-            self._out.append(Send(Channel.HEAD, self.head))
+            self._out.append(Send(Channel.SERVER, self._presence))
+            self._publish()
             self._ask_server()
         elif isinstance(event, DeviceSaid):
-            self._hear(event)
+            self._hear(event, now)
+        elif isinstance(event, Garbled):
+            self._note_garbled(event)
         elif isinstance(event, MaskMade) and self._progress.awaits_mask:
             self._decide_mask(event.encoded)
         elif isinstance(event, ScoresChecked) and self._round and event.round == self.head.round:
@@ -113,9 +119,20 @@ class Coordinator(JournaledRun):
         self._move(now)
         return self._out
 
-    def _hear(self, event: DeviceSaid) -> None:
+    def _publish(self) -> None:
+        self._out += [Send(Channel.RUN, self.run), Send(Channel.HEAD, self.head)]
+
+    def _note_garbled(self, event: Garbled) -> None:
+        member = self.roster.get(event.device)
+        if member is not None and member.garbled_round < self.head.round:  # Once a round, as with refusals.
+            member.garbled_round = self.head.round
+            self._record("garbled", one_line(event.reason).encode(), device=event.device)
+
+    def _hear(self, event: DeviceSaid, now: float) -> None:
         message, member = event.message, self.roster.get(event.device)
         if isinstance(message, Hello):
+            if member is not None and member.session == message.session and self._again.is_due(now):
+                self._publish()  # It repeats itself, so it may lack what the broker should have kept.
             self._greet(event.device, message)
             return
         if member is None:
@@ -129,9 +146,8 @@ class Coordinator(JournaledRun):
             self._take_report(member, message)
         elif isinstance(message, BlobRequest):
             self._out.append(ServeBlob(event.device, message))
-        elif isinstance(message, LogRequest) and message.first < self.replica.index:
-            count = min(message.count, self.replica.index - message.first)
-            self._out.append(ServeLog(event.device, LogRequest(message.first, count)))
+        elif isinstance(message, LogRequest):
+            self._out += self._catch_up.answer(event.device, message, self.replica, self.head.round)
 
     def _take_presence(self, member: Member, presence: Presence) -> None:
         """Note it; a device that has ended is not waited for, nor asked again, after a restart.

@@ -23,6 +23,7 @@ __all__ = [
     "DeviceSaid",
     "Evaluate",
     "Finish",
+    "Garbled",
     "MakeMask",
     "MaskMade",
     "OfferBlob",
@@ -34,6 +35,7 @@ __all__ = [
     "ServeLog",
     "ServerEvaluated",
     "Tick",
+    "WithdrawBlob",
 ]
 
 RecordKind = Literal[
@@ -82,6 +84,19 @@ class DeviceSaid:
 
 
 @dataclass(frozen=True, slots=True)
+class Garbled:
+    """A device sent what is no message.
+
+    Attributes:
+        device: Its id, from the topic.
+        reason: Why it is none.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerEvaluated:
     """Answer to :class:`Evaluate`.
 
@@ -120,7 +135,7 @@ class ScoresChecked:
     difference: float
 
 
-CoordinatorEvent = Connected | Tick | DeviceSaid | ServerEvaluated | MaskMade | ScoresChecked
+CoordinatorEvent = Connected | Tick | DeviceSaid | Garbled | ServerEvaluated | MaskMade | ScoresChecked
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -145,7 +160,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Publish on the channel's topic, QoS 1, retained where the channel is.
+    """Publish on the channel's topic, retained where the channel is; QoS 1, but 0 for receipts.
 
     Attributes:
         channel: The channel.
@@ -164,6 +179,13 @@ class OfferBlob:
 
     sha256: bytes
     data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawBlob:
+    """Nobody is told of a blob any more; one that is asked for it says that it has none."""
+
+    sha256: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,4 +252,6 @@ class Finish:
     error: FedzoError | None = None
 
 
-CoordinatorCommand = Record | Send | OfferBlob | ServeBlob | ServeLog | Evaluate | MakeMask | CheckScores | Finish
+CoordinatorCommand = (
+    Record | Send | OfferBlob | WithdrawBlob | ServeBlob | ServeLog | Evaluate | MakeMask | CheckScores | Finish
+)

@@ -52,11 +52,11 @@ from .mask import Mask
 from .messages import KINDS, Decline, Receipt, Report, UpdateRecord
 from .parts import Parts
 from .preparation import Preparation
-from .repeater import Repeater
+from .repeater import Backoff, Repeater
 from .run_files import RunFiles
 from .tasks import is_wanted, make_report, make_task
 from .topics import Channel
-from .transfers import BlobBlock, LogSlice
+from .transfers import BlobBlock, LogSlice, SnapshotOffer
 from .update import Replica
 
 __all__ = ["RETRY_S", "Device"]
@@ -83,17 +83,14 @@ class Device:
     def __init__(
         self, hello: Hello, *, outbox: tuple[str, Report] | None = None, retry_s: float = RETRY_S, parts: Parts = _OWN
     ) -> None:
-        self._hello, self._parts = hello, parts
+        self._hello, self._parts, self._retry_s = hello, parts, retry_s
         self._delivery = Delivery(outbox, retry_s=retry_s)
-        self._retry_s = retry_s
-        self._online = False
-        self._server_birth = -1
+        self._online, self._server_birth = False, -1
         self._presence = Presence(hello.session, "joining")
         self._greeting, self._reminder = Repeater(retry_s), Repeater(retry_s)
-        self._heartbeat = Repeater(max(PRESENCE_S, retry_s))
+        self._heartbeat, self._knock = Repeater(max(PRESENCE_S, retry_s)), Backoff(retry_s, PRESENCE_S)
         self._out: list[DeviceCommand] = []
-        self._tasks = 0
-        self._now = 0.0
+        self._tasks, self._now = 0, 0.0
         self.stage, self.finished = "offline", False
         self._forget_run()
 
@@ -123,7 +120,7 @@ class Device:
         if not self._online or self.finished:
             return None
         reminder = self._reminder if self._preparation is not None and self._preparation.is_over_budget else None
-        parts = (self._greeting, self._delivery, self._heartbeat, reminder, self._files, self._follower)
+        parts = (self._greeting, self._knock, self._delivery, self._heartbeat, reminder, self._files, self._follower)
         times = (part.wakeup for part in parts if part is not None)
         return min((time for time in times if time is not None and time > self._now), default=None)
 
@@ -159,6 +156,7 @@ class Device:
             self._online = True
             self._forget_requests()
             self._heartbeat.postpone(now)
+            self._knock.start(now)
             self._out.append(Send(Channel.STATE, self._presence))
         elif isinstance(event, Disconnected):
             self._online = False
@@ -192,12 +190,13 @@ class Device:
             self._announced(message)
         elif isinstance(message, UpdateRecord) and self._follower is not None:
             self._follower.hear(message)
-        elif isinstance(message, LogSlice) and self._follower is not None:
+        elif isinstance(message, (LogSlice, SnapshotOffer)) and self._follower is not None:
             self._follower.read(message)
         elif isinstance(message, Receipt):
             self._out += self._delivery.take(message)
-        elif isinstance(message, BlobBlock) and self._files is not None:
-            self._out += self._files.add(message)
+        elif isinstance(message, BlobBlock):
+            for part in (self._files, self._follower):
+                self._out += part.add(message) if part is not None else []
 
     def _announced(self, head: Announcement) -> None:
         if self._run is None or head.run != self._run.run:
@@ -261,6 +260,8 @@ class Device:
         if not self._online:
             return
         self.stage = "waiting"
+        if (self._run is None or (self._is_enrolled and self._head is None)) and self._knock.is_due(now):
+            self._out.append(Send(Channel.HELLO, self._hello))  # What a broker did not keep, the server says again.
         if self._run is None or self._files is None or self._preparation is None:
             return
         starts = self._head is not None and self._head.phase != "enrol"
@@ -313,7 +314,7 @@ class Device:
                 self._out += found
                 return True
             self._mask, replica = found, self._parts.replica(run, manifest, found)
-            self._follower, self._followed_mask = LogFollower(replica, retry_s=self._retry_s), wanted
+            self._follower, self._followed_mask = LogFollower(replica, run.settings, retry_s=self._retry_s), wanted
         steps = preparation.open(manifest, self._mask, wanted) if head.phase in KINDS else None
         if steps is not None:
             self.stage = "preparing"
@@ -325,8 +326,7 @@ class Device:
         if follower.has_reached(head):
             return False
         self.stage = "idle" if follower.is_ahead(head) else "following"
-        if (request := follower.request(head, now)) is not None:
-            self._out.append(Send(Channel.GET, request))
+        self._out += [Send(Channel.GET, request) for request in follower.requests(head, now)]
         return True
 
     def _work(self, run: RunDocument, preparation: Preparation, head: Announcement, follower: LogFollower) -> None:

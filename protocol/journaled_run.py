@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from .catch_up import CatchUp
 from .closings import Closing
 from .codec import decode
 from .coordinator_events import CoordinatorCommand, OfferBlob, Record, RecordKind
@@ -57,6 +58,7 @@ class JournaledRun(RunView):
         self._out: list[CoordinatorCommand] = []
         self._recorded_run, self._recorded_close = False, -1
         self._clock = SnapshotClock()
+        self._catch_up = CatchUp(self._settings.snapshots)
 
     def restore(self, entries: Iterable[tuple[RecordKind, int, str, bytes]]) -> list[CoordinatorCommand]:
         """Read the journal back, in order, before the first event.
@@ -74,6 +76,7 @@ class JournaledRun(RunView):
         self._out = []
         for kind, round_, device, payload in entries:
             self._clock.count(kind, payload)
+            self._catch_up.count(kind, payload)
             if kind == "run":
                 if parse(RunDocument, payload) != self.run:
                     raise ProtocolError("the journal belongs to a run with other settings or another artifact")
@@ -95,6 +98,8 @@ class JournaledRun(RunView):
                 self.roster.members[device].refused_round = round_
                 if self._round and round_ == self.head.round:
                     self._round.drop(device)
+            elif kind == "garbled" and device in self.roster.members:
+                self.roster.members[device].garbled_round = round_
             elif kind == "close":
                 self._recorded_close = round_
             elif kind == "phase":
@@ -110,6 +115,7 @@ class JournaledRun(RunView):
 
     def _record(self, kind: RecordKind, payload: bytes, *, round_: int | None = None, device: str = "") -> None:
         self._clock.count(kind, payload)
+        self._catch_up.count(kind, payload)
         self._out.append(Record(kind, self.head.round if round_ is None else round_, device, payload))
 
     def _record_close(self, current: OpenRound, ending: Ending, now: float) -> None:

@@ -1,19 +1,26 @@
-"""How a device keeps its weights at the head of the server's log: replay, ask for what is missing, start over."""
+"""How a device keeps its weights at the head of the server's log: replay, ask for what is missing, start over.
+
+Where the run allows it, the server may answer with a snapshot in place of many records (``catch_up.py``).
+"""
 
 from __future__ import annotations
 
 from collections import deque
 
+from .blobs import MAX_SETBACKS, BlobDownload
+from .device_events import DeviceCommand
 from .documents import Announcement
 from .errors import ProtocolError, SelfTestError
 from .messages import UpdateRecord
 from .repeater import Repeater
-from .transfers import LogRequest, LogSlice
+from .settings import RunSettings
+from .transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 from .update import Replica
 
 __all__ = ["LogFollower"]
 
 REMEMBERED = 32
+SNAPSHOT_TRIES = 3
 REQUEST_RECORDS = 1024
 REQUEST_ENTRIES = 1 << 26
 """Weights that the records of one request may touch, counted once a record.
@@ -32,6 +39,7 @@ class LogFollower:
 
     Args:
         replica: At the start of the log.
+        settings: Of the run: may a snapshot come in place of records?
         retry_s: A request that is not answered in this time is repeated.
 
     Attributes:
@@ -39,8 +47,12 @@ class LogFollower:
         recent: Place in the log and round of the latest records.
     """
 
-    def __init__(self, replica: Replica, *, retry_s: float) -> None:
+    def __init__(self, replica: Replica, settings: RunSettings, *, retry_s: float) -> None:
         self.replica = replica
+        self._retry_s, self._is_allowed = retry_s, settings.snapshots
+        self._failures = 0
+        self._offer: SnapshotOffer | None = None
+        self._download: BlobDownload | None = None
         self._question = Repeater(retry_s)
         self._is_expecting = False
         self._latest_round = -1
@@ -49,13 +61,15 @@ class LogFollower:
 
     @property
     def wakeup(self) -> float | None:
-        """When :meth:`request` may have something to repeat."""
-        return self._question.wakeup
+        """When :meth:`requests` may have something to repeat."""
+        return self._download.wakeup if self._download else self._question.wakeup
 
     def forget_requests(self) -> None:
         """After a reconnect: whatever was asked for may never come."""
         self._question.forget()
         self._is_expecting = False
+        if self._download is not None:
+            self._download.forget_requests()
 
     def hear(self, record: UpdateRecord) -> None:
         """Take an update as the server makes it; anything but the next one of this very log changes nothing.
@@ -66,12 +80,15 @@ class LogFollower:
         if record.index == self.replica.index and record.parent == self.replica.head:
             self._apply(record)
 
-    def read(self, part: LogSlice) -> None:
+    def read(self, part: LogSlice | SnapshotOffer) -> None:
         """Take the answer to a request; one that nobody waits for changes nothing.
 
         Raises:
             SelfTestError: See the class.
         """
+        if isinstance(part, SnapshotOffer):
+            self._consider(part)
+            return
         before = self.replica.index
         for record in part.records if self._is_expecting else ():
             if record.index == self.replica.index and not self._apply(record):
@@ -105,14 +122,61 @@ class LogFollower:
         """Whether the announcement is older than the weights."""
         return self.replica.index > head.log_length
 
-    def request(self, head: Announcement, now: float) -> LogRequest | None:
+    def requests(self, head: Announcement, now: float) -> list[LogRequest | BlobRequest]:
         """What to ask for now, if anything."""
         missing = head.log_length - self.replica.index
-        if missing < 1 or not self._question.is_due(now):
-            return None
+        if missing < 1:
+            return []
+        if self._download is not None:
+            if self._download.setbacks < MAX_SETBACKS:
+                return list(self._download.requests(now))
+            self._decline()
+        if not self._question.is_due(now):
+            return []
         self._is_expecting = True
         at_once = max(1, REQUEST_ENTRIES // self.replica.weights.size)
-        return LogRequest(self.replica.index, min(REQUEST_RECORDS, at_once, missing))
+        return [
+            LogRequest(self.replica.index, min(REQUEST_RECORDS, at_once, missing), self._failures >= SNAPSHOT_TRIES)
+        ]
+
+    def _consider(self, offer: SnapshotOffer) -> None:
+        if not (self._is_expecting and self._is_allowed) or offer.index <= self.replica.index:
+            return
+        self.forget_requests()
+        if offer.size != self.replica.snapshot_bytes_at(offer.index):
+            self._decline()
+            return
+        self._offer, self._download = offer, BlobDownload(offer.sha256, offer.size, retry_s=self._retry_s)
+
+    def add(self, block: BlobBlock) -> list[DeviceCommand]:
+        """Take a block of the snapshot; others change nothing.
+
+        Returns:
+            No commands: unlike a file, a snapshot is not stored.
+
+        Raises:
+            SelfTestError: See the class.
+        """
+        data = self._download.add(block) if self._download else None
+        if data is not None and self._offer is not None:
+            self._restore(self._offer, data)
+        return []
+
+    def _restore(self, offer: SnapshotOffer, data: bytes) -> None:
+        self._offer = self._download = None
+        try:
+            self.replica.restore(data)
+        except ProtocolError as error:
+            self._decline()
+            self._start_over(error.message)
+            return
+        self._latest_round = offer.round
+        self.recent.clear()
+
+    def _decline(self) -> None:
+        """A snapshot did not come, or cannot be used; after some of them only records are asked for."""
+        self._offer = self._download = None
+        self._failures += 1
 
     def _apply(self, record: UpdateRecord) -> bool:
         try:

@@ -197,8 +197,9 @@ class TrainingSettings:
         most = f"0, or k ({self.k}) to {MAX_DIRECTIONS}"
         _check(self.k_max == 0 or self.k <= self.k_max <= MAX_DIRECTIONS, "k max", self.k_max, most)
         if (self.k_max or self.adapt_sigma) and self.estimator not in DEALING_ESTIMATORS:
+            what = "k" if self.k_max else "sigma"
             raise ConfigError(
-                f"the estimator {self.estimator} has no directions that {'k' if self.k_max else 'sigma'} could adapt to",
+                f"the estimator {self.estimator} has no directions that {what} could adapt to",
                 hint="leave --k-max and --adapt-sigma away, or use --estimator stein, split or node",
             )
 
@@ -263,6 +264,8 @@ class RunSettings:
         staleness: Updates that a report of training may be late by and still count, see ``staleness.py``.
         staleness_power: A report that is late by ``a`` updates is scaled by ``(1 + a) ** -staleness_power``; 0 to count
             it like the others.
+        snapshots: Whether a device that is far behind may get the weights themselves where they are fewer bytes than
+            the scalars that it misses, see ``catch_up.py``.
         deadline_s: Time that a round may take.
         enrol_deadline_s: Time to wait for ``devices``; then ``quorum`` devices are enough.
         patience: Deadlines without quorum in a row after which the run stops (and can be resumed).
@@ -284,6 +287,7 @@ class RunSettings:
     close_at: int = 0
     staleness: int = 0
     staleness_power: float = 0.5
+    snapshots: bool = False
     deadline_s: float = 60.0
     enrol_deadline_s: float = 300.0
     patience: int = 10

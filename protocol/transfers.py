@@ -1,4 +1,4 @@
-"""What a device pulls: blocks of blobs (graphs, masks) and update records that it missed."""
+"""What a device pulls: blocks of blobs (graphs, masks, snapshots) and update records that it missed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import ProtocolError
 from .messages import UpdateRecord
 from .wire import COUNT, VERSION, MessageType, check_digest, check_reserved, check_unsigned, unpack_exactly
 
-__all__ = ["MAX_BLOCK_BYTES", "BlobBlock", "BlobRequest", "LogRequest", "LogSlice"]
+__all__ = ["MAX_BLOCK_BYTES", "BlobBlock", "BlobRequest", "LogRequest", "LogSlice", "SnapshotOffer"]
 
 MAX_BLOCK_BYTES = 128 << 10
 MAX_LOG_RECORDS = 4_096
@@ -100,10 +100,12 @@ class LogRequest:
     Attributes:
         first: Index of the first one.
         count: How many at most.
+        records_only: Whether it wants no snapshot in their place.
     """
 
     first: int
     count: int
+    records_only: bool = False
 
     def __post_init__(self) -> None:
         check_unsigned("first", self.first, 32)
@@ -112,14 +114,53 @@ class LogRequest:
 
     def encode(self) -> bytes:
         """The payload."""
-        return _LOG_REQUEST.pack(VERSION, MessageType.LOG_REQUEST, 0, self.first, self.count)
+        return _LOG_REQUEST.pack(VERSION, MessageType.LOG_REQUEST, self.records_only, self.first, self.count)
 
     @classmethod
     def decode(cls, data: bytes) -> LogRequest:
         """Inverse of :meth:`encode`; called by ``codec.decode``."""
-        _, _, reserved, first, count = unpack_exactly(_LOG_REQUEST, data)
+        _, _, records_only, first, count = unpack_exactly(_LOG_REQUEST, data)
+        if records_only > 1:
+            raise ProtocolError(f"a log request has the flags {records_only}")
+        return cls(first, count, bool(records_only))
+
+
+_SNAPSHOT_OFFER = struct.Struct("<BBHIII32s")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotOffer:
+    """In answer to a log request: a snapshot that is cheaper than the records, to be pulled as a blob.
+
+    Attributes:
+        index: Records behind it.
+        round: The latest round that was announced when it was made.
+        size: Its length in bytes.
+        sha256: Of its bytes, 32 bytes.
+    """
+
+    index: int
+    round: int
+    size: int
+    sha256: bytes
+
+    def __post_init__(self) -> None:
+        check_digest("snapshot hash", self.sha256, 32)
+        check_unsigned("index", self.index, 32)
+        check_unsigned("round", self.round, 32)
+        check_unsigned("size", self.size, 32)
+
+    def encode(self) -> bytes:
+        """The payload."""
+        kind = MessageType.SNAPSHOT_OFFER
+        return _SNAPSHOT_OFFER.pack(VERSION, kind, 0, self.index, self.round, self.size, self.sha256)
+
+    @classmethod
+    def decode(cls, data: bytes) -> SnapshotOffer:
+        """Inverse of :meth:`encode`; called by ``codec.decode``."""
+        _, _, reserved, index, round_, size, sha256 = unpack_exactly(_SNAPSHOT_OFFER, data)
         check_reserved(reserved)
-        return cls(first, count)
+        return cls(index, round_, size, sha256)
 
 
 _LOG_SLICE = struct.Struct("<BBHI")

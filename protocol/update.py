@@ -10,8 +10,6 @@ scalars with seeds.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import struct
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -23,60 +21,28 @@ from .blocks import Block, directions_of, sketch_k
 from .directions import MAX_POSITION, Directions, round_coefficients
 from .errors import ProtocolError
 from .layout import Layout, initial_weights
+from .log_digests import chain_digest, empty_log_digest, weights_digest
 from .mask import Mask
 from .messages import UpdateRecord
 from .moving_average import MovingAverage
 from .optimisers import Optimiser, OptimiserConfig
 from .past_rounds import PastRound, PastRounds
 from .ranking import CoordinateRanking
+from .wire import DIGEST_BYTES
 
-__all__ = ["DIGEST_BYTES", "Replica", "chain_digest", "empty_log_digest", "estimate_gradient", "weights_digest"]
+__all__ = [
+    "DIGEST_BYTES",
+    "Replica",
+    "chain_digest",
+    "empty_log_digest",
+    "estimate_gradient",
+    "snapshot_place",
+    "weights_digest",
+]
 
-DIGEST_BYTES = 16
 _SNAPSHOT = struct.Struct("<4sII16s16s16s")
 _SNAPSHOT_MAGIC = b"FZS1"
 _NOTHING = PastRounds(0, ())
-
-
-def weights_digest(weights: NDArray[np.float32]) -> bytes:
-    """First 16 bytes of the SHA-256 of the little-endian ``float32`` values."""
-    return hashlib.sha256(weights.astype("<f4", copy=False).tobytes()).digest()[:DIGEST_BYTES]
-
-
-def chain_digest(parent: bytes, record: bytes) -> bytes:
-    """Head of the log after ``record``, its encoded bytes, was appended to the log with head ``parent``."""
-    return hashlib.sha256(parent + record).digest()[:DIGEST_BYTES]
-
-
-def empty_log_digest(
-    layout: Layout,
-    mask: Mask,
-    manifest_seed: int,
-    run_seed: int,
-    blocks: Sequence[Block],
-    optimiser: OptimiserConfig,
-    staleness: int = 0,
-) -> bytes:
-    """Head of a log without records. It covers every setting of the replay, so that two sides whose settings differ
-    disagree from the first record on instead of drifting apart.
-
-    Returns:
-        16 bytes.
-    """
-    settings = {
-        "format": 3,
-        "layout": layout.digest.hex(),
-        "mask": mask.digest.hex(),
-        "fill": mask.fill,
-        "manifest_seed": manifest_seed,
-        "run_seed": run_seed,
-        "blocks": [[b.number, b.first, b.size, b.kind, b.family] for b in blocks],
-        "optimiser": optimiser.to_json(),
-    }
-    if staleness:
-        settings["staleness"] = staleness
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
 
 
 def estimate_gradient(
@@ -130,6 +96,18 @@ def _pieces(blocks: Sequence[Block], record: UpdateRecord) -> list[dict[int, tup
         found[block][age] = found[block].get(age, (start,))[0], start + count
         start += count
     return found
+
+
+def snapshot_place(snapshot: bytes) -> tuple[int, bytes]:
+    """Records behind a snapshot, and the head of the log there.
+
+    Raises:
+        ProtocolError: The bytes are no snapshot.
+    """
+    if len(snapshot) < _SNAPSHOT.size or not snapshot.startswith(_SNAPSHOT_MAGIC):
+        raise ProtocolError(f"{len(snapshot)} bytes are no snapshot")
+    _, _, index, _, head, _ = _SNAPSHOT.unpack_from(snapshot)
+    return index, head
 
 
 class Replica:
@@ -336,7 +314,11 @@ class Replica:
     @property
     def snapshot_bytes(self) -> int:
         """Length of :meth:`snapshot`."""
-        return self._snapshot_ends()[-1] + self._past.state_bytes(self.index)
+        return self.snapshot_bytes_at(self.index)
+
+    def snapshot_bytes_at(self, index: int) -> int:
+        """Length of a snapshot after that many records."""
+        return self._snapshot_ends()[-1] + self._past.state_bytes(index)
 
     def _snapshot_ends(self) -> list[int]:
         """Where its arrays end, then each ranking."""
@@ -370,7 +352,7 @@ class Replica:
         if len(snapshot) < ends[-1]:
             raise ProtocolError(wrong)
         magic, found, index, start, head, digest = _SNAPSHOT.unpack_from(snapshot)
-        if len(snapshot) != ends[-1] + self._past.state_bytes(index):
+        if len(snapshot) != self.snapshot_bytes_at(index):
             raise ProtocolError(wrong)
         if magic != _SNAPSHOT_MAGIC or found != size or start != self._start:
             raise ProtocolError("the snapshot belongs to a run with other settings")

@@ -45,6 +45,7 @@ class MessageType(enum.IntEnum):
     LOG_REQUEST = 6
     LOG_SLICE = 7
     ANNOUNCEMENT = 8
+    SNAPSHOT_OFFER = 9
 
 
 def check_unsigned(name: str, value: int, bits: int) -> None:

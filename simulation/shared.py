@@ -16,7 +16,7 @@ from ..protocol.manifest import Manifest
 from ..protocol.mask import Mask
 from ..protocol.messages import UpdateRecord
 from ..protocol.parts import Parts
-from ..protocol.update import Replica, chain_digest
+from ..protocol.update import Replica, chain_digest, snapshot_place
 
 __all__ = ["SharedLog", "SharedParts", "SharedReplica"]
 
@@ -67,11 +67,22 @@ class SharedLog:
         first = self._make()
         self._latest = self._start = self._note(first)
         self.blocks = first.blocks
+        self.snapshot_bytes_at = first.snapshot_bytes_at
 
     @property
     def start(self) -> _State:
         """The initial weights."""
         return self._start
+
+    def jump(self, index: int, head: bytes) -> _State:
+        """A place of the log that somebody has been at.
+
+        Raises:
+            ProtocolError: Nobody has.
+        """
+        if not 0 < index <= len(self._records) or self._heads[index - 1] != head:
+            raise ProtocolError(f"nobody has been at update {index} of this log")
+        return self._states.get(index) or self._note(self._at(index))
 
     def _make(self) -> Replica:
         return Parts.replica(*self._origin)
@@ -172,6 +183,14 @@ class SharedReplica(Replica):
     def restore_from_start(self) -> None:
         """See :class:`Replica`."""
         self._move(self._log.start)
+
+    def snapshot_bytes_at(self, index: int) -> int:
+        """See :class:`Replica`."""
+        return self._log.snapshot_bytes_at(index)
+
+    def restore(self, snapshot: bytes) -> None:
+        """See :class:`Replica`; the process needs no other copy of the weights."""
+        self._move(self._log.jump(*snapshot_place(snapshot)))
 
     def apply(self, record: UpdateRecord) -> None:
         """See :class:`Replica`."""

@@ -10,9 +10,9 @@ from ..broker_server.server_passes import ServerPasses
 from ..edge_runtime.artifact import Artifact
 from ..protocol import coordinator_events as machine
 from ..protocol.coordinator import Coordinator
-from ..protocol.documents import unpack_participants
 from ..protocol.errors import FedzoError
 from ..protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
+from ..protocol.participants import unpack_participants
 from ..protocol.topics import Channel
 from .clock import Clock
 from .labour import Labour
@@ -107,6 +107,8 @@ class VirtualServer:
                         self._clock.at(self._clock.now, device.connect)
         elif isinstance(command, machine.OfferBlob):
             self._blobs.offer(command.sha256, command.data)
+        elif isinstance(command, machine.WithdrawBlob):
+            self._blobs.withdraw(command.sha256)
         elif isinstance(command, machine.ServeBlob):
             block = self._blobs.block(command.request)
             if block is not None:

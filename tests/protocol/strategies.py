@@ -31,7 +31,7 @@ from fedzo.protocol.settings import (
     SaliencySettings,
     TrainingSettings,
 )
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 
 u32 = st.integers(0, 2**32 - 1)
 tags = st.binary(min_size=4, max_size=4)
@@ -100,7 +100,8 @@ def log_slices(draw: st.DrawFn) -> LogSlice:
 
 
 receipts = st.builds(Receipt, tags, u32, st.sampled_from(Verdict))
-log_requests = st.builds(LogRequest, u32, st.integers(1, 4096))
+log_requests = st.builds(LogRequest, u32, st.integers(1, 4096), st.booleans())
+snapshot_offers = st.builds(SnapshotOffer, u32, u32, u32, st.binary(min_size=32, max_size=32))
 fractions = st.floats(0.0, 0.999)
 participants = st.sets(st.integers(0, 3000), max_size=60).map(
     lambda ordinals: pack_participants(np.array(sorted(ordinals), dtype=np.int64))
@@ -194,8 +195,9 @@ def announcements(draw: st.DrawFn) -> Announcement:
 
 
 binary_messages: st.SearchStrategy[BinaryMessage] = st.one_of(
-    reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices(), announcements()
-)
+    reports(), updates(), receipts, blob_requests(), blob_blocks(), log_requests, log_slices(), snapshot_offers,
+    announcements(),
+)  # fmt: skip
 documents: st.SearchStrategy[Document] = st.one_of(
     st.builds(ServerPresence, st.booleans(), st.integers(0, 2**64 - 1)),
     st.builds(RunDocument, names, hashes.map(bytes.hex), st.integers(1, 4 << 20), run_settings()),

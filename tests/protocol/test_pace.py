@@ -19,7 +19,7 @@ from fedzo.protocol.device_events import Compute
 from fedzo.protocol.documents import Announcement, Hello, parse
 from fedzo.protocol.errors import ConfigError, ProtocolError
 from fedzo.protocol.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.pace import pack_levels, paced_levels, unpack_levels
+from fedzo.protocol.pace import paced_levels, pack_levels, unpack_levels
 from fedzo.protocol.roster import Member
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 from tests.protocol.simulation.bench import SETTINGS as BENCH
@@ -75,7 +75,7 @@ def test_an_announcement_carries_them_at_no_cost_when_there_are_none() -> None:
     paced = dataclasses.replace(without, pace=pack_levels([0, 2, 1]))
     assert parse(Announcement, paced.encode()) == paced
     assert parse(Announcement, without.encode()) == without
-    assert len(paced.encode()) == len(without.encode()) + len(paced.pace)
+    assert len(paced.encode()) == len(without.encode()) + 2 + len(paced.pace)
     with pytest.raises(ProtocolError):
         parse(Announcement, paced.encode()[: -len(paced.pace)])
     with pytest.raises(ProtocolError):

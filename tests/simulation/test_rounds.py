@@ -53,3 +53,14 @@ def test_slow_boards_with_fewer_directions_do_not_set_the_pace(artifact: Path) -
     assert paced.scalars_per_device_round < alike.scalars_per_device_round
     again = run(artifact, pool=ProcessPool(2), training_k=64, training_k_min=2)
     assert again.digest == paced.digest
+
+
+def test_devices_that_join_late_get_the_log_or_a_snapshot_and_the_same_weights(artifact: Path) -> None:
+    world = {"boards": "rpi-zero-2w", "join_spread_s": 1.0}
+    many = {"devices": 4, "training_rounds": 60, "evaluate_every": 0}
+    settings = [run_settings(**many, snapshots=snapshots) for snapshots in (False, True)]
+    found = [simulate(artifact, each, DATA, TEST, SimulationSettings(**world, devices=8)) for each in settings]
+    for one in found:
+        assert one.devices_agree
+        assert one.devices_done == 8
+    assert found[0].digest == found[1].digest

@@ -16,7 +16,7 @@ from fedzo.protocol.documents import Announcement, Document, Hello, Order, Prese
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 from fedzo.protocol.wire import run_tag
 
 PAYLOADS = Path(__file__).with_name("messages.json")
@@ -47,17 +47,26 @@ MESSAGES: dict[str, BinaryMessage] = {
         ReportKind.EVALUATE, _TAG, 8, 1, 0, _DIGEST, 0.0, 0, 3, 70_000, (), Decline.OVER_BUDGET, 4
     ),
     "update record": _RECORD,
+    "update record with late scalars": UpdateRecord(
+        3, 9, 0.0078125, ((4, 2), (0, 1), (2**60, 1)), _scalars(1.5, -0.25, 0.0, 8.0), _DIGEST, _HASH[16:], (0, 2, 1)
+    ),
     "receipt": Receipt(_TAG, 7, Verdict.ACCEPTED),
     "announcement": Announcement(
         run="lenet-1", round=12, phase="train", participants=bytes.fromhex("789c6364000000030002"),
         mask_sha256=_HASH.hex(), mask_size=900, log_length=11, log_head=_DIGEST.hex(), weights_digest=_HASH[16:].hex(),
         k=24, sigma=0.00048828125,
     ),
+    "announcement with levels": Announcement(
+        run="lenet-1", round=12, phase="train", participants=bytes.fromhex("789c6364000000030002"), k=24,
+        pace=bytes.fromhex("789c6360000000020001"),
+    ),
     "announcement of the enrolment": Announcement("lenet-1", 0, "enrol"),
     "blob request": BlobRequest(_HASH, 65_536, 4_096),
     "blob block": BlobBlock(_HASH, 65_536, 65_540, b"data"),
     "blob block of an absent blob": BlobBlock(_HASH, 0, 0, b""),
     "log request": LogRequest(12, 1_024),
+    "log request for records only": LogRequest(12, 1_024, records_only=True),
+    "snapshot offer": SnapshotOffer(40, 47, 1_200, bytes(range(32))),
     "log slice": LogSlice(
         3, (_RECORD, UpdateRecord(4, 10, 0.5, ((0, 1),), _scalars(-3.0), _HASH[16:], _DIGEST))
     ),

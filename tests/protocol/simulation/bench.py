@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any, TypeVar
 
@@ -69,6 +70,11 @@ _MANIFESTS = {"manifest": tiny_manifest().encode(), "cut manifest": cut_manifest
 NAMES = {hashlib.sha256(data).digest(): n for n, data in (_MANIFESTS | fake_graphs() | cut_graphs()).items()}
 FILES = dict(zip(NAMES, (_MANIFESTS | fake_graphs() | cut_graphs()).values(), strict=True))
 _Command = TypeVar("_Command")
+
+
+def change_settings(**changes: Any) -> RunSettings:
+    """The bench's settings with changes."""
+    return dataclasses.replace(SETTINGS, **changes)
 
 
 def hello(session: int = SESSION) -> Hello:

@@ -261,6 +261,8 @@ class ServerNode(Node):
         elif isinstance(command, server_events.OfferBlob):
             assert hashlib.sha256(command.data).digest() == command.sha256
             self._blobs[command.sha256] = command.data
+        elif isinstance(command, server_events.WithdrawBlob):
+            del self._blobs[command.sha256]
         elif isinstance(command, server_events.ServeBlob):
             self._serve_blob(command)
         elif isinstance(command, server_events.ServeLog):
