@@ -62,7 +62,8 @@ class Intake:
             return self._parse(item)
         return item if isinstance(item, machine.CoordinatorEvent) else None
 
-    def _parse(self, arrived: Arrived) -> machine.DeviceSaid | None:
+    def _parse(self, arrived: Arrived) -> machine.DeviceSaid | machine.Garbled | None:
+        device = ""
         try:
             place = parse_topic(arrived.topic)
             if place.federation != self._federation or not arrived.payload:
@@ -70,6 +71,7 @@ class Intake:
             if self._access is not None and not self._access.admits(place.device):
                 self._drops.add("strangers", "refused %s: it has no credentials, or they were revoked", place.device)
                 return None
+            device = place.device
             if place.channel is Channel.HELLO:
                 return machine.DeviceSaid(place.device, place.channel, parse(Hello, arrived.payload))
             if place.channel is Channel.STATE:
@@ -77,4 +79,4 @@ class Intake:
             return machine.DeviceSaid(place.device, place.channel, decode(arrived.payload))
         except ProtocolError as error:
             self._drops.add("undecodable", "dropped a payload on %s: %s", arrived.topic[:120], error.message)
-            return None
+            return machine.Garbled(device, error.message) if device else None

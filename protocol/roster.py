@@ -42,6 +42,7 @@ class Member:
         detail: One line for people.
         silent: It missed a deadline and has not been heard of since.
         refused_round: Last round in which its report was refused; -1 for none.
+        garbled_round: Last round in which it sent what is no message; -1 for none.
         counted_round: Last round of which a report of it was accepted; -1 for none.
         query_ms: Time of one of its forward passes in training, smoothed over its reports; 0 if none has said.
         weights_digest: What it last said of its weights, hex.
@@ -59,6 +60,7 @@ class Member:
     detail: str = ""
     silent: bool = False
     refused_round: int = -1
+    garbled_round: int = -1
     counted_round: int = -1
     query_ms: float = 0.0
     weights_digest: str = ""

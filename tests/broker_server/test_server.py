@@ -175,6 +175,22 @@ def test_a_flood_of_nonsense_is_counted_and_said_at_powers_of_two(
     assert len(caplog.records) == 10
 
 
+def test_the_journal_says_once_a_round_that_a_device_talks_nonsense(server: Server) -> None:
+    """A stranger's is counted only: it has not enrolled, and could have any number of names."""
+    hello = Hello(1, "desk", 64.0, 10, 5, "none", "none").encode()
+    nonsense = [arrived("report", b"nonsense"), arrived("hello", b"{}"), arrived("state", bytes(9000))]
+    with ThreadPoolExecutor(1) as pool:
+        server._carry_out([*nonsense, arrived("hello", hello), *nonsense * 100], pool)
+        server._carry_out(nonsense * 100, pool)
+        told = [entry for _, entry in server._journal.read({"garbled"})]
+        assert [(entry.device, entry.round) for entry in told] == [("board-0", 0)]
+        assert 10 < len(told[0].payload) < 600
+        again = Server(server._folder, server.coordinator.run, ExternalBroker("mqtt://127.0.0.1:1"), server._journal)
+        again._carry_out(list(nonsense), pool)
+        again._transport.close(timeout_s=0.1)
+    assert len(server._journal.sequences("garbled")) == 1
+
+
 def test_a_flood_of_questions_gets_as_many_blocks_as_fit(server: Server) -> None:
     """Devices that pull get nothing beyond the limit and ask again; what they must hear still finds room."""
     data = bytes(200_000)
