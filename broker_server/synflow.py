@@ -24,13 +24,32 @@ from ..protocol.layout import initial_weights
 from ..protocol.mask import Mask, threshold
 from ..protocol.settings import RunSettings
 
-__all__ = ["path_scores", "synflow_mask"]
+__all__ = ["check_synflow", "path_scores", "synflow_mask"]
 
 SHIFT = np.float32(2.0**16)
 """Any shift gives the same derivative but for rounding, which a large one hides."""
 
 TOLERANCE = 1e-3
 """By how much a layer may miss linearity, relative to the logits."""
+
+
+def check_synflow(artifact: Artifact, settings: RunSettings) -> None:
+    """Whether a run that wants such a mask can have it, before it begins: some passes of one sample.
+
+    Args:
+        artifact: Opened here if the settings ask for ``synflow``.
+        settings: Of the run.
+
+    Raises:
+        ConfigError: See :func:`synflow_mask`.
+    """
+    if settings.sparsity == 0.0 or settings.saliency.method != "synflow":
+        return
+    manifest = artifact.manifest
+    weights = np.abs(initial_weights(manifest.layout, manifest.seed))
+    dense = Mask.dense(manifest.layout)
+    with Engine(artifact, dense, threads=1, micro_batch=1, layout="portable", queries=1) as engine:
+        _layer_totals(engine, weights, np.ones((1, *manifest.input_shape), np.float32))
 
 
 def synflow_mask(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .command import ConfigOption, ShowConfigOption, command
+from .number_list import number_list
 from .output import Output
 from .run_options import with_run_options
 
@@ -36,7 +37,17 @@ def register(app: typer.Typer) -> None:
             bool | None, typer.Option("--continue", help="Go on with the run of --run, if it has begun.")
         ] = None,
         test_data: Annotated[
-            Path | None, typer.Option("--test-data", help="The server's own test set, scaled as the network sees it.")
+            Path | None, typer.Option("--test-data", help="The server's own test set: what fedzo-device join takes.")
+        ] = None,
+        test_mean: Annotated[
+            str | None,
+            typer.Option(metavar="X[,X...]", help="Subtracted from its inputs, after scaling bytes to 0..1."),
+        ] = None,
+        test_std: Annotated[
+            str | None, typer.Option(metavar="X[,X...]", help="What its inputs are divided by.")
+        ] = None,
+        test_pad: Annotated[
+            bool | None, typer.Option("--test-pad", help="Center its smaller images in zeros (28x28 in 32x32).")
         ] = None,
         *,
         run_flags: dict[str, Any],
@@ -115,6 +126,9 @@ def register(app: typer.Typer) -> None:
             "run": name,
             "continue_run": continue_run,
             "test_data": test_data,
+            "test_mean": number_list(test_mean, "--test-mean"),
+            "test_std": number_list(test_std, "--test-std"),
+            "test_pad": test_pad,
             **run_flags,
             "broker": broker,
             "host": host,

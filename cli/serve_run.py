@@ -16,6 +16,7 @@ from ..broker_server.replay import begin_run, run_document
 from ..broker_server.run_folder import RunFolder, default_name
 from ..broker_server.server import Progress, Server
 from ..broker_server.summary import Summary, summarise
+from ..broker_server.synflow import check_synflow
 from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.data import Samples, load_dataset
@@ -210,9 +211,10 @@ def _serve_one(
 
 def _manifest(settings: ServeSettings) -> Manifest:
     assert settings.artifact is not None
-    manifest = load_artifact(settings.artifact).manifest
-    _check(settings, manifest)
-    return manifest
+    artifact = load_artifact(settings.artifact)
+    _check(settings, artifact.manifest)
+    check_synflow(artifact, settings)
+    return artifact.manifest
 
 
 def _new_folder(settings: ServeSettings, *, port: int) -> RunFolder:
@@ -252,7 +254,14 @@ def _check(settings: ServeSettings, manifest: Manifest) -> None:
 def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
     if settings.test_data is None:
         return None
-    dataset = load_dataset(settings.test_data, manifest.input_shape, manifest.n_classes)
+    dataset = load_dataset(
+        settings.test_data,
+        manifest.input_shape,
+        manifest.n_classes,
+        mean=settings.test_mean or None,
+        std=settings.test_std or None,
+        pad=settings.test_pad,
+    )
     return dataset.test if len(dataset.test) else dataset.train
 
 

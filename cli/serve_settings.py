@@ -18,6 +18,9 @@ __all__ = ["PATHS", "PLACE", "ServeSettings"]
 OPERATIONS = ("metrics", "log_format", "log_file", "log_level")
 PLACE = (
     "test_data",
+    "test_mean",
+    "test_std",
+    "test_pad",
     "broker",
     "host",
     "port",
@@ -42,6 +45,9 @@ class ServeSettings(RunSettings):
         runs: Where run folders lie.
         run: Run id.
         test_data: The server's own test set.
+        test_mean: Subtracted from its inputs, as ``fedzo-device join --mean`` does with those of a board.
+        test_std: What its inputs are divided by.
+        test_pad: Center smaller images in zeros.
         broker: ``auto``, ``mosquitto``, ``embedded`` or a URL.
         host: Address that a managed broker listens on.
         port: Its port.
@@ -62,6 +68,9 @@ class ServeSettings(RunSettings):
     runs: Path = Path("runs")
     run: str | None = None
     test_data: Path | None = None
+    test_mean: tuple[float, ...] = ()
+    test_std: tuple[float, ...] = ()
+    test_pad: bool = False
     broker: str = "auto"
     host: str = "127.0.0.1"
     port: int = 1883
@@ -83,6 +92,10 @@ class ServeSettings(RunSettings):
             check_name("run", self.run)
         if not 0 <= self.port <= MAX_PORT:
             raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}")
+        if self.test_data is None and (self.test_mean or self.test_std or self.test_pad):
+            raise ConfigError(
+                "there are a mean, a deviation or padding for test data, but no test data", hint="give --test-data too"
+            )
         if self.metrics is not None:
             parse_address(self.metrics)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .command import ConfigOption, ShowConfigOption, command
+from .number_list import number_list
 from .output import Output
 from .run_options import with_run_options
 
@@ -71,6 +72,18 @@ def register(app: typer.Typer) -> None:
         latency: Annotated[
             float | None, typer.Option(help="Seconds that a message takes besides.", rich_help_panel=_WORLD)
         ] = None,
+        mean: Annotated[
+            str | None,
+            typer.Option(
+                metavar="X[,X...]",
+                help="Subtracted from all inputs, after scaling bytes to 0..1.",
+                rich_help_panel=_WORLD,
+            ),
+        ] = None,
+        std: Annotated[
+            str | None,
+            typer.Option(metavar="X[,X...]", help="What all inputs are divided by.", rich_help_panel=_WORLD),
+        ] = None,
         pad: Annotated[
             bool | None, typer.Option("--pad", help="Center smaller images in zeros.", rich_help_panel=_WORLD)
         ] = None,
@@ -100,6 +113,8 @@ def register(app: typer.Typer) -> None:
             "world.boards": boards,
             "world.bandwidth_kbit_s": bandwidth,
             "world.latency_s": latency,
+            "world.mean": number_list(mean, "--mean"),
+            "world.std": number_list(std, "--std"),
             "world.pad": pad,
         }
         from .simulate_run import simulate_run

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..protocol.aggregation_rules import AggregationSettings
 from ..protocol.errors import ConfigError, FedzoError
@@ -49,13 +50,13 @@ DEFENCES: dict[str, tuple[str, str]] = {
     "centred-clip": ("centred-clip", "none"),
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "stein": {"side": 16, "rounds": 40, "k": 64, "batch": 16, "learning_rate": 0.03, "assignment": "shared"},
+    "stein": {"rounds": 30, "k": 64, "batch": 16, "learning_rate": 0.03, "assignment": "shared"},
+    "dealt": {"rounds": 30, "k": 64, "batch": 16, "learning_rate": 0.03},
     "node": {
-        "side": 32,
-        "rounds": 80,
+        "rounds": 60,
         "estimator": "node",
         "assignment": "shared",
-        "k": 3,
+        "k": 4,
         "tail_k": 512,
         "repeats": 4,
         "probe_batch": 4,
@@ -63,9 +64,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "sigma": 3e-3,
         "learning_rate": 0.02,
     },
-    "dealt": {"side": 16, "rounds": 40, "k": 64, "batch": 16, "learning_rate": 0.03},
 }
-"""Training of each kind of run; ``side`` is that of the images, which are thinned out to it."""
+"""Training of each kind of run."""
+
+SIDE = 16
+"""Of the images, which are thinned out to it: every run is short, and there are many."""
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -85,9 +88,9 @@ def _rule(name: str, hostile: int) -> AggregationSettings:
     return AggregationSettings(rule, 0 if rule == "mean" else hostile, clip)  # type: ignore[arg-type]  # from above
 
 
-def _thinned(images: np.ndarray[Any, np.dtype[np.float32]], side: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    step = images.shape[-1] // side
-    return np.ascontiguousarray(images[:, :, : side * step : step, : side * step : step])
+def _thinned(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    step = max(1, images.shape[-1] // SIDE)
+    return np.ascontiguousarray(images[:, :, ::step, ::step])
 
 
 def _cells(options: Namespace) -> list[tuple[str, str, str, str]]:
@@ -109,8 +112,7 @@ def _runs(images: Images, options: Namespace, seed: int, kind: str, known: dict[
     cells = [cell for cell in _cells(options) if cell[0] == kind]
     keys = {cell: _key(images.name, options, seed, cell) for cell in cells}
     if any(key not in known for key in keys.values()):
-        side = RUNS[kind]["side"]
-        data = (_thinned(images.x, side), images.y), (_thinned(images.xt, side), images.yt)
+        data = (_thinned(images.x), images.y), (_thinned(images.xt), images.yt)
         with exported_folder("lenet5", data[0][0].shape[1:], images.n_classes, seed, sparsity=0.0) as folder:
             for cell, key in keys.items():
                 if key not in known:
@@ -149,7 +151,7 @@ def _one(
     cell: tuple[str, str, str, str],
 ) -> dict[str, Any]:
     kind, rule, attack, split = cell
-    values = {name: value for name, value in RUNS[kind].items() if name not in ("side", "rounds")}
+    values = {name: value for name, value in RUNS[kind].items() if name != "rounds"}
     rounds = max(1, round(options.rounds_scale * RUNS[kind]["rounds"]))
     settings = RunSettings(
         seed=seed,
@@ -200,6 +202,7 @@ def measure(options: Namespace) -> Report:
     ]
     settings = {
         "model": "lenet5",
+        "side": SIDE,
         "data": [images.name for images in sets],
         "seeds": list(range(options.seeds)),
         "devices": options.devices,

@@ -175,7 +175,7 @@ def _combine_shared(
     """
     numbers = [number for number, deal in enumerate(deals) if deal.n_slots == 1]
     lengths = {
-        number: deal.block.size**0.5 / deal.k if deal.block.kind == "probe" else 1.0
+        number: max(1, deal.block.size) ** 0.5 / deal.k if deal.block.kind == "probe" else 1.0
         for number, deal in enumerate(deals)
     }
     return dict(zip(numbers, _combine(reports, numbers, [lengths[n] for n in numbers], rule), strict=True))

@@ -63,7 +63,12 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         _check(0 <= self.devices <= MAX_DEVICES, "the number of virtual devices", self.devices, f"0 to {MAX_DEVICES}")
-        parse_split(self.split)
+        kind, _ = parse_split(self.split)
+        if self.clients and kind != "natural":
+            raise ConfigError(
+                f"the split {self.split} does not look at the clients of {self.clients}",
+                hint="--split natural, or leave --clients away",
+            )
         parse_boards(self.boards)
         _check(0.0 <= self.holdout < 1.0, "holdout", self.holdout, "at least 0 and below 1")
         _check(0 <= self.seed < 1 << 64, "the simulation's seed", self.seed, "an unsigned 64-bit number")

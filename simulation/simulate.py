@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..broker_server.blobs import BlobServer
+from ..broker_server.synflow import check_synflow
 from ..edge_runtime.artifact import load_artifact
 from ..edge_runtime.memory import peak_rss_mib
 from ..protocol.blocks import blocks_of
@@ -132,6 +133,7 @@ class _Simulation:
                 hint="fedzo export ... --sparsity 0.8, or a sparsity of 0 here",
             )
         blocks_of(run_settings.training, manifest, Mask.dense(manifest.layout))  # raises if the artifact lacks a graph
+        check_synflow(self._artifact, run_settings)
         self._clients: Clients = load_clients(data, manifest, settings, settings.devices or run_settings.devices)
         self._test = load_test_set(test_data, data, manifest, settings)
         n_devices = len(self._clients)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedzo.broker_server.server_passes import ServerPasses
-from fedzo.broker_server.synflow import path_scores, synflow_mask
+from fedzo.broker_server.synflow import check_synflow, path_scores, synflow_mask
 from fedzo.edge_runtime.artifact import Artifact, load_artifact
 from fedzo.edge_runtime.engine import Engine
 from fedzo.edge_runtime.saliency import UnitShiftScorer
@@ -75,8 +75,16 @@ def test_synflow_keeps_every_layer_where_magnitude_nearly_loses_one(artifact: Ar
 
 def test_synflow_is_refused_where_it_is_not_defined(tmp_path: Path) -> None:
     export_artifact("resnet8", (1, 8, 8), 10, 0.9, 0, tmp_path / "artifact")
-    with pytest.raises(ConfigError, match="synflow is not defined for resnet8: its logits are not linear in conv1"):
-        synflow_mask(load_artifact(tmp_path / "artifact"), RunSettings(saliency=SaliencySettings(method="synflow")))
+    normalised, synflow = load_artifact(tmp_path / "artifact"), SaliencySettings(method="synflow")
+    for ask in (synflow_mask, check_synflow):
+        with pytest.raises(ConfigError, match="synflow is not defined for resnet8: its logits are not linear in conv1"):
+            ask(normalised, RunSettings(saliency=synflow))
+    check_synflow(normalised, RunSettings(saliency=synflow, sparsity=0.0))
+    check_synflow(normalised, RunSettings())
+
+
+def test_synflow_can_be_asked_for_where_it_is_defined(artifact: Artifact) -> None:
+    check_synflow(artifact, RunSettings(saliency=SaliencySettings(method="synflow")))
 
 
 def passes(artifact: Artifact, saliency: SaliencySettings) -> ServerPasses:

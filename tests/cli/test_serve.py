@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedzo.broker_server.journal import SqliteJournal
 from fedzo.broker_server.replay import begin_run
 from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
+from fedzo.cli.serve_run import _test_set
+from fedzo.cli.serve_settings import ServeSettings
+from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 
@@ -58,4 +62,61 @@ def test_an_estimator_that_does_not_fit_leaves_no_run_behind(
     place = ["--runs", str(tmp_path / "new"), "--broker", "embedded", "--port", "0"]
     assert main(["serve", str(tmp_path / "artifact"), *place, "--estimator", "local", "--json"]) == 3
     assert "--local-heads" in json.loads(capsys.readouterr().out)["error"]["hint"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_test_set_is_brought_into_the_boards_form(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As fedzo-device join does with a board's data; a resumed run keeps it."""
+    x = np.random.default_rng(0).integers(0, 256, (5, 1, 14, 12)).astype(np.uint8)
+    np.savez(tmp_path / "test.npz", x_train=x, y_train=np.arange(5) % 3)
+    settings = ServeSettings(
+        test_data=tmp_path / "test.npz", test_mean=(0.25,), test_std=(0.5,), test_pad=True, sparsity=0.5
+    )
+    manifest = load_artifact(tmp_path / "artifact").manifest
+    found = _test_set(settings, manifest)
+    assert found is not None
+    batch = found.batch(np.arange(5))
+    assert batch.x.shape == (5, 1, 16, 16)
+    np.testing.assert_allclose(batch.x[:, :, 1:15, 2:14], (x / 255 - 0.25) / 0.5, atol=1e-6)
+    (run / "serve.json").write_text(json.dumps({"broker": "embedded", **settings.place()}))
+    assert main(["serve", "--resume", str(run), "--show-config", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["settings"]
+    assert (shown["test_mean"]["value"], shown["test_std"]["value"], shown["test_pad"]["value"]) == (
+        [0.25],
+        [0.5],
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "reason"),
+    [
+        (["--test-mean", "0.5"], 3, "--test-data"),
+        (["--test-pad"], 3, "--test-data"),
+        (["--test-std", "a,b"], 2, "list of numbers"),
+        (["--rule", "median"], 3, "--assign shared"),
+        (["--rule", "krum", "--hostile", "2", "--assign", "shared"], 3, "--quorum 7"),
+        (["--estimator", "coordinate", "--k-max", "128"], 3, "--k-max"),
+        (["--sparsity", "0", "--fill", "init"], 3, "--fill"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_that_do_not_fit_are_refused(
+    run: Path, tmp_path: Path, flags: list[str], code: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path / "artifact"), "--runs", str(tmp_path / "new"), *flags, "--json"]) == code
+    said = capsys.readouterr()
+    assert reason in said.out + said.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_synflow_where_it_is_not_defined_leaves_no_run_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_artifact("resnet8", (1, 8, 8), 3, 0.5, 1, tmp_path / "artifact")
+    place = ["--runs", str(tmp_path / "new"), "--broker", "embedded", "--port", "0"]
+    assert main(["serve", str(tmp_path / "artifact"), *place, "--pruning", "synflow", "--json"]) == 3
+    assert "--pruning diagonal" in json.loads(capsys.readouterr().out)["error"]["hint"]
     assert not (tmp_path / "new").exists()

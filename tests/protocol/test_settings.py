@@ -85,6 +85,23 @@ def test_sketches_and_settings_without_local_steps_need_no_multiple() -> None:
     TrainingSettings(local_rate=0.1, k=7)
 
 
+@pytest.mark.parametrize("estimator", ["coordinate", "local", "local-node"])
+@pytest.mark.parametrize("changes", [{"k_max": 128}, {"adapt_sigma": True}])
+def test_what_has_no_directions_cannot_adapt_them(estimator: Any, changes: dict[str, Any]) -> None:
+    for dealing in ("stein", "split", "node"):
+        TrainingSettings(**{**changes, "estimator": dealing})
+    with pytest.raises(ConfigError, match=f"{estimator} has no directions") as caught:
+        TrainingSettings(**{**changes, "estimator": estimator})
+    assert "--k-max" in caught.value.hint
+
+
+def test_nothing_removed_is_not_filled() -> None:
+    RunSettings(fill="init")
+    with pytest.raises(ConfigError, match="sparsity of 0") as caught:
+        RunSettings(fill="init", sparsity=0.0)
+    assert "--fill" in caught.value.hint
+
+
 @given(sigma=st.floats(1e-6, 9.0))
 def test_sigma_is_what_both_sides_multiply_with(sigma: float) -> None:
     kept = TrainingSettings(sigma=sigma).sigma

@@ -197,6 +197,7 @@ def test_a_budget_in_sample_forwards_becomes_rounds(artifact: Path) -> None:
         ({"split": "dirichlet"}, {}, ConfigError, "split"),
         ({"split": "iid:3"}, {}, ConfigError, "split"),
         ({"split": "shards:0"}, {}, ConfigError, "split"),
+        ({"clients": "who.npy"}, {}, ConfigError, "the split iid does not look at the clients of who.npy"),
         ({"boards": "rpi-4b-4gb:-1"}, {}, ConfigError, "boards"),
         ({"boards": "nonsense"}, {}, ConfigError, "no hardware profile"),
         ({"dropout": 1.0}, {}, ConfigError, "dropout"),
