@@ -3,8 +3,8 @@
 ======================  =====================================================================
 channel                 payload
 ======================  =====================================================================
-``run``                 JSON, then the public key (32 bytes), then the signature (64 bytes)
-``head``, ``cmd``       JSON, then the signature (64 bytes)
+``run``                 document, then the public key (32 bytes), then the signature (64 bytes)
+``head``, ``cmd``       document, then the signature (64 bytes)
 ======================  =====================================================================
 
 The signature covers the topic's meaning too, so that no document can be moved to another federation, channel or device.
