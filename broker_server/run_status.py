@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..protocol.codec import decode
 from ..protocol.documents import Announcement, RunDocument, parse, unpack_participants
 from ..protocol.errors import ConfigError
-from ..protocol.messages import Decline, Report
+from ..protocol.messages import Decline, ReportNumbers, report_numbers
 from .journal import Entry, SqliteJournal
 from .refusal_reasons import refusal_reason
 from .replay import run_document
@@ -119,7 +118,7 @@ class RunStatus:
 class _Device:
     """What was read of a device so far."""
 
-    report: Report | None = None
+    report: ReportNumbers | None = None
     reported_at: float = 0.0
     refused: int = 0
     refused_round: int = -1
@@ -228,9 +227,9 @@ class RunFollower:
             self._numbered = sorted(self._devices)
 
     def _report(self, entry: Entry, device: _Device | None) -> None:
-        report = decode(entry.payload)
-        if not isinstance(report, Report) or device is None:
+        if device is None:
             return
+        report = report_numbers(entry.payload)
         device.report, device.reported_at = report, entry.at
         if report.decline is Decline.NONE:
             self._losses.setdefault(entry.round, []).append(report.mean_loss)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..protocol.codec import decode
 from ..protocol.coordinator import Coordinator
 from ..protocol.errors import ProtocolError
-from ..protocol.messages import Report
+from ..protocol.messages import report_numbers
 from ..protocol.topics import TO_DEVICE, parse_topic
 from .journal import Journal
 
@@ -94,8 +93,7 @@ def summarise(
             refused += 1
             refusals[entry.device] = entry.payload.decode(errors="replace")
             continue
-        message = decode(entry.payload)
-        assert isinstance(message, Report)
+        message = report_numbers(entry.payload)
         reports += 1
         queries += message.queries
         peak_kib = max(peak_kib, message.peak_rss_kib)

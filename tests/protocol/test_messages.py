@@ -26,12 +26,13 @@ from fedzo.protocol.messages import (
     ReportKind,
     UpdateRecord,
     Verdict,
+    report_numbers,
 )
 from fedzo.protocol.scalar_rows import pack_row
 from fedzo.protocol.transfers import MAX_BLOCK_BYTES, MAX_LOG_RECORDS, BlobBlock, BlobRequest, LogRequest, LogSlice
 from fedzo.protocol.wire import MAX_PAYLOAD_BYTES, MAX_SCALARS, VERSION, MessageType
 from tests.protocol.golden.message_cases import MESSAGES, PAYLOADS
-from tests.protocol.strategies import binary_messages
+from tests.protocol.strategies import binary_messages, reports
 
 GOLDEN: dict[str, str] = json.loads(PAYLOADS.read_text(encoding="utf-8"))["messages"]
 
@@ -286,3 +287,20 @@ def test_a_slice_with_a_foreign_record_is_refused() -> None:
         damaged[place] = value
         with pytest.raises(ProtocolError):
             decode(bytes(damaged))
+
+
+@given(reports())
+def test_the_numbers_of_a_report_are_those_of_the_whole(message: Report) -> None:
+    numbers = report_numbers(message.encode())
+    assert all(getattr(message, name) == value for name, value in numbers._asdict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, message in MESSAGES.items() if not isinstance(message, Report)])
+def test_other_messages_have_no_numbers(name: str) -> None:
+    with pytest.raises(ProtocolError, match="no report"):
+        report_numbers(MESSAGES[name].encode())
+
+
+def test_half_a_header_has_no_numbers() -> None:
+    with pytest.raises(ProtocolError, match="no report"):
+        report_numbers(report().encode()[:40])
