@@ -14,7 +14,9 @@ from fedzo.broker_server.journal import Entry, MemoryJournal
 from fedzo.broker_server.recovery import entries_to_resume, keep_last_snapshot, resume
 from fedzo.protocol import snapshots
 from fedzo.protocol.errors import ProtocolError
+from fedzo.protocol.messages import UpdateRecord
 from fedzo.protocol.snapshots import Snapshot, SnapshotClock
+from fedzo.protocol.topics import Channel
 from tests.protocol.simulation.desk import NAMES, Desk, change
 from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS, outcome
 
@@ -66,6 +68,7 @@ def state(desk: Desk) -> dict[str, Any]:
         "roster": machine.roster.state(),
         "open": machine._round is None or sorted(machine._round.reports),
         "finished": machine.finished,
+        "late": (machine._late.state(), [(device, late.round) for _, device, late in machine._late._waiting]),
         "clock": vars(machine._clock),
     }
 
@@ -92,6 +95,26 @@ def test_a_restart_from_a_snapshot_leads_to_the_same_end(variant: str) -> None:
         desk = resumed(whole, cut)
         desk.connect().join().play()
         assert outcome(desk) == outcome(whole), cut
+
+
+def test_late_reports_count_after_a_restart_too() -> None:
+    """Every round has one report that comes after its end; the snapshot in between knows what it was about."""
+    settings = change(SPARSE, sparsity=0.0, evaluate_every=0, rounds=8, staleness=2, quorum=2, close_at=3)
+    whole = Desk(settings).connect().join()
+    for number in range(8):
+        late = NAMES[number % 4]
+        report = whole.measure(late)
+        whole.report(*(name for name in NAMES if name != late))
+        if whole.head.phase == "train":
+            whole.say(late, report, Channel.REPORT)
+    kinds = whole.kinds()
+    assert kinds.count("report") > 8 * 3
+    assert any(entry[0] == "update" and UpdateRecord.decode(entry[3]).ages for entry in whole.journal)
+    for cut in range(kinds.index("snapshot"), len(whole.journal) + 1):
+        found, expected = state(resumed(whole, cut)), state(Desk(settings, journal=whole.journal[:cut]))
+        for one in (found, expected):  # A snapshot also knows who was there and had not reported yet.
+            del one["roster"]["status"], one["roster"]["micro_batch"]
+        assert found == expected, cut
 
 
 def test_devices_that_enrol_after_a_snapshot_get_the_next_numbers() -> None:
