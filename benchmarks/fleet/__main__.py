@@ -24,7 +24,7 @@ back, by the same broker and cable, over ours. This part needs root.
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import os
 import statistics
 import sys
@@ -84,16 +84,14 @@ def measure(asked: argparse.Namespace) -> Report:
             _traffic(asked, folder, rows, figures)
         if "recovery" in asked.parts:
             place = _folder(folder, "recovery")
-            found = measure_recovery(
-                artifact, place, asked.recovery_devices, asked.recovery_rounds, asked.k, asked.kills
-            )
+            found = measure_recovery(place, asked.recovery_devices, asked.recovery_rounds, asked.k, asked.kills)
             rows += [_row("recovery", row) for row in found]
             figures["recovery_s"] = statistics.median(row["recovery_s"] for row in found)
             figures["recovery_worst_s"] = max(row["recovery_s"] for row in found)
     names = ("devices", "small", "k", "recovery_devices", "recovery_rounds")
     settings: dict[str, Any] = {name: getattr(asked, name) for name in names}
     settings |= {"model": "lenet5", "sparsity": SPARSITY, "estimator": "stein", "assignment": "shared"}
-    settings["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    settings["date"] = dt.datetime.now(dt.timezone.utc).date().isoformat()
     return Report(settings, rows, figures)
 
 
@@ -124,17 +122,13 @@ def _rounds(
         rows += [_row("round", row) for row in result.rows]
     figures[f"close_{asked.devices}_reports_s"] = large.close_s
     figures["coordinator_peak_mib"] = large.peak_mib
-    figures[f"cost_per_report_{asked.devices}_over_{asked.small}"] = (
-        large.cost_per_report_us / small.cost_per_report_us
-    )
+    figures[f"cost_per_report_{asked.devices}_over_{asked.small}"] = large.cost_per_report_us / small.cost_per_report_us
     figures[f"cost_per_report_us_{asked.devices}"] = large.cost_per_report_us
     figures[f"cost_per_report_us_{asked.small}"] = small.cost_per_report_us
     figures[f"enrol_{asked.devices}_s"] = large.enrol_s
 
 
-def _traffic(
-    asked: argparse.Namespace, folder: Path, rows: list[dict[str, Any]], figures: dict[str, float]
-) -> None:
+def _traffic(asked: argparse.Namespace, folder: Path, rows: list[dict[str, Any]], figures: dict[str, float]) -> None:
     if not can_capture():
         print("bytes are not counted: that needs Linux, root and network namespaces", file=sys.stderr)
         return

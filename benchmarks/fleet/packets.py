@@ -38,9 +38,7 @@ def connect(client_id: str, will_topic: str, will: bytes) -> bytes:
     """CONNECT as a board's, but for the keep-alive, which is long: there are no pings in between."""
     properties = struct.pack(">BIBI", _SESSION_EXPIRY_INTERVAL, 0, _MAXIMUM_PACKET_SIZE, _MAXIMUM_PACKET_BYTES)
     head = _text("MQTT") + struct.pack(">BBH", 5, _CLEAN_START | _WILL_RETAIN_QOS_1, _KEEPALIVE_S)
-    return _packet(
-        0x10, head + _text_block(properties) + _text(client_id) + b"\0" + _text(will_topic) + _text(will)
-    )
+    return _packet(0x10, head + _text_block(properties) + _text(client_id) + b"\0" + _text(will_topic) + _text(will))
 
 
 def _text_block(properties: bytes) -> bytes:

@@ -119,7 +119,9 @@ def measure_weights(size: int, rounds: int) -> Bytes:
         assert server.stdout is not None
         server.stdout.readline()  # it listens
         capture = stack.enter_context(Capture(cable.interface, broker.port))
-        done = subprocess.run(cable.command([*peers, "device"]), capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            cable.command([*peers, "device"]), capture_output=True, text=True, timeout=300, check=False
+        )
     if done.returncode:
         raise FedzoError(f"the device ended with {done.returncode}: {done.stderr[-1000:]}")
     times: dict[str, Any] = json.loads(done.stdout)

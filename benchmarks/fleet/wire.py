@@ -18,7 +18,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Cable", "Capture", "Packet", "can_capture", "without_offload"]
 
@@ -87,7 +90,7 @@ class Cable:
         """What runs a program at the far end."""
         return ["ip", "netns", "exec", self._name, *(str(part) for part in program)]
 
-    def __enter__(self) -> Cable:
+    def __enter__(self) -> Self:
         try:
             _ip("netns", "add", self._name)
             _ip("link", "add", self.interface, "type", "veth", "peer", "name", self._far)
@@ -120,8 +123,6 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-
-
 class Capture:
     """Every TCP packet at one end of a cable from or to one port, while the context lasts.
 
@@ -140,7 +141,7 @@ class Capture:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
 
-    def __enter__(self) -> Capture:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
