@@ -142,6 +142,16 @@ def _watched(output: Output, total: int) -> Iterator[Callable[[Progress], None]]
         yield watch
 
 
+def _beside(found: SimulationResult) -> list[tuple[str, object]]:
+    """Passes that are not training, where there were some."""
+    of_tuning, of_scoring = found.tuning_sample_forwards, found.scoring_sample_forwards
+    rows: list[tuple[str, object]] = [("of scoring", f"{of_scoring:.0f}")] if of_scoring else []
+    if of_tuning:
+        rows.append(("of the range test", f"{of_tuning:.0f}"))
+        rows.append(("learning rate that it found", f"{found.learning_rate:.2e}"))
+    return rows
+
+
 def _show(output: Output, found: SimulationResult) -> None:
     accuracy = "not evaluated" if found.accuracy is None else f"{found.accuracy:.2%}"
     rows: list[tuple[str, object]] = [
@@ -149,6 +159,7 @@ def _show(output: Output, found: SimulationResult) -> None:
         ("updates", len(found.rounds)),
         ("virtual devices", found.devices),
         ("sample-forwards of training", f"{found.sample_forwards:.0f}"),
+        *_beside(found),
         ("scalars per device and round", round(found.scalars_per_device_round, 1)),
         ("forward passes per device and round", round(found.queries_per_device_round, 1)),
         ("bytes up per participant and round", round(found.bytes_up_per_device_round, 1)),

@@ -98,6 +98,7 @@ class SimulationResult:
         devices_done: How many that are.
         sample_forwards: See :class:`RoundRow`.
         scoring_sample_forwards: Those of the devices' scoring.
+        tuning_sample_forwards: All passes of the range test that came before the run; 0 without one.
         scalars_per_device_round: Scalars of a report that counts.
         queries_per_device_round: Passes through the network or a part of it, for such a report.
         bytes_up_per_device_round: Bytes of PUBLISH packets that devices sent during training, a participant and round.
@@ -136,6 +137,7 @@ class SimulationResult:
     devices_done: int
     sample_forwards: float
     scoring_sample_forwards: float
+    tuning_sample_forwards: float
     scalars_per_device_round: float
     queries_per_device_round: float
     bytes_up_per_device_round: float

@@ -70,14 +70,20 @@ def simulate(
         QuorumError: Too few devices could answer.
         FedzoError: Training diverged, or a process of the pool is gone.
     """
+    world, tuning = settings or SimulationSettings(), 0.0
     if run_settings.tune_rounds:
-        first = range_test_settings(run_settings)
-        tried = simulate(artifact_folder, first, data, test_data, settings, pool=pool)
-        test = RangeTest()
-        for row in tried.rounds:
-            test.add(first.training.rate(row.round - 1), row.mean_loss)
-        run_settings = with_found_rate(run_settings, test)
-    simulation = _Simulation(artifact_folder, run_settings, data, test_data, settings or SimulationSettings())
+        first = _Simulation(artifact_folder, range_test_settings(run_settings), data, test_data, world)
+        tried = _run(first, pool, None)
+        tuning = tried.sample_forwards + tried.scoring_sample_forwards
+        assert first.range_test is not None
+        run_settings = with_found_rate(run_settings, first.range_test)
+    found = _run(_Simulation(artifact_folder, run_settings, data, test_data, world), pool, on_progress)
+    return dataclasses.replace(found, tuning_sample_forwards=tuning)
+
+
+def _run(
+    simulation: _Simulation, pool: WorkPool | None, on_progress: Callable[[Progress], None] | None
+) -> SimulationResult:
     workers = pool or InlinePool()
     try:
         return simulation.run(workers, on_progress)
@@ -113,7 +119,11 @@ def rounds_for_budget(
 
 
 class _Simulation:
-    """Everything that one simulation is made of."""
+    """Everything that one simulation is made of.
+
+    Attributes:
+        range_test: What a range test has found; None if it is none, or has not run yet.
+    """
 
     def __init__(
         self,
@@ -124,6 +134,7 @@ class _Simulation:
         settings: SimulationSettings,
     ) -> None:
         self._started = time.perf_counter()
+        self.range_test: RangeTest | None = None
         self._settings, self._folder = settings, Path(artifact_folder)
         self._artifact = load_artifact(self._folder)
         manifest = self._artifact.manifest
@@ -187,6 +198,7 @@ class _Simulation:
         if server.error is not None:
             raise self._explained(server, labour, wires.devices)
         mark("done")
+        self.range_test = coordinator.range_test
         return self._result(server, world, pool)
 
     def _explained(self, server: VirtualServer, labour: Labour, devices: list[VirtualDevice]) -> FedzoError:
@@ -229,6 +241,7 @@ class _Simulation:
             devices_done=len(final),
             sample_forwards=world.labour.sample_forwards,
             scoring_sample_forwards=world.labour.scoring_forwards,
+            tuning_sample_forwards=0.0,
             scalars_per_device_round=server.scalars / max(1, server.reports),
             queries_per_device_round=server.queries / max(1, server.reports),
             bytes_up_per_device_round=world.wires.training_up / max(1, server.asked),

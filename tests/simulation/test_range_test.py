@@ -24,6 +24,9 @@ def test_the_found_rate_trains_from_the_initial_weights(artifact: Path) -> None:
     training = dataclasses.replace(settings.training, learning_rate=found.learning_rate)
     plain = simulate(artifact, dataclasses.replace(settings, training=training, tune_rounds=0), images(1, 200))
     assert plain.digest == found.digest
+    tried = simulate(artifact, range_test_settings(settings), images(1, 200))
+    assert plain.tuning_sample_forwards == 0.0
+    assert found.tuning_sample_forwards == tried.sample_forwards > found.sample_forwards
     again = simulate(artifact, settings, images(1, 200), pool=ProcessPool(2))
     assert (again.learning_rate, again.digest) == (found.learning_rate, found.digest)
 
