@@ -5,8 +5,8 @@
 The journal is written by :mod:`.long_journal`: LeNet-5 on 32x32 images, 80 % of the weights pruned, the same ``K``
 directions for all devices, every device in every round; at its end half of a round's reports are there. ``fedzo serve
 --resume`` is started on it with a Mosquitto that goes on running, killed with SIGKILL once it has announced the round,
-and started again; a time runs from the kill to the announcement at a subscriber. The first start does not count: it
-reads the programs from the disk.
+and started again; a time runs from the kill to the announcement at a subscriber; beside it stands the processor time of
+the new process. The first start does not count: it reads the programs from the disk.
 
 ``benchmarks.fleet`` does the same with a fleet that takes part.
 """
@@ -86,15 +86,19 @@ def measure(devices: int, rounds: int, k: int, repeats: int) -> Report:
                 process = ServerProcess(["--resume", run.path], Path(name) / "server.log")
                 try:
                     announced = _announced(heard, process, rounds + 1)
+                    cpu_s = process.cpu_s
                 finally:
                     process.kill()
                 if repeat:
-                    rows.append({"devices": devices, "rounds": rounds, "recovery_s": announced - killed})
+                    rows.append(
+                        {"devices": devices, "rounds": rounds, "recovery_s": announced - killed, "cpu_s": cpu_s}
+                    )
                 killed = time.monotonic()
             subscriber.close()
     figures = {
         "recovery_s_server": statistics.median(row["recovery_s"] for row in rows),
         "recovery_worst_s_server": max(row["recovery_s"] for row in rows),
+        "recovery_cpu_s_server": statistics.median(row["cpu_s"] for row in rows),
         "recovery_journal_mb": size / 1e6,
         "journal_bytes_per_report": size / ((rounds + 0.5) * devices),
     }

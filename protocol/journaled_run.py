@@ -125,7 +125,7 @@ class JournaledRun(RunView):
 
     def _record_snapshot_if_due(self) -> None:
         """To be called right after an update, when nothing of the round matters any more."""
-        if self._clock.is_due(self.replica.snapshot_bytes + self.roster.state_bytes):
+        if self._clock.is_due(self.replica.snapshot_bytes + self.roster.state_bytes, self.replica.weights.size):
             state = {
                 "head": self.head.encode().hex(),
                 "roster": self.roster.state(),

@@ -1,8 +1,9 @@
 """The state of a run between two rounds, so that a restart replays no more than what came after it.
 
 A snapshot says nothing that the entries before it do not say; it says it at once. A new one is due when the entries
-since the last one have :data:`SHARE` times its size (and :data:`LEAST_BYTES`), which bounds what snapshots add to a
-journal, or when there were :data:`MOST_UPDATES` updates, which bounds how long they take to replay.
+since the last one have :data:`SHARE` times its size (and :data:`LEAST_BYTES`), or when the updates since then would
+take long to replay: :data:`MOST_UPDATES` of them, or fewer with many weights, but not fewer than
+:data:`LEAST_UPDATES`. A journal keeps the newest one only.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any, Final
 
 from .errors import ProtocolError
 
-__all__ = ["LEAST_BYTES", "MOST_UPDATES", "SHARE", "Snapshot", "SnapshotClock"]
+__all__ = ["LEAST_BYTES", "LEAST_UPDATES", "MOST_ENTRIES", "MOST_UPDATES", "SHARE", "Snapshot", "SnapshotClock"]
 
 SHARE: Final = 16
 LEAST_BYTES: Final = 64 << 10
 MOST_UPDATES: Final = 100
+LEAST_UPDATES: Final = 10
+MOST_ENTRIES: Final = 1 << 22
+"""Weights that the updates since the last snapshot may have touched, counted once an update."""
 _MAX_STATE_BYTES: Final = 256 << 20
 _HEADER = struct.Struct("<4sII")
 _MAGIC: Final = b"FZJ1"
@@ -87,10 +91,12 @@ class SnapshotClock:
         self._bytes += len(payload)
         self._updates += kind == "update"
 
-    def is_due(self, size: int) -> bool:
+    def is_due(self, size: int, n_survivors: int) -> bool:
         """Whether the next entry should be a snapshot.
 
         Args:
             size: Its size in bytes, roughly.
+            n_survivors: Weights that an update touches.
         """
-        return self._updates >= MOST_UPDATES or (self._updates > 0 and self._bytes >= max(LEAST_BYTES, SHARE * size))
+        many = min(MOST_UPDATES, max(LEAST_UPDATES, MOST_ENTRIES // n_survivors))
+        return self._updates >= many or (self._updates > 0 and self._bytes >= max(LEAST_BYTES, SHARE * size))

@@ -194,23 +194,27 @@ def test_a_damaged_snapshot_cannot_be_decoded(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "size", "due"),
+    ("entries", "size", "n_survivors", "due"),
     [
-        ([], 10, False),
-        ([("report", 1 << 20)], 10, False),  # nothing new to say
-        ([("report", 1 << 20), ("update", 10)], 10, True),
-        ([("report", 1000), ("update", 10)], 10, False),
-        ([("report", 1 << 20), ("update", 10)], 1 << 17, False),
-        ([("update", 10)] * 99, 10, False),
-        ([("update", 10)] * 100, 1 << 30, True),
-        ([("report", 1 << 20), ("update", 10), ("snapshot", 5), ("update", 10)], 10, False),
+        ([], 10, 100, False),
+        ([("report", 1 << 20)], 10, 100, False),  # nothing new to say
+        ([("report", 1 << 20), ("update", 10)], 10, 100, True),
+        ([("report", 1000), ("update", 10)], 10, 100, False),
+        ([("report", 1 << 20), ("update", 10)], 1 << 17, 100, False),
+        ([("update", 10)] * 99, 10, 100, False),
+        ([("update", 10)] * 100, 1 << 30, 100, True),
+        ([("update", 10)] * 41, 10, 100_000, True),
+        ([("update", 10)] * 40, 10, 100_000, False),
+        ([("update", 10)] * 9, 10, 10_000_000, False),
+        ([("update", 10)] * 10, 10, 10_000_000, True),
+        ([("report", 1 << 20), ("update", 10), ("snapshot", 5), ("update", 10)], 10, 100, False),
     ],
 )
 def test_when_the_next_snapshot_is_due(
-    entries: list[tuple[str, int]], size: int, due: bool, monkeypatch: pytest.MonkeyPatch
+    entries: list[tuple[str, int]], size: int, n_survivors: int, due: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshots, "MOST_UPDATES", 100)
     clock = SnapshotClock()
     for kind, length in entries:
         clock.count(kind, bytes(length))
-    assert clock.is_due(size) is due
+    assert clock.is_due(size, n_survivors) is due
