@@ -9,6 +9,7 @@ from ..protocol.graph_files import GraphFile
 from ..protocol.manifest import Manifest
 from ..protocol.run_files import needed_graphs
 from ..protocol.settings import RunSettings
+from ..protocol.update import largest_snapshot
 from .block_estimators import estimator_bytes
 from .data import Dataset
 from .memory import SCORING_GRAPHS, MemoryPlan, plan, tls_bytes
@@ -76,6 +77,8 @@ def plan_run(
     resident = dataset.resident_bytes + tls_bytes()
     graphs = tuple(graph.name for graph in needed_graphs(manifest, settings) if graph.name not in SCORING_GRAPHS)
     own = estimator_bytes(training, manifest, survivors)
+    if settings.snapshots:  # as its blocks come, and once more when it is whole
+        own += 2 * largest_snapshot(training.optimiser, survivors)
     planned, files = plan_with_variants(
         manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
     )

@@ -14,7 +14,7 @@ from .wire import DIGEST_BYTES, VERSION, MessageType
 
 __all__ = ["PHASES", "pack_announcement", "unpack_announcement"]
 
-PHASES = ("enrol", "saliency", "train", "evaluate", "done", "stopped")
+PHASES = ("enrol", "saliency", "train", "evaluate", "done")
 _ANNOUNCEMENT = struct.Struct("<BBBBIIHHfI")
 _HAS_LOG_HEAD, _HAS_WEIGHTS_DIGEST, _HAS_PACE, _PHASE = 16, 32, 64, 15
 _HASH_BYTES = 32

@@ -48,7 +48,7 @@ __all__ = [
 MAX_DOCUMENT_BYTES = 64 << 10
 MAX_LINE = 1_000
 MAX_MASK_BYTES = 64 << 20
-Phase = Literal["enrol", "saliency", "train", "evaluate", "done", "stopped"]
+Phase = Literal["enrol", "saliency", "train", "evaluate", "done"]
 Status = Literal["joining", "ready", "done", "refused", "left", "lost"]
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .errors import ConfigError
 
-__all__ = ["OPTIMISERS", "Optimiser", "OptimiserConfig", "OptimiserName"]
+__all__ = ["OPTIMISERS", "Optimiser", "OptimiserConfig", "OptimiserName", "n_states"]
 
 OptimiserName = Literal["sgd", "momentum", "sign_momentum", "adam"]
 OPTIMISERS: Final[tuple[OptimiserName, ...]] = get_args(OptimiserName)
@@ -93,6 +93,11 @@ class OptimiserConfig:
         if not isinstance(data, Mapping) or set(data) != keys or not isinstance(data["name"], str):
             raise ConfigError(f"an optimiser is an object with the keys {', '.join(sorted(keys))}")
         return cls(**data)
+
+
+def n_states(config: OptimiserConfig) -> int:
+    """Arrays that an optimiser keeps besides the weights, their average included."""
+    return _STATES[config.name] + (config.ema > 0)
 
 
 class Optimiser:

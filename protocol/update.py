@@ -25,7 +25,7 @@ from .log_digests import chain_digest, empty_log_digest, weights_digest
 from .mask import Mask
 from .messages import UpdateRecord
 from .moving_average import MovingAverage
-from .optimisers import Optimiser, OptimiserConfig
+from .optimisers import Optimiser, OptimiserConfig, n_states
 from .past_rounds import PastRound, PastRounds
 from .ranking import CoordinateRanking
 from .wire import DIGEST_BYTES
@@ -36,6 +36,7 @@ __all__ = [
     "chain_digest",
     "empty_log_digest",
     "estimate_gradient",
+    "largest_snapshot",
     "snapshot_place",
     "weights_digest",
 ]
@@ -108,6 +109,11 @@ def snapshot_place(snapshot: bytes) -> tuple[int, bytes]:
         raise ProtocolError(f"{len(snapshot)} bytes are no snapshot")
     _, _, index, _, head, _ = _SNAPSHOT.unpack_from(snapshot)
     return index, head
+
+
+def largest_snapshot(config: OptimiserConfig, n_survivors: int) -> int:
+    """Bytes of a snapshot at most, but for what late scalars add: with a ranking of every weight."""
+    return _SNAPSHOT.size + (4 * (1 + n_states(config)) + 8) * n_survivors
 
 
 class Replica:
@@ -356,7 +362,7 @@ class Replica:
             raise ProtocolError(wrong)
         if magic != _SNAPSHOT_MAGIC or found != size or start != self._start:
             raise ProtocolError("the snapshot belongs to a run with other settings")
-        values = np.frombuffer(snapshot[: ends[0]], dtype="<f4", offset=_SNAPSHOT.size).reshape(arrays, size)
+        values = np.frombuffer(snapshot, "<f4", arrays * size, _SNAPSHOT.size).reshape(arrays, size)
         if weights_digest(values[0]) != digest or not np.isfinite(values).all():
             raise ProtocolError("the snapshot's arrays are damaged")
         for ranking, (first, end) in zip(self._rankings, pairwise(ends), strict=True):

@@ -189,7 +189,7 @@ def announcements(draw: st.DrawFn) -> Announcement:
         fields |= {"log_length": draw(u32), "log_head": draw(digests).hex(), "weights_digest": draw(digests).hex()}
     fields |= {"k": draw(st.integers(0, 60_000)), "sigma": draw(st.just(0.0) | st.floats(2.0**-20, 8.0, width=32))}
     return Announcement(
-        draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done", "stopped"])),
+        draw(names), draw(u32), draw(st.sampled_from(["enrol", "saliency", "train", "evaluate", "done"])),
         draw(participants), **fields,
     )  # fmt: skip
 

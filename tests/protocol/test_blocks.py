@@ -294,7 +294,7 @@ def test_both_sides_derive_the_same_positions(
     assert device.digest == server.replica.digest
 
 
-@pytest.mark.parametrize("phase", ["enrol", "saliency", "evaluate", "done", "stopped"])
+@pytest.mark.parametrize("phase", ["enrol", "saliency", "evaluate", "done"])
 def test_other_phases_deal_nothing(phase: Any) -> None:
     progress = RunProgress(run_document(RunSettings()), tiny_manifest())
     head = Announcement("run-1", 1, phase, pack_participants(np.arange(3)))

@@ -12,12 +12,13 @@ from fedzo.protocol.catch_up import CatchUp
 from fedzo.protocol.codec import decode
 from fedzo.protocol.coordinator_events import OfferBlob, Send, ServeLog, WithdrawBlob
 from fedzo.protocol.device_events import Compute
-from fedzo.protocol.errors import ProtocolError, SelfTestError
+from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.messages import UpdateRecord
+from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
-from fedzo.protocol.update import Replica, snapshot_place
+from fedzo.protocol.update import largest_snapshot, snapshot_place
 from tests.protocol.simulation.bench import RETRY_S, Bench, change_settings
 from tests.protocol.simulation.desk import SETTINGS, Desk, change
 from tests.protocol.simulation.world import World, check_end
@@ -194,14 +195,20 @@ def test_a_snapshot_of_other_weights_is_found_out() -> None:
     assert bench.only(Compute).task.weights_digest == bench.server.digest
 
 
+@pytest.mark.parametrize("estimator", ["stein", "node"])
+@pytest.mark.parametrize("optimiser", [OptimiserConfig("sgd"), OptimiserConfig("adam", ema=0.9)])
+def test_plans_know_the_largest_snapshot(estimator: Any, optimiser: OptimiserConfig) -> None:
+    replica = Desk(change(SETTINGS, estimator=estimator, optimiser=optimiser)).machine.replica
+    size = replica.weights.size
+    assert replica.snapshot_bytes <= largest_snapshot(optimiser, size) <= replica.snapshot_bytes + 8 * size
+
+
 def test_the_place_of_a_snapshot() -> None:
     desk = played(Desk(LONG).connect().join(), 3)
     assert snapshot_place(desk.machine.replica.snapshot()) == (3, desk.machine.replica.head)
     for wrong in (b"", b"FZS1", bytes(200)):
         with pytest.raises(ProtocolError):
             snapshot_place(wrong)
-    assert isinstance(desk.machine.replica, Replica)
-    assert SelfTestError is not ProtocolError
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
