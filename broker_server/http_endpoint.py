@@ -23,7 +23,7 @@ from .health import Check, Health
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self came with Python 3.11
 
-__all__ = ["HttpEndpoint", "parse_address"]
+__all__ = ["HttpEndpoint", "is_loopback", "parse_address"]
 
 DEFAULT_HOST = "127.0.0.1"
 MAX_CONNECTIONS = 8
@@ -43,6 +43,11 @@ def parse_address(text: str) -> tuple[str, int]:
     if not port.isascii() or not port.isdecimal() or int(port) > MAX_PORT or (separator and not host):
         raise ConfigError(f"{text!r} is no address to listen on", hint="give HOST:PORT, such as 127.0.0.1:9464")
     return host or DEFAULT_HOST, int(port)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether only this machine reaches an endpoint."""
+    return url.startswith(("http://127.", "http://[::1]:"))
 
 
 class HttpEndpoint:

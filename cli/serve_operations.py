@@ -9,7 +9,7 @@ from types import FrameType
 
 from ..broker_server.event_log import EventLog
 from ..broker_server.health import Health
-from ..broker_server.http_endpoint import HttpEndpoint, parse_address
+from ..broker_server.http_endpoint import HttpEndpoint, is_loopback, parse_address
 from ..broker_server.live_file import noted
 from ..broker_server.run_folder import RunFolder
 from ..broker_server.server import Server
@@ -65,6 +65,8 @@ class Operations:
             endpoint = HttpEndpoint(parse_address(metrics), self._health, self._metrics.exposition)
             self.url = stack.enter_context(endpoint).url
             output.say(f"metrics: {self.url}/metrics")
+            if not is_loopback(self.url):
+                output.warn("whoever reaches this address may read the metrics: there is no password")
         self.telemetry = Watchers(*watchers)
 
     @contextmanager

@@ -178,8 +178,10 @@ class Link:
             self._selector.register(wake.receiver, selectors.EVENT_READ)
         self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.has_unsent else 0))
         if self._settings.may_read():
-            # OpenSSL may hold decrypted bytes that the socket no longer shows as readable.
-            pending = self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
+            # A pause may have left bytes, and OpenSSL may hold some that the socket no longer shows as readable.
+            pending = self._client.has_unread or (
+                self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
+            )
             ready = {key.fileobj: mask for key, mask in self._selector.select(0.0 if pending else timeout_s)}
             if wake.receiver in ready:
                 wake.clear()
@@ -188,9 +190,10 @@ class Link:
             wake.wait(_PAUSE_S)
             pending, mask = False, 0
         if pending or mask & selectors.EVENT_READ:
-            self._client.refill()
+            if not self._client.has_unread:
+                self._client.refill()
             self._check(self._client.loop_read())
-            while self.loss is None and self._client.has_unread:
+            while self.loss is None and self._client.has_unread and self._settings.may_read():
                 self._check(self._client.loop_read())
         if self.loss is None and (mask & selectors.EVENT_WRITE or self._client.has_unsent):
             self._write()

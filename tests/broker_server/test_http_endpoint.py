@@ -18,7 +18,7 @@ import pytest
 from fedzo.broker_server import health as health_module
 from fedzo.broker_server import http_endpoint
 from fedzo.broker_server.health import Health
-from fedzo.broker_server.http_endpoint import HttpEndpoint, parse_address
+from fedzo.broker_server.http_endpoint import HttpEndpoint, is_loopback, parse_address
 from fedzo.broker_server.telemetry import ServerState
 from fedzo.protocol.errors import ConfigError
 
@@ -145,6 +145,14 @@ def test_an_address_that_is_taken_is_named(endpoint: HttpEndpoint) -> None:
     _, _, port = endpoint.url.rpartition(":")
     with pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         HttpEndpoint(("127.0.0.1", int(port)), Health())
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("http://127.0.0.1:1", True), ("http://[::1]:1", True), ("http://0.0.0.0:1", False), ("http://[::]:1", False)],
+)
+def test_who_can_reach_it(address: str, loopback: bool) -> None:
+    assert is_loopback(address) == loopback
 
 
 def test_after_the_end_nobody_answers(journal: Path) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.agent import Agent
+from fedzo.edge_runtime.agent import INBOX_MESSAGES, Agent
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.durable import write_durably
 from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.transport import Connected, MqttTransport
+from fedzo.edge_runtime.transport import Arrived, Connected, MqttTransport
 from fedzo.edge_runtime.variants import matching_variant, wanted_variants
 from fedzo.protocol.blobs import MAX_SETBACKS
 from fedzo.protocol.blocks import blocks_of
@@ -403,6 +403,29 @@ def test_garbage_on_every_topic_is_dropped_and_counted(
     announce_training(server, dense_replica(run, manifest), 10)
     assert server.expect(Report).round == 10
     assert agent.agent.summary.dropped == sent
+
+
+def test_a_flood_waits_in_the_broker_and_the_device_goes_on(
+    server: FakeServer, start: Callable[..., RunningAgent], run: RunDocument, manifest: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    agent = start()
+    server.expect(Presence, status="ready")
+    read = agent.agent._read
+
+    def slow(arrived: Arrived) -> Any:
+        time.sleep(0.003)
+        return read(arrived)
+
+    monkeypatch.setattr(agent.agent, "_read", slow)
+    for _ in range(800):
+        server.send_bytes(Channel.COMMAND, b"nonsense", "dev-a", retain=False)
+    announce_training(server, dense_replica(run, manifest), 10)
+    assert server.expect(Report).round == 10
+    assert agent.agent.summary.dropped == 800
+    inbox = agent.agent._events
+    assert inbox.pauses >= 1
+    assert inbox.peak < 2 * INBOX_MESSAGES
 
 
 def test_an_emptied_retained_topic_is_nothing(server: FakeServer, start: Callable[..., RunningAgent]) -> None:
