@@ -1,7 +1,7 @@
 """What every method learns for a budget of sample-forwards (SF).
 
 ``python -m benchmarks.learning --json --data-folder DATA --resume rows.jsonl [--only PATTERN] [--seeds 0,1,2]``
-``python -m benchmarks.learning --committed`` prints the committed result.
+``python -m benchmarks.learning --committed`` prints the committed result, ``--picture FILE`` draws it.
 
 A cell is a run of the machines, graphs and estimators of real runs by :mod:`fedzo.simulation`, in a process of its own
 with one thread; LeNet-5. Its budget decides the number of rounds: training may cost so many SF, one SF being a sample
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ from .data import FILES, find
 from .figures import absent, figures, newest
 from .jobs import read_rows, run_cells
 from .options import add_options, changes, numbers
+from .picture import draw
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "results" / "learning.json"
 _COLUMNS = ("key", "accuracy", "sample_forwards", "seconds", "loss_queries", "bytes_up_per_device_round")
@@ -51,12 +53,16 @@ def main() -> int:
     parser.add_argument("--committed", action="store_true", help="print the committed result, run nothing")
     parser.add_argument("--list", action="store_true", help="print the cells and which have a row, run nothing")
     parser.add_argument("--report-only", action="store_true", help="report on the rows that are there, run nothing")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the committed result as .svg or .png")
     parser.add_argument("--any-settings", action="store_true", help="report rows of other settings too")
     options = parser.parse_args()
     if options.committed:
         sys.stdout.write(COMMITTED.read_text(encoding="utf-8"))
         return 0
     try:
+        if options.picture is not None:
+            draw(json.loads(COMMITTED.read_text(encoding="utf-8"))["rows"], options.picture)
+            return 0
         return _run(options)
     except FedzoError as error:
         print(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)

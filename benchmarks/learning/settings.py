@@ -59,7 +59,7 @@ WORLDS: dict[str, Settings] = {
 _MANY: dict[str, Settings] = {  # sixteen devices a round: each does less
     "baseline": {"k": 10},
     "decomfl": {"k": 10},
-    "ours": {"k": 3, "batch": 8},
+    "ours": {"k": 3, "batch": 8, "feedback": 0.5},  # what a board could not send is old when its turn comes again
     "split": {"k": 4, "tail_k": 32},
     "local": {"batch": 8},
     "local-node": {"batch": 8},
