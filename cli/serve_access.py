@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -71,7 +72,8 @@ class ServeAccess:
     """
 
     def __init__(self, settings: _Settings, runs: Path) -> None:
-        self._settings, self._folder = settings, None
+        self._settings = settings
+        self._folder: CredentialFolder | None = None
         login = None
         if settings.password_file is not None and settings.username is None:
             raise ConfigError("a password file is given, but no user name", hint="give --username too")
@@ -96,8 +98,19 @@ class ServeAccess:
             tls=tls,
             client_id=f"fedzo-server-{settings.federation}",
         )
-        self._signer = folder.signer() if folder else RunSigner.open(runs / RUN_KEY_NAME)
-        self.access = Access(self._signer, folder)
+        self._run_key = runs / RUN_KEY_NAME
+        if folder is not None or self._run_key.exists():
+            _ = self.access  # A damaged key is said before a broker is started.
+
+    @cached_property
+    def access(self) -> Access:
+        """Who takes part, and the run's key, which is made if there is none: not before there is a broker.
+
+        Raises:
+            ConfigError: The key cannot be read or written.
+        """
+        folder = self._folder
+        return Access(folder.signer() if folder else RunSigner.open(self._run_key), folder)
 
     def watch(self, server: Server, stack: ExitStack) -> None:
         """Let changes of the credentials take effect while this server runs."""
@@ -108,7 +121,7 @@ class ServeAccess:
         """Say how devices join."""
         settings, folder = self._settings, self._folder
         output.say(f"broker: {self.broker.description}")
-        output.say(f"run key: {self._signer.public_key.hex()}")
+        output.say(f"run key: {self.access.signer.public_key.hex()}")
         is_external = "://" in settings.broker
         if folder is None and not is_external and settings.host not in _LOOPBACK:
             output.warn("whoever reaches this broker may do everything; elsewhere, put this machine's address into:")
