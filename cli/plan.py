@@ -27,6 +27,10 @@ _Artifact = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of f
 _Batch = Annotated[int | None, typer.Option(min=1, help=_BATCH_HELP)]
 _Samples = Annotated[int | None, typer.Option("--saliency-samples", min=1, help=_SAMPLES_HELP)]
 _Sparsity = Annotated[float | None, typer.Option(min=0, help="Of the run; the artifact's by default.")]
+_Fill = Annotated[str | None, typer.Option(help="Of the run: zero, or init, which reads all weights.")]
+_Pruning = Annotated[
+    str | None, typer.Option(help="Of the run: boards score only for diagonal and ntk-sap, not for the others.")
+]
 _MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples of one forward pass; what fits by default.")]
 
 
@@ -46,6 +50,8 @@ def plan_boards(
     batch: _Batch = None,
     samples: _Samples = None,
     sparsity: _Sparsity = None,
+    fill: _Fill = None,
+    pruning: _Pruning = None,
     micro_batch: _MicroBatch = None,
 ) -> None:
     """Say whether an artifact fits on a board, with which micro-batch, and what stays free. Nothing is loaded or run.
@@ -60,7 +66,7 @@ def plan_boards(
     Example:
         $ fedzo plan artifact --profile all
         $ fedzo plan artifact --profile rpi-zero-2w --batch 64
-        $ fedzo plan artifact --profile rpi-zero-2w --budget-mib 70
+        $ fedzo plan artifact --profile rpi-zero-2w --budget-mib 70 --pruning magnitude
     """
     from ..edge_runtime.artifact import load_artifact
     from ..edge_runtime.board_plan import plan_board
@@ -70,10 +76,10 @@ def plan_boards(
     boards = list_profiles() if profile == _ALL else [load_profile(profile)]
     plans: list[tuple[Profile, BoardPlan]] = []
     for board in boards:
-        sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest)
+        sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning)
         plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
     times = [_query_s(manifest, board, plan, batch) for board, plan in plans]
-    saved = [_saved_mib(manifest, board, batch, samples, sparsity) for board in boards]
+    saved = [_saved_mib(manifest, board, batch, samples, sparsity, fill, pruning) for board in boards]
     columns: tuple[str, ...] = (
         "board",
         "budget MiB",
@@ -120,6 +126,8 @@ def profile_board(
     batch: _Batch = None,
     samples: _Samples = None,
     sparsity: _Sparsity = None,
+    fill: _Fill = None,
+    pruning: _Pruning = None,
     micro_batch: _MicroBatch = None,
 ) -> None:
     """Run an artifact on this machine under the budget of a board: what was planned, and what was measured.
@@ -140,13 +148,14 @@ def profile_board(
     from ..protocol.errors import FedzoError
 
     board, manifest = load_profile(profile), load_artifact(artifact).manifest
-    sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest)
+    sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning)
     limit = budget_mib or board.ram_budget_mib
     plan_board(manifest, limit, sizes).check()
     arguments = [str(artifact), "--budget-mib", str(limit), "--batch", str(sizes.batch)]
     arguments += ["--samples", str(sizes.samples), "--threads", str(sizes.threads), "--tensors"]
     arguments += ["--variant"] if any(variant.machine != "any" for variant in sizes.variants) else []
-    for name, value in (("--sparsity", sparsity), ("--micro-batch", micro_batch)):
+    given = (("--sparsity", sparsity), ("--micro-batch", micro_batch), ("--fill", fill), ("--pruning", pruning))
+    for name, value in given:
         arguments += [] if value is None else [name, str(value)]
     measured = answer_of("fedzo.edge_runtime.measure", arguments)
     torch: dict[str, Any] | None = None
@@ -193,25 +202,44 @@ def _sizes(
     sparsity: float | None,
     micro_batch: int | None,
     manifest: Manifest,
+    fill: str | None,
+    pruning: str | None,
 ) -> RunSizes:
     from ..edge_runtime.board_plan import RunSizes
-    from ..protocol.errors import ConfigError
+    from ..protocol.settings import RunSettings, SaliencySettings
 
-    if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"sparsity is {sparsity}, it must be at least 0 and below 1")
     usual = RunSizes()
+    removed = manifest.sparsity if sparsity is None else sparsity
+    settings = RunSettings(  # which refuses what fedzo serve would
+        sparsity=removed,
+        fill=fill or usual.fill,  # type: ignore[arg-type]  # any text, until it is checked
+        saliency=SaliencySettings(method=pruning or usual.pruning),  # type: ignore[arg-type]  # likewise
+    )
     # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
     own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}
     variants = tuple(own[batched] for batched in (False, True) if batched in own)
     if True not in own:
         variants += tuple(v for v in manifest.variants if v.machine == "any")[:1]
     return RunSizes(
-        batch or usual.batch, samples or usual.samples, sparsity, board.threads, micro_batch, variants=variants
+        batch or usual.batch,
+        samples or usual.samples,
+        sparsity,
+        board.threads,
+        micro_batch,
+        variants=variants,
+        fill=settings.fill,
+        pruning=settings.saliency.method,
     )
 
 
 def _saved_mib(
-    manifest: Manifest, board: Profile, batch: int | None, samples: int | None, sparsity: float | None
+    manifest: Manifest,
+    board: Profile,
+    batch: int | None,
+    samples: int | None,
+    sparsity: float | None,
+    fill: str | None,
+    pruning: str | None,
 ) -> float | None:
     """What the removed channels save at the peak; None if none were removed."""
     from ..edge_runtime.board_plan import plan_board
@@ -219,7 +247,8 @@ def _saved_mib(
 
     if manifest.structure is None:
         return None
-    sizes = dataclasses.replace(_sizes(board, batch, samples, sparsity, None, manifest), variants=())
+    sizes = _sizes(board, batch, samples, sparsity, None, manifest, fill, pruning)
+    sizes = dataclasses.replace(sizes, variants=())
     unlimited_mib = 1e6  # so that both take the whole batch at once
     whole, own = (plan_board(network, unlimited_mib, sizes) for network in (whole_network(manifest), manifest))
     return whole.peak.memory.planned_peak_mib - own.peak.memory.planned_peak_mib

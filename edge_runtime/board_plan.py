@@ -9,7 +9,8 @@ from typing import Final, Literal
 
 from ..protocol.errors import MemoryBudgetError
 from ..protocol.manifest import GraphVariant, Manifest
-from ..protocol.settings import RunSettings
+from ..protocol.mask import Fill
+from ..protocol.settings import PruningMethod, RunSettings, SaliencySettings
 from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, plan
 from .variant_plan import best_plan
 
@@ -32,6 +33,8 @@ class RunSizes:
         dataset_bytes: Resident samples.
         variants: Of ``probe.onnx``, what the machine that is planned for would take where it fits, as
             :func:`~.variants.wanted_variants` gives them.
+        fill: What removed weights are: with ``init`` the graphs read all weights, as many as there are.
+        pruning: The method; where the server alone makes the mask, boards score nothing.
     """
 
     batch: int = RunSettings().training.batch
@@ -41,6 +44,8 @@ class RunSizes:
     micro_batch: int | None = None
     dataset_bytes: int = 0
     variants: tuple[GraphVariant, ...] = ()
+    fill: Fill = RunSettings().fill
+    pruning: PruningMethod = RunSettings().saliency.method
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardP
     sparsity = manifest.sparsity if sizes.sparsity is None else sizes.sparsity
     survivors = layout.size - round(sparsity * layout.maskable_size)
     phases = [_phase("training", manifest, survivors, budget_mib, sizes, sizes.batch, sizes.dataset_bytes)]
-    if sparsity > 0:
+    if sparsity > 0 and SaliencySettings(method=sizes.pruning).is_federated:
         scoring = _phase("scoring", manifest, layout.size, budget_mib, sizes, sizes.samples, sizes.dataset_bytes)
         phases.insert(0, scoring)
     return BoardPlan(budget_mib, tuple(phases))
@@ -140,6 +145,7 @@ def _phase(
             micro_batch=micro_batch,
             threads=sizes.threads,
             dataset_bytes=resident_bytes,
+            n_fed=manifest.layout.size if sizes.fill == "init" else None,
         )
 
     try:

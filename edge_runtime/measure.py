@@ -32,6 +32,8 @@ def main() -> int:
     add("--samples", type=int, help="[default: those of fedzo serve]")
     add("--sparsity", type=float)
     add("--micro-batch", type=int)
+    add("--fill", choices=("zero", "init"), help="[default: that of fedzo serve]")
+    add("--pruning", help="[default: that of fedzo serve]")
     add("--variant", action="store_true", help="plan and run the graphs for this machine where they fit")
     add("--tensors", action="store_true", help="look for the tensor bytes as well")
     options = parser.parse_args()
@@ -59,6 +61,8 @@ def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object
             options.threads,
             options.micro_batch,
             variants=wanted_variants(artifact.manifest, portable=not options.variant),
+            fill=options.fill or usual.fill,
+            pruning=options.pruning or usual.pruning,
         )
         return measure(artifact, options.budget_mib, sizes, watch, tensors=options.tensors), 0
     except (FedzoError, MemoryError, OSError) as error:

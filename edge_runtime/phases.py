@@ -18,7 +18,7 @@ from ..protocol.directions import Directions
 from ..protocol.errors import FedzoError, SelfTestError
 from ..protocol.layout import initial_weights
 from ..protocol.manifest import Manifest, golden_batch
-from ..protocol.mask import Mask, threshold
+from ..protocol.mask import Fill, Mask, threshold
 from ..protocol.optimisers import OptimiserConfig
 from ..protocol.saliency import gaussian_inputs
 from ..protocol.update import Replica
@@ -113,7 +113,8 @@ class _Run:
             if phase.phase == "scoring":
                 score(engine, replica.weights.copy(), gaussian_inputs(manifest, 1, 0, 0, self.sizes.samples))
                 # The mask arrives, and the state machine makes the sparse replica, before the engine is told.
-                following = _replica(manifest, Mask.decode(self.masks["training"].encode(), manifest.layout))
+                mask = self.masks["training"]
+                following = _replica(manifest, Mask.decode(mask.encode(), manifest.layout, mask.fill))
                 del following
             else:
                 self.query_s = train(engine, replica, manifest, self.sizes.batch)
@@ -190,7 +191,7 @@ def _replica(manifest: Manifest, mask: Mask) -> Replica:
     return Replica(manifest.layout, mask, manifest.seed, 1, blocks, OptimiserConfig("adam"))
 
 
-def removed_by_magnitude(artifact: Artifact, sparsity: float) -> Mask:
+def removed_by_magnitude(artifact: Artifact, sparsity: float, fill: Fill = "zero") -> Mask:
     """A mask as the server would send it, made in a child process: a device only decodes one."""
     layout = artifact.manifest.layout
     if sparsity == 0:
@@ -212,7 +213,7 @@ def removed_by_magnitude(artifact: Artifact, sparsity: float) -> Mask:
     _, status = os.waitpid(child, 0)
     if status:
         raise SelfTestError(f"the child process that makes the mask ended with status {status}")
-    return Mask.decode(data, layout)
+    return Mask.decode(data, layout, fill)
 
 
 def measure(
@@ -238,7 +239,7 @@ def measure(
     plan = plan_board(artifact.manifest, budget_mib, sizes)
     plan.check()
     sparsity = artifact.manifest.sparsity if sizes.sparsity is None else sizes.sparsity
-    run = _Run(artifact, plan, sizes, removed_by_magnitude(artifact, sparsity))
+    run = _Run(artifact, plan, sizes, removed_by_magnitude(artifact, sparsity, sizes.fill))
     release_code()
     trim_heap()
     start, found_until_now = peak_rss_mib(), watch.restart()

@@ -65,6 +65,35 @@ def test_a_board_plan_is_what_a_device_plans(artifact: Path) -> None:
     assert [p.phase for p in plan_board(manifest, 160.0, RunSizes(sparsity=0.0)).phases] == ["training"]
 
 
+def test_fill_and_pruning_are_those_of_the_run(artifact: Path) -> None:
+    """With its own initial values in them the graphs read the whole layout; a mask of the server is not scored for."""
+    manifest = load_artifact(artifact).manifest
+    usual, filled = (plan_board(manifest, 160.0, RunSizes(fill=fill)).phases for fill in ("zero", "init"))
+    layout, settings = manifest.layout, RunSettings(fill="init")
+    survivors = layout.size - round(0.8 * layout.maskable_size)
+    assert filled[1].memory == plan(
+        manifest, survivors, 160.0, graphs=TRAINING_GRAPHS, batch=settings.training.batch, n_fed=layout.size
+    )
+    more = filled[1].memory.planned_peak_mib - usual[1].memory.planned_peak_mib
+    assert more > 4 * (layout.size - survivors) / (1 << 20)
+    for method in ("diagonal", "ntk-sap"):
+        assert plan_board(manifest, 160.0, RunSizes(pruning=method)).phases == usual
+    for method in ("synflow", "magnitude", "erk", "random"):
+        assert plan_board(manifest, 160.0, RunSizes(pruning=method)).phases == usual[1:]
+
+
+def test_fill_and_pruning_by_flag(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--profile", "rpi-zero-2w", "--pruning", "erk")
+    peaks = []
+    for fill in ("zero", "init"):
+        code, found = answer(capsys, "plan", artifact, *flags, "--fill", fill)
+        assert code == 0
+        (board,) = found["boards"]
+        assert list(board["phases"]) == ["training"]
+        peaks.append(board["planned_peak_mib"])
+    assert peaks[0] < peaks[1]
+
+
 def test_what_does_not_fit_says_how_much_it_needs(artifact: Path) -> None:
     manifest = load_artifact(artifact).manifest
     board = plan_board(manifest, 40.0, RunSizes())
@@ -116,6 +145,9 @@ def test_one_board(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--profile", "rpi-9"], 3),
         (["--sparsity", "1"], 3),
+        (["--fill", "ones"], 3),
+        (["--fill", "init", "--sparsity", "0"], 3),
+        (["--pruning", "none"], 3),
         (["--batch", "0"], 2),
         (["--budget-mib", "0"], 2),
     ],
@@ -165,6 +197,15 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
     if importlib.util.find_spec("torch") is not None:
         assert found["torch"]["peak_mib"] > found["torch"]["before_mib"]
         assert found["torch_over_ours"] == pytest.approx(found["torch"]["peak_mib"] / found["peak_mib"])
+
+
+@needs_proc
+def test_initial_values_in_removed_places_are_measured(artifact: Path) -> None:
+    arguments = [str(artifact), "--budget-mib", "160", "--fill", "init", "--pruning", "erk"]
+    found = answer_of("fedzo.edge_runtime.measure", arguments)
+    (training,) = found["phases"]
+    assert training["phase"] == "training"
+    assert training["anonymous_mib"] < training["planned_anonymous_mib"] + 1.0
 
 
 def test_a_budget_that_is_too_small_runs_nothing(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
