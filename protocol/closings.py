@@ -19,7 +19,7 @@ class Closing:
         ending: What it had come to.
         asked: Devices that it asked.
         answered: Reports that were accepted, those without scalars included.
-        usable: Reports that count.
+        usable: Devices of which a report counts, also a late one.
         in_time: Whether it ended before its deadline.
     """
 
@@ -33,7 +33,7 @@ class Closing:
     def of(cls, current: OpenRound, ending: Ending, now: float) -> Closing:
         """The end of a round that is still open."""
         in_time = not current.is_overdue and (current.deadline is None or now < current.deadline)
-        return cls(ending, len(current.participants), len(current.reports), current.n_usable, in_time)
+        return cls(ending, len(current.participants), len(current.reports), current.n_counted, in_time)
 
     def encode(self) -> bytes:
         """The payload of the entry: JSON."""

@@ -15,7 +15,7 @@ from .messages import UpdateRecord
 from .repeater import Repeater
 from .settings import RunSettings
 from .transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
-from .update import Replica
+from .update import Replica, snapshot_place
 
 __all__ = ["LogFollower"]
 
@@ -49,7 +49,7 @@ class LogFollower:
 
     def __init__(self, replica: Replica, settings: RunSettings, *, retry_s: float) -> None:
         self.replica = replica
-        self._retry_s, self._is_allowed = retry_s, settings.snapshots
+        self._retry_s, self._is_allowed, self._most = retry_s, settings.snapshots, settings.training.rounds
         self._failures = 0
         self._offer: SnapshotOffer | None = None
         self._download: BlobDownload | None = None
@@ -125,6 +125,8 @@ class LogFollower:
     def requests(self, head: Announcement, now: float) -> list[LogRequest | BlobRequest]:
         """What to ask for now, if anything."""
         missing = head.log_length - self.replica.index
+        if self._offer is not None and self._offer.index <= self.replica.index:
+            self._offer = self._download = None  # Records have overtaken it.
         if missing < 1:
             return []
         if self._download is not None:
@@ -143,7 +145,7 @@ class LogFollower:
         if not (self._is_expecting and self._is_allowed) or offer.index <= self.replica.index:
             return
         self.forget_requests()
-        if offer.size != self.replica.snapshot_bytes_at(offer.index):
+        if offer.index > self._most or offer.size != self.replica.snapshot_bytes_at(offer.index):
             self._decline()
             return
         self._offer, self._download = offer, BlobDownload(offer.sha256, offer.size, retry_s=self._retry_s)
@@ -164,7 +166,11 @@ class LogFollower:
 
     def _restore(self, offer: SnapshotOffer, data: bytes) -> None:
         self._offer = self._download = None
+        if offer.index <= self.replica.index:
+            return
         try:
+            if snapshot_place(data)[0] != offer.index:
+                raise ProtocolError("a snapshot is of another place than was offered")
             self.replica.restore(data)
         except ProtocolError as error:
             self._decline()

@@ -150,6 +150,34 @@ def test_records_behind_the_snapshot_follow() -> None:
     assert bench.only(Compute).task.round == 12
 
 
+def test_records_that_overtake_a_snapshot_win() -> None:
+    """Going back to it would lose nothing but time, and again and again."""
+    bench = behind()
+    offer, data = offered(bench)
+    bench.hear(Channel.BLOCK, offer)
+    wanted = bench.sent(BlobRequest)
+    for record in bench.log:
+        bench.hear(Channel.LOG, record)
+    assert bench.only(Compute).task.weights_digest == bench.server.digest
+    for round_ in (30, 31):
+        bench.hear(Channel.LOG, bench.update(round_))
+    bench.hear(Channel.BLOCK, BlobBlock(wanted[0].sha256, 0, len(data), data))
+    assert bench.device.replica is not None
+    assert bench.device.replica.head == bench.server.head
+
+
+def test_a_snapshot_far_beyond_the_run_is_not_waited_for() -> None:
+    """To count the optimiser's steps up to there would take for ever."""
+    bench = behind()
+    bench.hear(Channel.BLOCK, offered(bench, index=2**32 - 1)[0])
+    assert bench.sent(BlobRequest) == []
+    offer, data = offered(bench, index=13)
+    bench.wait(RETRY_S)
+    bench.hear(Channel.BLOCK, offer)
+    answer(bench, data)
+    assert not any(isinstance(command, Compute) for command in bench.out)
+
+
 @pytest.mark.parametrize("case", ["not allowed", "nobody asked", "behind us"])
 def test_offers_out_of_place_change_nothing(case: str) -> None:
     bench = behind(allowed=case != "not allowed")
