@@ -66,6 +66,20 @@ def test_a_storm_of_hellos_fills_no_journal() -> None:
     assert desk.report() == [Verdict.ACCEPTED] * 4
 
 
+def test_who_repeats_its_hello_gets_the_documents_again() -> None:
+    """Once in a while: everybody gets them."""
+    desk = Desk().connect().hello("a")
+    assert desk.sent(RunDocument) == []
+    for seconds, again in ((5.0, 1), (5.0, 0), (30.0, 1)):
+        desk.now += seconds
+        desk.hello("a")
+        assert len(desk.sent(RunDocument)) == len(desk.sent(Announcement)) == again
+    desk.now += 30.0
+    desk.sessions["a"] = 2
+    desk.hello("a")
+    assert desk.sent(RunDocument) == []  # It has just started, and will get what is retained.
+
+
 def test_more_devices_than_a_round_takes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedzo.protocol.run_progress.MAX_PARTICIPANTS", 3)
     desk = Desk(change(SETTINGS, rounds=8)).connect().join()

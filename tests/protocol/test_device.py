@@ -167,6 +167,7 @@ def test_a_lost_welcome_is_asked_for_again() -> None:
     assert bench.sent(Hello) == [hello()] * 3
     bench.welcome()
     assert bench.device.stage == "planning"
+    bench.hear(Channel.HEAD, bench.head())
     assert not any(isinstance(c, Send) and isinstance(c.message, Hello) for c in bench.wait(100.0))
 
 
@@ -217,6 +218,26 @@ def test_documents_may_come_in_any_order() -> None:
     bench.give(Planned(bench.run.run, 1.0, 8))
     bench.prepare()
     assert bench.device.stage == "computing"
+
+
+def test_a_device_without_documents_knocks_ever_more_rarely() -> None:
+    """A broker that did not keep what is retained, or not on this node of a cluster."""
+    bench = Bench().connect()
+    assert bench.sent(Hello) == []  # What is retained is on its way.
+    times = []
+    while len(times) < 7:
+        bench.now = bench.device.wakeup or 0.0
+        bench.give(Tick())
+        times += [bench.now - 100.0] * len(bench.sent(Hello))
+    assert np.allclose(np.diff(times, prepend=0.0), np.minimum(RETRY_S * 2.0 ** np.arange(7), 60.0))
+    bench.hear(Channel.RUN, bench.run)
+    bench.welcome()
+    bench.give(Planned(bench.run.run, 1.0, 8))
+    bench.wait(60.0)
+    assert len(bench.sent(Hello)) == 1  # The open round is missing yet.
+    bench.hear(Channel.HEAD, bench.head())
+    bench.wait(200.0)
+    assert bench.sent(Hello) == []
 
 
 def test_a_server_that_is_back_hears_of_the_device() -> None:
