@@ -144,7 +144,7 @@ def test_a_server_that_leaves_records_and_acknowledges_what_is_there_and_announc
     hello = Hello(1, "", 512.0, 8, 2, "", "x86_64").encode()
     acknowledged: list[Token] = []
     monkeypatch.setattr(server._transport, "connect", lambda _: None)
-    monkeypatch.setattr(server._transport, "acknowledge", lambda token: acknowledged.append(token) or True)
+    monkeypatch.setattr(server._transport, "acknowledge", acknowledged.append)
     ready = Presence(1, "ready", "run-1", micro_batch=8).encode()
     server._events.put(arrived("hello", hello, 1))
     server._events.put(arrived("state", ready, 2))  # one device is all that the run waits for
@@ -170,7 +170,8 @@ def test_a_flood_of_nonsense_is_counted_and_said_at_powers_of_two(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING, "fedzo"):
-        server._carry_out([arrived("report", b"nonsense") for _ in range(1000)], pool)
+        flood: list[Any] = [arrived("report", b"nonsense")] * 1000
+        server._carry_out(flood, pool)
     assert server.state.dropped["undecodable"] == 1000
     assert len(caplog.records) == 10
 

@@ -120,6 +120,7 @@ class FullDisk(io.StringIO):
 def test_a_disk_that_fills_up_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = Logs("json", tmp_path / "log")
     (handler,) = [handler for handler in logs._handlers if isinstance(handler, logging.FileHandler)]
+    assert handler.stream is not None
     handler.stream.close()
     handler.stream = FullDisk()  # type: ignore[assignment]  # a text stream, but not of a file
     for _ in range(3):
