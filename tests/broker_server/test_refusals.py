@@ -70,7 +70,7 @@ class Farm:
         """What has reached the server; a message of its own marks the end."""
         mark = topic("farm", Channel.SERVER)
         self.server.transport.publish(mark, b"mark")
-        found = []
+        found: list[tuple[str, bytes]] = []
         while True:
             event = self.server.wait(Arrived)
             if (event.topic, event.payload) == (mark, b"mark"):
@@ -122,7 +122,8 @@ def other_authority(folder: Path) -> TlsConfig:
 def test_a_stranger_gets_nothing(farm: Farm, who: str, tmp_path: Path) -> None:
     password = farm.one.password
     if who == "plain text":
-        url, values = f"mqtt://localhost:{farm.port}", {"username": "dev-1", "password": password}
+        url = f"mqtt://localhost:{farm.port}"
+        values: dict[str, object] = {"username": "dev-1", "password": password}
     else:
         ca = farm.one.tls.ca
         tls = {

@@ -38,12 +38,11 @@ def main() -> int:
         from tests.fuzz.targets import Federation
 
         for number in range(-(-options.payloads // PER_RUN)):
-            seed = options.seed + number
+            seed, payloads = options.seed + number, min(PER_RUN, options.payloads - number * PER_RUN)
             try:
-                left = options.payloads - number * PER_RUN
-                Federation(seed, found.counts).under_fire(min(PER_RUN, left))
+                Federation(seed, found.counts).under_fire(payloads)
             except BaseException:
-                sys.stderr.write(f"in the run of seed {seed}, {min(PER_RUN, left)} payloads\n")
+                sys.stderr.write(f"in the run of seed {seed}, {payloads} payloads\n")
                 raise
             found.note()
     found.show()
@@ -81,7 +80,8 @@ def fuzz_by_coverage(options: argparse.Namespace, found: Report) -> None:
 
     with atheris.instrument_imports(include=["fedzo.protocol", "fedzo.broker_server.intake", "fedzo.edge_runtime"]):
         from tests.fuzz.mutations import mutate
-        from tests.fuzz.targets import FEDERATION, HOSTILE, VICTIM, Federation
+        from tests.fuzz.targets import HOSTILE, VICTIM, Federation
+        from tests.protocol.simulation.network import FEDERATION
 
     from fedzo.protocol.topics import FROM_DEVICE, device_subscriptions, topic
 

@@ -21,7 +21,7 @@ _DEEP = b"[" * 50_000
 _NAN_JSON = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"1" * 5_000)
 
 
-def _flip(data: bytearray, source: random.Random, _: bytes) -> bytes:
+def _flip(data: bytearray, source: random.Random, _other: bytes) -> bytes:
     for _ in range(source.randint(1, 8)):
         if data:
             data[source.randrange(len(data))] ^= 1 << source.randrange(8)

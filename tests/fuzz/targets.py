@@ -24,6 +24,7 @@ from fedzo.edge_runtime.mqtt_types import Arrived
 from fedzo.edge_runtime.run_key import RunKey
 from fedzo.protocol import device_events
 from fedzo.protocol.aggregation_rules import AggregationSettings
+from fedzo.protocol.coordinator_events import DeviceSaid
 from fedzo.protocol.device import Device
 from fedzo.protocol.device_events import Outcome
 from fedzo.protocol.documents import Hello, Presence
@@ -193,7 +194,8 @@ class Federation(World):
     def to_server(self, text: str, payload: bytes) -> None:
         """Through the server's intake into the coordinator."""
         event = self._intake.event(Arrived(text, payload, False, None))
-        self.counts["to the server, understood" if event else "to the server, dropped"] += 1
+        understood = isinstance(event, DeviceSaid)
+        self.counts["to the server, understood" if understood else "to the server, dropped"] += 1
         if event is not None:
             self.server.handle(event)
 

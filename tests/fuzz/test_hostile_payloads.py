@@ -23,7 +23,7 @@ from fedzo.edge_runtime.inbound import read_message
 from fedzo.edge_runtime.mqtt_types import Arrived
 from fedzo.protocol import messages
 from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import DeviceSaid
+from fedzo.protocol.coordinator_events import DeviceSaid, Garbled, Send
 from fedzo.protocol.documents import Announcement, Hello, RunDocument, parse, unpack_participants
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.layer_densities import read_mask
@@ -31,10 +31,11 @@ from fedzo.protocol.messages import Receipt, Report, ReportKind, Verdict
 from fedzo.protocol.topics import Channel, topic
 from fedzo.protocol.transfers import BlobBlock, BlobRequest
 from tests.board_fixture import ROOT
-from tests.fuzz.targets import FEDERATION, VICTIM, Federation
+from tests.fuzz.targets import VICTIM, Federation
 from tests.protocol.builders import small_layout
 from tests.protocol.golden.message_cases import DOCUMENTS, MESSAGES
 from tests.protocol.simulation.desk import Desk
+from tests.protocol.simulation.network import FEDERATION
 
 PAYLOADS = 4_000
 BOMB = zlib.compress(bytes(64 << 20), 9)
@@ -78,8 +79,12 @@ def verdict(desk: Desk, payload: bytes, device: str = "a") -> Verdict | str:
     event = Intake(FEDERATION, Drops()).event(Arrived(topic(FEDERATION, Channel.REPORT, device), payload, False, None))
     if event is None:
         return "dropped"
-    assert isinstance(event, DeviceSaid)
     before = len(desk.journal)
+    if isinstance(event, Garbled):
+        assert not [command for command in desk.on(event) if isinstance(command, Send)]
+        assert {entry[0] for entry in desk.journal[before:]} <= {"garbled"}
+        return "dropped"
+    assert isinstance(event, DeviceSaid)
     sent = [command.message for command in desk.on(event) if hasattr(command, "message")]
     receipts = [message for message in sent if isinstance(message, Receipt)]
     recorded = {entry[0] for entry in desk.journal[before:]}
