@@ -185,7 +185,8 @@ class Coordinator(JournaledRun):
             verdict, reason = self._late.take(member, report)
         if verdict is Verdict.ACCEPTED:
             self._record("report", report.encode(), round_=report.round, device=member.name)
-            self._ask_server()
+            if self._round is not None and self._round.has_new_scores:  # An evaluation takes a copy of the weights.
+                self._ask_server()
         elif verdict is Verdict.REFUSED and member.refused_round < report.round:
             # Once a round: a device must not fill the disk.
             self._record("refusal", reason.encode(), round_=report.round, device=member.name)

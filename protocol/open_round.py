@@ -154,6 +154,11 @@ class OpenRound:
             out.append(CheckScores(self._head.round, device, ordinal, mask, weights, blocks))
         return out
 
+    @property
+    def has_new_scores(self) -> bool:
+        """Whether the server has not been asked yet to compute somebody's scores again."""
+        return any(name not in self._asked for name in self.unchecked)
+
     def usable(self) -> list[tuple[str, Report]]:
         """Device ids and reports with scalars, in the order of ordinals."""
         pairs = ((name, self.reports.get(name)) for name in self.participants)
@@ -186,24 +191,22 @@ class OpenRound:
         over, is_waiting, quorum = self.is_overdue, self.is_waiting(), self._settings.quorum
         if self._head.phase == "evaluate":
             return "close" if over or not is_waiting else "wait"
-        if self.n_counted >= quorum and (over or not is_waiting or self._is_enough()):
-            return "close"
+        if (over or not is_waiting or self._settings.close_at) and self.n_counted >= quorum:
+            if over or not is_waiting or self.n_counted >= self._settings.close_at:
+                return "close"
         if self.all_answered():
-            if any(member.name not in self.participants for member in self._roster.ready()):
+            if any(member.name not in self._ranks for member in self._roster.ready()):
                 return "others"
             return "lowered" if self.is_lowered() else "short" if self.is_short_of_memory() else "nobody"
         return "missed" if over else "wait"
-
-    def _is_enough(self) -> bool:
-        return 0 < self._settings.close_at <= self.n_counted
 
     @property
     def n_counted(self) -> int:
         """Devices that its update would hear of, by a report of this round or a late one."""
         if self._late is None or not self._late.devices:
             return self.n_usable
-        fresh = {name for name, report in self.reports.items() if report.blocks}
-        return self.n_usable + len(self._late.devices - fresh)
+        reports = self.reports
+        return self.n_usable + sum(not (name in reports and reports[name].blocks) for name in self._late.devices)
 
     def all_answered(self) -> bool:
         """Whether nobody is left who could answer later."""

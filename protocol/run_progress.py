@@ -60,6 +60,7 @@ class RunProgress:
         self._manifest = manifest
         self._scored = 0
         self._evaluated_at = -1
+        self._evaluated = (b"", b"")
         self.evaluations: list[EvaluationRecord] = []
         self.range_test = RangeTest() if run.training.schedule == "range" else None
         check_pruning(manifest, run.settings)
@@ -126,7 +127,11 @@ class RunProgress:
 
     def digest_for(self, phase: Phase) -> bytes:
         """Digest of the weights that a round of this phase is measured with, 16 bytes."""
-        return self.replica.evaluated()[1] if phase == "evaluate" else self.replica.digest
+        if phase != "evaluate":
+            return self.replica.digest
+        if self._evaluated[0] != self.replica.head:  # Every report asks, and an average has to be hashed.
+            self._evaluated = self.replica.head, self.replica.evaluated()[1]
+        return self._evaluated[1]
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
