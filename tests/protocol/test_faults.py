@@ -6,10 +6,12 @@ A run is a function of its seed; FEDZO_FAULT_RUNS sets how many are tried.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 import pytest
 
+from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.protocol.simulation.desk import check_order
@@ -39,6 +41,7 @@ def settings_of(seed: int) -> RunSettings:
             tail_k=3 + seed % 9,
             learning_rate=0.05,
             k_max=15 if seed % 4 < 2 else 0,
+            k_min=1 + seed % 3 if seed // 2 % 2 == 0 else 0,
             adapt_sigma=seed % 7 == 0,
             schedule=("cosine", "linear", "step")[seed % 3],
             warmup=seed % 5,
@@ -48,6 +51,7 @@ def settings_of(seed: int) -> RunSettings:
         quorum=2 + seed % 2,
         close_at=3 if seed % 6 == 1 else 0,
         staleness=(0, 3, 0, 1)[seed // 4 % 4] if seed % 4 > 1 else 0,
+        snapshots=seed % 3 == 1,
         deadline_s=8.0,
         enrol_deadline_s=30.0,
         patience=1_000,
@@ -99,6 +103,11 @@ def heal(world: World) -> None:
             world.broker.connect(node)
 
 
+def timed(elapsed_ms: int, task: Task, outcome: Outcome) -> Outcome:
+    """What a board reports of its speed."""
+    return dataclasses.replace(outcome, queries=4, elapsed_ms=elapsed_ms + task.round % 7)
+
+
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     world = World(settings_of(seed), 4, seed=seed, has_test_set=bool(seed % 2))
@@ -106,6 +115,7 @@ def test_every_run_ends_with_the_same_weights_everywhere(seed: int) -> None:
     world.server.extra, world.server.is_mute = ((data,), False) if seed % 3 == 0 else ((), seed % 3 == 1)
     for number, node in enumerate(world.devices.values()):
         node.compute_s = 1.5
+        node.alter = functools.partial(timed, (100, 120, 100, 700)[number])
         node.wanted = (graph,) if number % 2 else ()
         node.fits, node.opens = (8, 3, 1, 0 if seed % 4 == 0 else 8)[number], bool(seed // 2 % 2)
     world.start()
