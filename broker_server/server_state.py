@@ -61,7 +61,7 @@ def server_state(
             Queue("outbound", len(outbound), outbound.capacity, outbound.bytes, outbound.max_bytes),
             Queue("passes", passes, 0),
         ),
-        dropped=dict(dropped),
+        dropped={**dropped, "unsent": dropped["unsent"] + outbound.forgotten},
         pauses=inbox.pauses,
         bytes_in=traffic.bytes_down,
         bytes_out=traffic.bytes_up,

@@ -38,11 +38,12 @@ class SendQueue:
         max_bytes: See above.
         bytes: Payloads of all entries.
         overflowed: Publications that found no room so far.
+        forgotten: Of these, those of QoS 0, which nobody is told about.
     """
 
     def __init__(self, capacity: int, max_bytes: int, changed: threading.Condition) -> None:
         self.capacity, self.max_bytes = capacity, max_bytes
-        self.bytes = self.overflowed = 0
+        self.bytes = self.overflowed = self.forgotten = 0
         self._changed = changed
         self._entries: dict[int, Outgoing] = {}  # in order of message id
         self._unsent: deque[int] = deque()
@@ -72,6 +73,8 @@ class SendQueue:
                 self.overflowed += 1
                 if publication.qos:
                     self._overflow.append(message_id)
+                else:
+                    self.forgotten += 1
             return message_id
 
     def take(self) -> Outgoing | None:

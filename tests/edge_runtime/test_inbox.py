@@ -143,6 +143,8 @@ def test_what_finds_no_room_is_counted_and_refused() -> None:
     assert [number in waiting for number in numbers] == [True, True, False, True, False, False]
     assert (len(waiting), waiting.bytes, waiting.overflowed) == (3, 100, 3)
     assert [waiting.take_overflow() for _ in range(4)] == [numbers[2], numbers[4], numbers[5], None]
+    waiting.add(Publication("a", b"x", qos=0), None, connected=True)
+    assert (waiting.overflowed, waiting.forgotten) == (4, 1)
     waiting.finish(numbers[0])
     assert waiting.bytes == 60
     waiting.link_lost()
