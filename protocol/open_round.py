@@ -191,9 +191,9 @@ class OpenRound:
         over, is_waiting, quorum = self.is_overdue, self.is_waiting(), self._settings.quorum
         if self._head.phase == "evaluate":
             return "close" if over or not is_waiting else "wait"
-        if (over or not is_waiting or self._settings.close_at) and self.n_counted >= quorum:
-            if over or not is_waiting or self.n_counted >= self._settings.close_at:
-                return "close"
+        least = quorum if over or not is_waiting else max(quorum, self._settings.close_at)
+        if (over or not is_waiting or self._settings.close_at) and self.n_counted >= least:
+            return "close"
         if self.all_answered():
             if any(member.name not in self._ranks for member in self._roster.ready()):
                 return "others"

@@ -1,8 +1,9 @@
-"""The engine, memory and footprint benchmarks run, and their figures are what they say."""
+"""The benchmarks run, and their figures are what they say."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from fedzo.broker_server.brokers.mosquitto import find_mosquitto
 from tests.board_fixture import ROOT
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc")
+needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
 
 
 def report(*arguments: str) -> dict[str, Any]:
@@ -79,3 +82,24 @@ def test_simulation() -> None:
     assert 0.1 < shares[0] < shares[1] < shares[2] < 1
     assert figures["simulation_round_s_lenet5_40"] == pytest.approx(data["rows"][0]["round_s"])
     assert data["settings"]["processes"] == 2
+
+
+@needs_mosquitto
+def test_fleet() -> None:
+    """A small fleet, under the limits of a large one. Bytes are those of a real device, packet by packet."""
+    pytest.importorskip("torch", reason="fedzo[server] is not installed")
+    small = ["--devices", "50", "--small", "10", "--rounds", "2", "--small-rounds", "2", "--models", "lenet5"]
+    recovery = ["--recovery-devices", "20", "--recovery-rounds", "30", "--kills", "1"]
+    data = report("benchmarks.fleet", *small, "--traffic-rounds", "5", *recovery)
+    figures = data["figures"]
+    rounds = [row for row in data["rows"] if row["what"] == "round"]
+    assert [row["devices"] for row in rounds] == [50, 50, 10, 10]
+    assert 0 < figures["close_50_reports_s"] < 60
+    assert 30 < figures["coordinator_peak_mib"] < 300
+    assert 0.1 < figures["cost_per_report_50_over_10"] < 3
+    (kill,) = [row for row in data["rows"] if row["what"] == "recovery"]
+    assert 0 < kill["republished_s"] <= figures["recovery_s"] + 0.1
+    if os.geteuid() == 0 and "bytes_up_k100" in figures:  # Not in a container without rights for namespaces.
+        assert 600 < figures["bytes_up_k100"] <= 1000
+        assert 700 < figures["bytes_down_k100"] <= 1200
+        assert figures["fedavg_over_ours_lenet5"] > 200
