@@ -1,17 +1,24 @@
-"""What an estimator keeps between rounds, in one file: a device that is killed goes on to the same bits.
+"""What an estimator keeps between rounds, on the disk: a device that is killed goes on to the same bits.
 
-The file holds the state before and after the latest round, and is written before the report goes to the outbox. A
+The disk holds the state before and after the latest round, which is written before the report goes to the outbox. A
 device that dies in between computes the round again, from the state before it; one that dies later goes on from the
 state after it. That state lacks what the report carries. If the report does not count in any update, it comes back:
 when the server says so, or when the log shows that another round made the update.
 
-``FZR2``, 32 bytes of SHA-256 over the rest, 32 bytes that name run and mask, the round, the updates before it, whether
-its report is lost, and the lengths of the first state and of what was carried (4 bytes each); the first state, what was
-carried (place and scalar, 4 bytes each), the second state.
+A state has four bytes a weight, and flash wears out by what is written to it. So two files take turns: each has the
+state after its round, and the state before it is what the other file gives. A file holds that one too only where the
+other does not give it, as in a device's first round.
+
+``FZR3``, 32 bytes of SHA-256 over the rest, a number that grows with every write (8 bytes), 32 bytes that name run and
+mask, the SHA-256 of the first state, the round, the updates before it, whether its report is lost, and the lengths of
+the first state as far as it is here and of what was carried (4 bytes each); that first state, what was carried (place
+and scalar, 4 bytes each), the second state.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import logging
 import struct
@@ -28,9 +35,9 @@ from .durable import write_durably
 __all__ = ["Residual", "ResidualFile", "carried_by", "residual_key"]
 
 _log = logging.getLogger(__name__)
-_MAGIC = b"FZR2"
+_MAGIC = b"FZR3"
 _HASH_BYTES = 32
-_HEADER = struct.Struct("<32sIIIII")
+_HEADER = struct.Struct("<Q32s32sIIIII")
 _CARRIED = np.dtype([("place", "<u4"), ("scalar", "<f4")])
 
 
@@ -97,52 +104,128 @@ class Residual:
         return state.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What this process knows of one of the files.
+
+    Attributes:
+        number: Of the write that made it; 0 for no file, or one that is not whole.
+        gives: SHA-256 of the state from which the next round begins.
+    """
+
+    number: int = 0
+    gives: bytes = b""
+
+
 class ResidualFile:
-    """At most one residual on the disk.
+    """At most one residual on the disk, in two files that take turns.
 
     Args:
-        path: Its file; the folder exists.
+        path: What their names begin with; the folder exists.
+
+    Attributes:
+        paths: The files.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.paths = (path.with_name(f"{path.name}-a"), path.with_name(f"{path.name}-b"))
+        self._known: list[_Known] | None = None
 
     def save(self, residual: Residual) -> None:
         """Keep a residual in place of the one before. A full disk is only logged: the run goes on from memory."""
-        numbers = (
+        if self._known is None:
+            self._read()
+        assert self._known is not None
+        before = hashlib.sha256(residual.before).digest()
+        # The one that gives the state before is kept; otherwise the newer one, as a half-written file counts for none.
+        givers = [place for place in (0, 1) if self._known[place].number and self._known[place].gives == before]
+        newest = max((0, 1), key=lambda place: self._numbers()[place])
+        target = 1 - (givers[0] if givers else newest)
+        number = max(self._numbers()) + 1
+        own = b"" if givers else residual.before
+        header = _HEADER.pack(
+            number,
+            residual.key,
+            before,
             residual.round,
             residual.log_length,
             int(residual.is_lost),
-            len(residual.before),
+            len(own),
             len(residual.carried),
         )
-        body = _HEADER.pack(residual.key, *numbers) + residual.before + residual.carried + residual.after
+        body = header + own + residual.carried + residual.after
         try:
-            write_durably(self.path, _MAGIC + hashlib.sha256(body).digest() + body)
+            write_durably(self.paths[target], _MAGIC + hashlib.sha256(body).digest() + body)
         except OSError as error:
-            _log.warning("%s cannot be written: %s", self.path, error.strerror or error)
+            _log.warning("%s cannot be written: %s", self.paths[target], error.strerror or error)
+            self._known = None  # Whether the old file is still there, the disk knows.
+            return
+        self._known[target] = _Known(number, hashlib.sha256(_given(residual)).digest())
 
     def load(self, key: bytes) -> Residual | None:
         """The residual that was kept for this run and mask; None if there is none, or it is damaged."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
+        found = self._read()
+        if not found:
             return None
-        except OSError as error:
-            _log.warning("%s cannot be read: %s", self.path, error.strerror or error)
+        _, newest, before = max(found, key=lambda each: each[0])
+        if newest.key != key:
             return None
-        start = len(_MAGIC) + _HASH_BYTES
-        body = data[start:]
-        if (
-            data[: len(_MAGIC)] != _MAGIC
-            or len(body) < _HEADER.size
-            or hashlib.sha256(body).digest() != data[len(_MAGIC) : start]
-        ):
-            _log.warning("%s is damaged: what had not been sent is dropped", self.path)
-            return None
-        found, round_, log_length, is_lost, first, carried = _HEADER.unpack_from(body)
-        if found != key:
-            return None
-        states, second = body[_HEADER.size :], first + carried
-        before, after = states[:first], states[second:]
-        return Residual(key, round_, before, after, log_length, states[first:second], bool(is_lost))
+        if hashlib.sha256(newest.before).digest() != before:
+            states = [_given(other) for _, other, _ in found if other is not newest]
+            known = [state for state in states if hashlib.sha256(state).digest() == before]
+            if not known:
+                _log.warning("%s has lost the state before round %d", self.paths[0].parent, newest.round)
+            return dataclasses.replace(newest, before=known[0] if known else b"")
+        return newest
+
+    def _numbers(self) -> list[int]:
+        return [0, 0] if self._known is None else [each.number for each in self._known]
+
+    def _read(self) -> list[tuple[int, Residual, bytes]]:
+        """Number, content and digest of the first state of every file; none if one of them is damaged."""
+        found: list[tuple[int, Residual, bytes]] = []
+        self._known = [_Known(), _Known()]
+        for place, path in enumerate(self.paths):
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                _log.warning("%s cannot be read: %s", path, error.strerror or error)
+                return []
+            content = _content(data)
+            if content is None:
+                _log.warning("%s is damaged: what had not been sent is dropped", path)
+                self._forget()
+                return []
+            found.append(content)
+            self._known[place] = _Known(content[0], hashlib.sha256(_given(content[1])).digest())
+        return found
+
+    def _forget(self) -> None:
+        """Which of two files was the newer one cannot be told any more: neither counts."""
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        self._known = [_Known(), _Known()]
+
+
+def _given(residual: Residual) -> bytes:
+    """The state from which the next round begins, as far as the file knows."""
+    return residual.given_back() if residual.is_lost else residual.after
+
+
+def _content(data: bytes) -> tuple[int, Residual, bytes] | None:
+    """Number, residual and digest of the first state; None if the file is damaged."""
+    start = len(_MAGIC) + _HASH_BYTES
+    body = data[start:]
+    if (
+        data[: len(_MAGIC)] != _MAGIC
+        or len(body) < _HEADER.size
+        or hashlib.sha256(body).digest() != data[len(_MAGIC) : start]
+    ):
+        return None
+    number, key, before, round_, log_length, is_lost, first, carried = _HEADER.unpack_from(body)
+    states, second = body[_HEADER.size :], first + carried
+    residual = Residual(key, round_, states[:first], states[second:], log_length, states[first:second], bool(is_lost))
+    return number, residual, before

@@ -7,7 +7,7 @@ file            content
 ``session``     the boot counter, decimal; grows before anything else is done
 ``blobs/``      graphs and masks, named by their SHA-256
 ``outbox``      the report that has no receipt yet
-``residual``    what the estimator ``node`` has not sent yet
+``residual-*``  what a sketch has not sent yet, two files
 ``run-key``     the key that runs must be signed with, see ``run_key.py``
 ``lock``        held while a device runs; holds its process id
 ==============  ===============================================================

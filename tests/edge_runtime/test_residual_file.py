@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fedzo.edge_runtime import residual_file
 from fedzo.edge_runtime.residual_file import Residual, ResidualFile, carried_by, residual_key
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.settings import RunSettings
@@ -68,16 +72,23 @@ def test_what_did_not_count_comes_back(
     assert residual.state_for(7, log_length, recent) == SENT.before
 
 
-@pytest.mark.parametrize("damage", [b"", b"FZR1", b"FZO1" + bytes(100), None])
-def test_a_damaged_file_is_dropped(tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", [b"", b"FZR2", b"FZO1" + bytes(100), None])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_file_is_dropped(
+    tmp_path: Path, damage: bytes | None, place: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever it is: nobody can tell any more which of the two was written last."""
     file = ResidualFile(tmp_path / "residual")
     file.save(RESIDUAL)
-    data = bytearray(file.path.read_bytes())
+    file.save(dataclasses.replace(RESIDUAL, round=8, before=RESIDUAL.after, after=b"after 8!"))
+    path = file.paths[place]
+    data = bytearray(path.read_bytes())
     data[-1] ^= 1
-    file.path.write_bytes(bytes(data) if damage is None else damage)
+    path.write_bytes(bytes(data) if damage is None else damage)
     with caplog.at_level(logging.WARNING, logger="fedzo"):
         assert file.load(KEY) is None
     assert "damaged" in caplog.text
+    assert file.load(KEY) is None
     file.save(RESIDUAL)
     assert file.load(KEY) == RESIDUAL
 
@@ -85,7 +96,64 @@ def test_a_damaged_file_is_dropped(tmp_path: Path, damage: bytes | None, caplog:
 def test_a_file_that_cannot_be_written_or_read_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="fedzo"):
         ResidualFile(tmp_path / "folder" / "residual").save(RESIDUAL)
-        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken-a").mkdir()
         assert ResidualFile(tmp_path / "taken").load(KEY) is None
     assert "cannot be written" in caplog.text
     assert "cannot be read" in caplog.text
+
+
+def state(number: int) -> bytes:
+    return np.full(1000, number, "<f4").tobytes()
+
+
+def test_a_round_writes_one_state(tmp_path: Path) -> None:
+    file = ResidualFile(tmp_path / "residual")
+    sizes = []
+    for round_ in range(1, 6):
+        before = b"" if round_ == 1 else state(round_ - 1)
+        residual = Residual(KEY, round_, before, state(round_), round_)
+        file.save(residual)
+        assert ResidualFile(tmp_path / "residual").load(KEY) == residual
+        sizes.append(max(path.stat().st_size for path in file.paths if path.exists()))
+    assert max(sizes) < 4_000 + 200
+    assert {path.name for path in tmp_path.iterdir()} == {"residual-a", "residual-b"}
+
+
+OPERATIONS = ("next", "next", "again", "lost", "nothing", "other run", "restart", "full disk")
+
+
+@given(st.lists(st.sampled_from(OPERATIONS), max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_what_was_saved_last_comes_back(operations: list[str]) -> None:
+    """Whatever happens in between, as a device does it: both states, bit for bit, and the flag."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "residual"
+        file, kept, key, fresh = ResidualFile(place), None, KEY, 100
+        for operation in operations:
+            fresh += 1
+            carried = carried_by([np.array([fresh % 1000])], [np.array([0.5], np.float32)])
+            if operation == "restart":
+                file = ResidualFile(place)
+            elif operation == "lost" and kept is not None:
+                kept = dataclasses.replace(kept, is_lost=True)
+                file.save(kept)
+            elif operation == "other run":
+                key = bytes([fresh]) * 32
+                kept = Residual(key, 1, b"", state(fresh), 0, carried)
+                file.save(kept)
+            elif operation == "full disk":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(residual_file, "write_durably", _full)
+                    file.save(Residual(key, fresh, state(fresh), state(fresh), 0, carried))
+            elif operation in ("next", "again", "nothing"):
+                last = kept or Residual(key, 0, b"", b"")
+                round_ = last.round if operation == "again" else last.round + 1
+                before = last.given_back() if operation == "nothing" else last.state_for(round_, max(0, round_ - 1))
+                kept = Residual(key, round_, before, state(fresh), max(0, round_ - 1), carried)
+                file.save(kept)
+            assert ResidualFile(place).load(key) == kept
+        assert file.load(bytes(32)) is None
+
+
+def _full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
