@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 
@@ -15,8 +16,13 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main(arguments: list[str]) -> None:
-    """Change the user if asked to, tie the process to its parent, become the program."""
+    """Open as many files as the system allows, change the user if asked to, tie the process to its parent, become the
+    program.
+    """
     parent, user, *program = arguments
+    # One file a device, and a shell's usual limit is 1024; what is allowed at most is for the system to say.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if user:
         # Before the prctl, which a change of user undoes. Mosquitto as root would change it later by itself.
         import pwd

@@ -391,6 +391,24 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are read from /proc")
+@pytest.mark.parametrize("spec", [pytest.param("mosquitto", marks=needs_mosquitto), "embedded"])
+def test_a_broker_may_open_as_many_files_as_the_system_allows(spec: str) -> None:
+    """A device is a file, and shells allow 1024."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+    try:
+        with open_broker(spec, "127.0.0.1", 0) as broker:
+            text = Path(f"/proc/{broker.pid}/limits").read_text(encoding="ascii")  # type: ignore[attr-defined]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    (line,) = [line for line in text.splitlines() if line.startswith("Max open files")]
+    soft, hard = line.split()[3:5]
+    assert soft == hard
+
+
 @needs_mosquitto
 def test_mosquitto_files_are_private_and_removed() -> None:
     credentials = Credentials.generate("farm", ["dev-1"])
