@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from fedzo.broker_server.journal import (
     Tally,
     schema,
 )
+from fedzo.protocol.coordinator_events import RecordKind
 from fedzo.protocol.errors import ArtifactError, ConfigError, FedzoError
 
 
@@ -470,6 +472,34 @@ def test_an_old_schema_is_brought_up_to_date(path: Path, monkeypatch: pytest.Mon
     with SqliteJournal(path) as journal:
         assert [entry for _, entry in journal.read()] == [report()]
         assert journal._open_connection.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+def test_a_copy_of_a_journal_that_is_written(path: Path) -> None:
+    """What the pages name for it: one transaction of a reader, which commits meanwhile neither stop nor change."""
+    with SqliteJournal(path) as journal:
+        journal.append([report(n, payload=bytes(3000)) for n in range(100)])
+        reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+        calls = []
+
+        def commit() -> int:
+            calls.append(journal.append([phase()]))
+            return 0
+
+        reader.set_progress_handler(commit, 50)
+        reader.execute("VACUUM INTO ?", (str(path.with_name("copy")),))
+        reader.close()
+        assert calls
+        with SqliteJournal(path.with_name("copy")) as restored:
+            kept = [entry for _, entry in restored.read()]
+            assert restored.append([report(200)])
+        assert kept == [entry for _, entry in journal.read()][: len(kept)]
+        assert len(kept) >= 100
+
+
+def test_the_page_names_every_kind() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "journal.md").read_text(encoding="utf-8")
+    table = text[text.index("| kind |") :].split("\n\n")[0].splitlines()[2:]
+    assert [row.split("|")[1].strip().strip("`") for row in table] == list(get_args(RecordKind))
 
 
 @pytest.mark.parametrize("read_only", [False, True])
