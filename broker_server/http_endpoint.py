@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self came with Python 3.11
 
 __all__ = ["HttpEndpoint", "is_loopback", "parse_address"]
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_HOST = "127.0.0.1"
 MAX_CONNECTIONS = 8
@@ -134,7 +137,10 @@ class _Server(HTTPServer):
                 self.shutdown_request(request)
                 return
             self._open[request] = time.monotonic()
-        threading.Thread(target=self._answer, args=(request, client_address), daemon=True).start()
+        try:
+            threading.Thread(target=self._answer, args=(request, client_address), daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._end(request)
 
     def _answer(self, request: socket.socket, client_address: Any) -> None:
         try:
@@ -142,9 +148,16 @@ class _Server(HTTPServer):
             with contextlib.suppress(OSError, ValueError):
                 self.finish_request(request, client_address)
         finally:
-            with self._lock:
-                self._open.pop(request, None)
-            self.shutdown_request(request)
+            self._end(request)
+
+    def _end(self, request: socket.socket) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the name is the base class's)
+        """Into the log, not onto stderr, which may be for JSON lines alone."""
+        _log.warning("a request of %s failed", client_address, exc_info=True)
 
     def service_actions(self) -> None:
         """Called several times a second: cut off whoever has had its time."""

@@ -91,7 +91,8 @@ def register(app: typer.Typer) -> None:
         log_level: Annotated[
             str | None,
             typer.Option(
-                help="debug, info, warning or error [default: warning, of json info].", rich_help_panel=_OPERATIONS
+                help="debug, info, warning or error [default: info, of text on stderr warning].",
+                rich_help_panel=_OPERATIONS,
             ),
         ] = None,
         systemd: Annotated[

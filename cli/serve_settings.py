@@ -59,7 +59,7 @@ class ServeSettings(RunSettings):
         metrics: ``HOST:PORT`` to serve metrics and health at; None for nowhere.
         log_format: ``text`` for people, ``json`` for one object a line.
         log_file: Where the log goes instead of stderr.
-        log_level: The least; warnings of text and more of JSON by default.
+        log_level: The least; by default ``warning`` for text on stderr, else ``info``.
         continue_run: Go on with the run of this name if it has begun.
     """
 

@@ -102,7 +102,7 @@ class Logs:
     Args:
         form: Of the lines.
         file: Where to; stderr when None. With a file, warnings also appear on stderr as text.
-        level: The least; by default warnings of text and more of JSON lines.
+        level: The least; by default ``warning`` for text on stderr, else ``info``.
 
     Attributes:
         context: ``run`` and ``device`` of JSON lines.
@@ -115,7 +115,8 @@ class Logs:
     def __init__(self, form: LogFormat = "text", file: Path | None = None, level: LogLevel | None = None) -> None:
         self.context: dict[str, str] = {}
         self.takes_stderr = form == "json" and file is None
-        least = getattr(logging, (level or ("info" if form == "json" else "warning")).upper())
+        usual = "warning" if form == "text" and file is None else "info"
+        least = getattr(logging, (level or usual).upper())
         self._logger = logging.getLogger("fedzo")
         self._handlers: list[logging.Handler] = []
         stderr = _Stderr()

@@ -130,6 +130,8 @@ def test_many_connections_are_refused_and_the_server_goes_on(
     for link in held:
         assert is_closed(link), "whoever says nothing is cut off"
         link.close()
+    while endpoint._server._open and time.monotonic() < deadline + 20:
+        time.sleep(0.01)
     assert get(endpoint, "/healthz")[0] == 200
 
 

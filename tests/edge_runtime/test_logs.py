@@ -94,6 +94,17 @@ def test_a_file_gets_everything_and_stderr_the_warnings(tmp_path: Path, capsys: 
     assert [line["message"] for line in lines((tmp_path / "log").read_text())] == ["quiet", "loud", "for people"]
 
 
+def test_text_in_a_file_has_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = Logs("text", tmp_path / "log")
+    _log.info("quiet")
+    logs.say("for people\x1b")
+    logs.close()
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert first.endswith("Z info: quiet")
+    assert second.endswith("Z info: for people\\x1b")
+    assert capsys.readouterr().err == "for people\\x1b\n"
+
+
 def test_a_flood_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs_module, "FILE_BYTES", 2000)
     logs = Logs("json", tmp_path / "log")
