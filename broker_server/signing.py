@@ -62,7 +62,7 @@ class RunSigner:
 
     def sign(self, federation: str, channel: Channel, device: str, payload: bytes) -> bytes:
         """The payload as it travels: signed on the channels that carry signatures, else as it is."""
-        if not is_signed(channel):
+        if not is_signed(channel, payload):
             return payload
         signature = self._key.sign(signed_bytes(federation, channel, device, payload))
         return attach(channel, payload, self.public_key, signature)

@@ -87,7 +87,7 @@ class RunKey:
             ConfigError: The key cannot be pinned.
         """
         place, payload = parse_topic(arrived.topic), arrived.payload
-        if not is_signed(place.channel):
+        if not is_signed(place.channel, payload):
             return payload
         if self._latest.get(place.channel) == payload:
             return detach(place.channel, payload)[0]

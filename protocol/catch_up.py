@@ -3,8 +3,9 @@
 A log of scalars brings everybody to the same weights, and by default it is all that travels: no weights cross the
 broker. It grows without end, though, and a snapshot does not: 4 bytes for every surviving weight, and as many for each
 array that the optimiser keeps. An operator who allows snapshots (``--snapshots``) lets the server offer one to a device
-that misses records worth more bytes than that. It is pulled in blocks under its SHA-256, like a mask, and the next
-announcement proves it: it names the head of the log.
+that misses records worth more bytes than that. It is pulled in blocks under its SHA-256, like a mask. The offer that
+names the hash is signed with the run's key (``signed.py``): else a broker could let a board measure its data at weights
+of the broker's choice.
 
 One snapshot serves many devices: it is made when the first one asks, and used until the records behind it cost a
 quarter of it.

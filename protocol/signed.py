@@ -5,12 +5,14 @@ channel                 payload
 ======================  =====================================================================
 ``run``                 document, then the public key (32 bytes), then the signature (64 bytes)
 ``head``, ``cmd``       document, then the signature (64 bytes)
+``block``, an offer     :class:`~.transfers.SnapshotOffer`, then the signature (64 bytes)
 ======================  =====================================================================
 
 The signature covers the topic's meaning too, so that no document can be moved to another federation, channel or device.
 What is not signed follows from what is: the run document names the SHA-256 of the artifact's manifest, which names that
 of every graph; an announcement names the SHA-256 of the mask and the chain digest of the log, which covers each update
-record before it. Receipts and blocks change nothing that their hashes do not cover.
+record before it; the offer of a snapshot names the SHA-256 of the weights. Receipts change nothing that matters,
+and other blocks nothing that these hashes do not cover.
 """
 
 from __future__ import annotations
@@ -18,16 +20,23 @@ from __future__ import annotations
 from .ed25519 import KEY_BYTES, SIGNATURE_BYTES, verify
 from .errors import ProtocolError
 from .topics import Channel
+from .wire import MessageType
 
 __all__ = ["SIGNED", "attach", "check", "detach", "is_signed", "signed_bytes"]
 
 SIGNED = (Channel.RUN, Channel.HEAD, Channel.COMMAND)
+_OFFER = bytes((MessageType.SNAPSHOT_OFFER,))
 _CONTEXT = b"fedzo/v1 signed document\0"
 
 
-def is_signed(channel: Channel) -> bool:
-    """Whether what travels on this channel carries a signature."""
-    return channel in SIGNED
+def is_signed(channel: Channel, payload: bytes = b"") -> bool:
+    """Whether what travels on this channel carries a signature.
+
+    Args:
+        channel: The channel.
+        payload: With or without the signature; on ``block`` its type decides.
+    """
+    return channel in SIGNED or (channel is Channel.BLOCK and payload[1:2] == _OFFER)
 
 
 def signed_bytes(federation: str, channel: Channel, device: str, document: bytes) -> bytes:

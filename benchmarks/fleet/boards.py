@@ -304,7 +304,7 @@ class Fleet:
         if received is None:
             text = name.decode()
             channel = parse_topic(text).channel
-            document = detach(channel, payload)[0] if is_signed(channel) else payload
+            document = detach(channel, payload)[0] if is_signed(channel, payload) else payload
             received = read_message(FEDERATION, board.name, text, document)
             if received.channel in _SHARED:
                 self._parsed[key] = received

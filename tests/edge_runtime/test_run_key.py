@@ -12,6 +12,8 @@ from fedzo.edge_runtime.mqtt_types import Arrived
 from fedzo.edge_runtime.run_key import RunKey, parse_run_key
 from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
 from fedzo.protocol.topics import Channel, topic
+from fedzo.protocol.transfers import SnapshotOffer
+from tests.protocol.golden.message_cases import MESSAGES
 
 OURS, THEIRS = (RunSigner(Ed25519PrivateKey.from_private_bytes(bytes([seed] * 32))) for seed in (1, 2))
 
@@ -79,6 +81,21 @@ def test_an_announcement_that_came_first_waits(tmp_path: Path) -> None:
     assert key.early() is head
     assert key.early() is None
     assert key.open(head) == b"head"
+
+
+def test_the_offer_of_weights_is_signed_other_blocks_are_not(tmp_path: Path) -> None:
+    key = pin(tmp_path, given=OURS.public_key)
+    place = topic("farm", Channel.BLOCK, "dev")
+    for message in MESSAGES.values():
+        payload = message.encode()
+        signed = OURS.sign("farm", Channel.BLOCK, "dev", payload)
+        if not isinstance(message, SnapshotOffer):
+            assert key.open(Arrived(place, payload, False, None)) == payload == signed
+            continue
+        assert key.open(Arrived(place, signed, False, None)) == payload
+        for forged in (payload, payload + bytes(64), THEIRS.sign("farm", Channel.BLOCK, "dev", payload)):
+            with pytest.raises(ProtocolError):
+                key.open(Arrived(place, forged, False, None))
 
 
 def test_what_is_not_signed_by_design_passes(tmp_path: Path) -> None:

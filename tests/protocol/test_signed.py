@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.signed import SIGNED, attach, check, detach, is_signed, signed_bytes
 from fedzo.protocol.topics import FROM_DEVICE, Channel
+from fedzo.protocol.transfers import SnapshotOffer
+from tests.protocol.golden.message_cases import MESSAGES
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PUBLIC = KEY.public_key().public_bytes_raw()
+OFFER = next(name for name, message in MESSAGES.items() if isinstance(message, SnapshotOffer))
 DOCUMENT = b'{"kind":"head"}'
 
 
@@ -29,6 +32,10 @@ def test_a_document_comes_back(channel: Channel) -> None:
 
 def test_what_the_server_says_of_the_run_is_signed_and_nothing_of_a_device() -> None:
     assert {channel for channel in Channel if is_signed(channel)} == {Channel.RUN, Channel.HEAD, Channel.COMMAND}
+    offer = MESSAGES[OFFER].encode()
+    assert {channel for channel in Channel if is_signed(channel, offer)} == {*SIGNED, Channel.BLOCK}
+    for name, message in MESSAGES.items():
+        assert is_signed(Channel.BLOCK, message.encode()) == (name == OFFER)
     assert not set(SIGNED) & set(FROM_DEVICE)
 
 
