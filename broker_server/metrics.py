@@ -23,7 +23,7 @@ from ..protocol.documents import Announcement, parse
 from ..protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from ..protocol.open_round import Ending
 from .quick_histogram import QuickHistogram
-from .refusal_reasons import REASONS, refusal_reason
+from .refusal_reasons import GARBLED, REASONS, refusal_reason
 from .state_metrics import StateCollector
 from .telemetry import ServerState, Turn
 
@@ -208,6 +208,8 @@ class ServerMetrics:
             self._enrolments.inc()
         elif record.kind == "refusal":
             self._refusals.labels(refusal_reason(record.payload.decode(errors="replace"))).inc()
+        elif record.kind == "garbled":
+            self._refusals.labels(GARBLED).inc()
         elif record.kind == "close":
             self._is_closing = True  # what it gave is the next entry, if it gave something
             self._endings.labels(Closing.decode(record.payload).ending).inc()

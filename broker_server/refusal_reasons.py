@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["REASONS", "refusal_reason"]
+__all__ = ["GARBLED", "REASONS", "refusal_reason"]
 
 # In this order; what the checks of protocol/aggregation.py and protocol/open_round.py say.
 _PATTERNS: Final = (
@@ -18,7 +18,10 @@ _PATTERNS: Final = (
     ("range", r"is negative|correct answers of|not finite"),
     ("scores", r"scores differ"),
 )
-REASONS: Final = (*(name for name, _ in _PATTERNS), "other")
+GARBLED: Final = "garbled"
+"""What is no message at all; the journal has entries of its own for it."""
+
+REASONS: Final = (*(name for name, _ in _PATTERNS), GARBLED, "other")
 
 
 def refusal_reason(text: str) -> str:

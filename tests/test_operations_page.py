@@ -10,6 +10,7 @@ import pytest
 from fedzo.broker_server import health, http_endpoint, server
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
 from fedzo.broker_server.metrics import ServerMetrics
+from fedzo.broker_server.refusal_reasons import REASONS
 from fedzo.cli import serve_unit
 from fedzo.edge_runtime import agent, logs
 from tests.broker_fixtures import needs_mosquitto
@@ -23,6 +24,10 @@ def test_every_metric_is_known() -> None:
     named = set(re.findall(r"\bfedzo_[a-z_]+", PAGE)) - {"fedzo_queue_"}
     assert named
     assert {re.sub("_bucket$", "", name) for name in named} == known
+
+
+def test_every_reason_is_explained() -> None:
+    assert not [reason for reason in REASONS if f"`{reason}`" not in PAGE]
 
 
 def test_the_examples_are_yaml() -> None:

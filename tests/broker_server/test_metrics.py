@@ -102,6 +102,14 @@ def test_a_round_from_its_announcement_to_its_end(play: Play) -> None:
     assert play.value("turn_seconds_count") == 8
 
 
+def test_refusals_by_reason(play: Play) -> None:
+    play.report("a", report(4), Verdict.REFUSED, "made with other weights")
+    play.report("b", report(4), Verdict.REFUSED, "something new")
+    play.turn([], [Record("garbled", 4, "c", b"a message of 3 bytes")])
+    found = {reason: play.value("refusals_total", reason=reason) for reason in REASONS}
+    assert found == {**dict.fromkeys(REASONS, 0), "weights": 1, "other": 1, "garbled": 1}
+
+
 def test_a_round_that_an_earlier_process_announced(play: Play) -> None:
     """It is counted, but nobody knows how long it took."""
     play.report("a", report(4))
