@@ -21,6 +21,7 @@ __all__ = ["REVOKED", "Access", "AccessWatch"]
 _log = logging.getLogger(__name__)
 
 WATCH_S = 1.0
+_EVENT = {"event": "credentials"}
 REVOKED = "its credentials were revoked"
 
 
@@ -63,7 +64,7 @@ class AccessWatch:
         self, folder: CredentialFolder, access: Access, broker: Broker, dismiss: Callable[[frozenset[str]], None]
     ) -> None:
         self._folder, self._access, self._broker, self._dismiss = folder, access, broker, dismiss
-        self._stamp = folder.stamp()
+        self._is_failing = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="credentials", daemon=True)
 
@@ -80,8 +81,7 @@ class AccessWatch:
 
     def _run(self) -> None:
         while not self._stopping.wait(WATCH_S):
-            stamp = self._folder.stamp()
-            if stamp == self._stamp:
+            if not (self._is_failing or self._folder.has_changed()):
                 continue
             try:
                 self._folder.reload()
@@ -89,10 +89,12 @@ class AccessWatch:
                 # The broker last: what it may not be able to do must not keep the coordinator from doing its part.
                 self._broker.update_credentials(self._folder.registry.credentials())
             except FedzoError as error:
-                _log.error("the changed credentials cannot be used: %s", error.message, extra={"event": "credentials"})
+                if not self._is_failing:  # Once; it is tried again as long as it fails.
+                    _log.error("the changed credentials are not in force: %s", error.message, extra=_EVENT)
+                self._is_failing = True
                 continue
-            self._stamp = stamp
-            _log.warning("the credentials have changed", extra={"event": "credentials"})
+            self._is_failing = False
+            _log.warning("the credentials have changed and are in force", extra=_EVENT)
 
     def _take(self) -> None:
         admitted = self._folder.registry.admitted()

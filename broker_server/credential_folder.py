@@ -88,6 +88,7 @@ class CredentialFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
+        self._read_at = (0, 0)
         if not (self.path / REGISTRY_NAME).is_file():
             raise ConfigError(f"{path} is no credentials folder", hint="make one with: fedzo credentials init")
         self.registry = self._read()
@@ -108,6 +109,8 @@ class CredentialFolder:
             ConfigError: The folder holds something, a name cannot be used, or a file cannot be written.
         """
         path = path.absolute()
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(f"the folder {path} is not empty", hint="name a new one, or fedzo credentials issue")
         names = _hosts(hosts)
         authority, key = Authority.create(f"fedzo {federation}")
         server = authority.issue(SERVER_NAME, days=days, hosts=names)
@@ -115,12 +118,11 @@ class CredentialFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
-            occupied = any(file.name != "lock" for file in path.iterdir())
         except OSError as error:
             raise ConfigError(f"cannot make the folder {path}: {error.strerror or error}") from None
         with _locked(path):
-            if occupied:
-                raise ConfigError(f"the folder {path} is not empty", hint="name a new one, or fedzo credentials issue")
+            if (path / REGISTRY_NAME).exists():
+                raise ConfigError(f"somebody else has just made {path}", hint="look at it: fedzo credentials list")
             write_private(path / "ca.key", key)
             write_private(path / "ca.pem", authority.certificate)
             write_private(path / "server.key", server.key)
@@ -202,13 +204,9 @@ class CredentialFolder:
         self.registry = self._read()
         return self.registry
 
-    def stamp(self) -> tuple[int, int]:
-        """Something that changes with the registry; zeros while it cannot be read."""
-        try:
-            found = (self.path / REGISTRY_NAME).stat()
-        except OSError:
-            return 0, 0
-        return found.st_mtime_ns, found.st_ino
+    def has_changed(self) -> bool:
+        """Whether the registry is another one than was read last."""
+        return self._stamp() != self._read_at
 
     def signer(self) -> RunSigner:
         """The run's key.
@@ -242,7 +240,18 @@ class CredentialFolder:
             self._write_mosquitto()
 
     def _read(self) -> Registry:
-        return Registry.decode(read_private(self.path / REGISTRY_NAME, _MAX_REGISTRY_BYTES))
+        stamp = self._stamp()  # before: what changes while it is read must be read again
+        registry = Registry.decode(read_private(self.path / REGISTRY_NAME, _MAX_REGISTRY_BYTES))
+        self._read_at = stamp
+        return registry
+
+    def _stamp(self) -> tuple[int, int]:
+        """Something that changes with the registry, which is replaced as a whole; zeros while it cannot be seen."""
+        try:
+            found = (self.path / REGISTRY_NAME).stat()
+        except OSError:
+            return 0, 0
+        return found.st_mtime_ns, found.st_ino
 
     def _pem(self, name: str) -> bytes:
         return read_private(self.path / name, _MAX_PEM_BYTES)

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ...protocol.errors import ConfigError
@@ -118,9 +118,8 @@ class Credentials:
         """Whether a known user may publish on a topic, or subscribe to a filter (a topic is its own filter)."""
         if username == self.server.username:
             return topic_or_filter.startswith(f"{self._prefix}/")
-        if write:
-            return topic_or_filter in {topic(self.federation, channel, username) for channel in FROM_DEVICE}
-        return topic_or_filter in device_subscriptions(self.federation, username)
+        writes, reads = _rights(self.federation, username)
+        return topic_or_filter in (writes if write else reads)
 
     def mosquitto_password_file(self) -> str:
         """Return the text of Mosquitto's ``password_file``; passwords are salted and hashed."""
@@ -151,6 +150,13 @@ class Credentials:
     @property
     def _prefix(self) -> str:
         return topic(self.federation, Channel.SERVER).removesuffix(f"/{Channel.SERVER.value}")
+
+
+@lru_cache(maxsize=4096)
+def _rights(federation: str, device: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What a device may write and read; a broker asks for every message."""
+    writes = frozenset(topic(federation, channel, device) for channel in FROM_DEVICE)
+    return writes, frozenset(device_subscriptions(federation, device))
 
 
 def _random_login(name: str) -> Login:

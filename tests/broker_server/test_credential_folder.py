@@ -163,9 +163,11 @@ def test_hosts_that_are_none(host: str) -> None:
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
+    tmp_path.chmod(0o755)
     with pytest.raises(ConfigError, match="not empty"):
         CredentialFolder.create(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= {"mine.txt", "lock"}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
     with pytest.raises(ConfigError, match="no credentials folder"):
         CredentialFolder(tmp_path / "nothing")
 
