@@ -6,6 +6,8 @@ server waits for it each time. Packets that are written together also share an I
 
 from __future__ import annotations
 
+from typing import Any
+
 from paho.mqtt.client import Client
 
 __all__ = ["BufferedClient"]
@@ -18,10 +20,10 @@ _DISCONNECT = 0xE0
 class BufferedClient(Client):
     """Not thread-safe: whoever drives the client calls :meth:`refill` before it reads and :meth:`flush` at the end."""
 
-    _received = b""
-    _place = 0
-    _may_receive = False
-    _unsent = b""
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._received, self._place, self._may_receive = b"", 0, False
+        self._unsent = bytearray()
+        super().__init__(*arguments, **options)
 
     def refill(self) -> None:
         """Allow one read of the socket: what arrives meanwhile has to wait until writing had its turn."""
@@ -45,8 +47,7 @@ class BufferedClient(Client):
         """
         try:
             while self._unsent:
-                sent = super()._sock_send(self._unsent)
-                self._unsent = self._unsent[sent:]
+                del self._unsent[: super()._sock_send(self._unsent)]
         except BlockingIOError:
             pass
 
@@ -71,5 +72,5 @@ class BufferedClient(Client):
                 raise BlockingIOError
         if buf[0] == _DISCONNECT:
             return super()._sock_send(buf)
-        self._unsent += bytes(buf)
+        self._unsent += buf
         return len(buf)
