@@ -36,8 +36,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Write a plain ONNX model with the trained weights, and check it against the run.
 
-        The weights are rebuilt from the journal: initial weights from the seed, mask, and every update replayed. A run
-        with an average of its weights (--ema) is deployed with the average.
+        The weights are rebuilt from the journal: mask, newest snapshot, and every update after it (fedzo replay starts
+        from the seed). A run with an average of its weights (--ema) is deployed with the average.
 
         Example:
             $ fedzo deploy runs/lenet5-20260101-120000-1 -o model.onnx

@@ -12,7 +12,6 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,7 +42,7 @@ class Snapshot:
             take it.
     """
 
-    state: Mapping[str, Any]
+    state: dict[str, Any]
     arrays: bytes
     replica: bytes
 

@@ -85,6 +85,18 @@ def test_simulation() -> None:
 
 
 @needs_mosquitto
+def test_recovery() -> None:
+    pytest.importorskip("torch", reason="fedzo[server] is not installed")
+    data = report("benchmarks.recovery", "--devices", "40", "--rounds", "30", "--k", "20", "--repeats", "2")
+    figures, rows = data["figures"], data["rows"]
+    assert [row["rounds"] for row in rows] == [30, 30]
+    median_s, worst_s = figures["recovery_s_server"], figures["recovery_worst_s_server"]
+    assert 0 < figures["recovery_cpu_s_server"] < 2 * median_s
+    assert median_s <= worst_s < 60
+    assert 100 < figures["journal_bytes_per_report"] < 1000
+
+
+@needs_mosquitto
 def test_fleet() -> None:
     """A small fleet, under the limits of a large one. Bytes are those of a real device, packet by packet."""
     pytest.importorskip("torch", reason="fedzo[server] is not installed")

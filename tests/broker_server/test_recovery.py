@@ -40,7 +40,7 @@ def undisturbed(variant: str) -> Desk:
 def journal_of(entries: list[Any]) -> MemoryJournal:
     journal = MemoryJournal()
     for number, entry in enumerate(entries):
-        journal.append([Entry(*entry, float(number))])
+        journal.append([Entry(*entry, at=float(number))])
         keep_last_snapshot(journal, {entry[0]})
     return journal
 

@@ -19,6 +19,7 @@ from fedzo.protocol.documents import Announcement, parse
 from fedzo.protocol.errors import ConfigError, ProtocolError
 from fedzo.protocol.messages import Decline, Report
 from fedzo.protocol.snapshots import Snapshot
+from fedzo.protocol.topics import Channel
 from tests.protocol.simulation.desk import NAMES, Desk, change
 from tests.protocol.simulation.fakes import manifest_for
 from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS
@@ -58,6 +59,22 @@ def test_every_digest_of_a_run_follows_from_its_seed_and_its_reports(variant: st
     assert found.recounted == kinds.count("update") + kinds.count("mask")
     assert kinds.count("snapshot") > 0
     assert replay(desk, recount=False).recounted is None
+
+
+def test_late_reports_are_counted_again_too() -> None:
+    """Every round has one report that comes after its end and counts in the next."""
+    settings = change(SPARSE, sparsity=0.0, evaluate_every=0, rounds=6, staleness=2, quorum=2, close_at=3)
+    desk = Desk(settings).connect().join()
+    for number in range(6):
+        late = NAMES[number % 4]
+        report = desk.measure(late)
+        desk.report(*(name for name in NAMES if name != late))
+        if desk.head.phase == "train":
+            desk.say(late, report, Channel.REPORT)
+    assert replay(desk).recounted == desk.kinds().count("update") == 6
+    found, devices = inspect_round(journal_of(desk.journal), 1)
+    assert (found.usable, found.reports) == (3, 4)
+    assert [row.detail for row in devices] == ["", "", "", "after the round had closed"]
 
 
 def test_the_weights_of_any_round() -> None:
