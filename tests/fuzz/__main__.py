@@ -119,7 +119,8 @@ def fuzz_by_coverage(options: argparse.Namespace, found: Report) -> None:
         return (bytes([topics.index(text) if text in topics else source.randrange(256)]) + payload)[:max_size]
 
     _seeds(topics, renew, live, lambda folder: atheris.Setup(
-        [sys.argv[0], f"-max_len={64 << 10}", "-rss_limit_mb=2048", "-timeout=20", "-verbosity=0", folder],
+        [sys.argv[0], f"-max_len={64 << 10}", "-rss_limit_mb=1024", "-timeout=60", "-verbosity=0",
+         f"-artifact_prefix={folder}/found-", folder],
         one_input, custom_mutator=mutator,
     ))  # fmt: skip
     atheris.Fuzz()
