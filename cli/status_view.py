@@ -199,8 +199,9 @@ def _display(status: RunStatus, live: LiveState | None, rates: tuple[float, floa
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(status, live, rates):
         facts.add_row(Text(name, style="bold"), Text(value.translate(CONTROL)))
+    bar = ProgressBar(total=max(1, status.updates_planned), completed=status.updates, width=60)
+    facts.add_row(Text("", style="bold"), bar)
     parts: list[RenderableType] = [Text(f"run {status.run}", style="bold"), facts]
-    parts.append(ProgressBar(total=max(1, status.updates_planned), completed=status.updates, width=60))
     if status.rows and most:
         table = Table(*_COLUMNS, box=None, padding=(0, 2), header_style="bold")
         for row in status.rows[:most]:

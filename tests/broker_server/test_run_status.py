@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,6 +230,7 @@ def test_the_live_display_can_be_drawn(writer: Writer, tmp_path: Path) -> None:
         text = screen.read()
     assert rates == (2000.0, 100.0)
     assert "and 1 more devices" in text
+    assert any(line.split()[:2] == ["device", "state"] for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines())
     assert "2 kB/s in, 100 B/s out" in text
     assert "4 blocks" in text
     assert "\x1b[2J" not in text
