@@ -64,7 +64,7 @@ class BufferedClient(Client):
             self._received, self._place = b"", 0
         return part
 
-    def _sock_send(self, buf: bytes) -> int:
+    def _sock_send(self, buf: bytes | bytearray) -> int:
         """Collect; always whole packets. After a DISCONNECT paho closes the socket, so that it is written at once."""
         if len(self._unsent) >= _WRITE_BYTES or buf[0] == _DISCONNECT:
             self.flush()

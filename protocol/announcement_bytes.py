@@ -23,7 +23,8 @@ _LENGTH = struct.Struct("<H")
 
 def pack_announcement(fields: Mapping[str, Any]) -> bytes:
     """The payload of an announcement, by the names of its attributes."""
-    run, participants = fields["run"].encode("ascii"), fields["participants"]
+    run: bytes = fields["run"].encode("ascii")
+    participants: bytes = fields["participants"]
     flags = PHASES.index(fields["phase"])
     flags |= _HAS_LOG_HEAD if fields["log_head"] else 0
     flags |= _HAS_WEIGHTS_DIGEST if fields["weights_digest"] else 0

@@ -307,7 +307,7 @@ def parse(kind: type[_Kind], data: bytes) -> _Kind:
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ProtocolError(f"a document of {len(data)} bytes is over the limit of {MAX_DOCUMENT_BYTES}")
     if issubclass(kind, Announcement):
-        return kind.decode(data)
+        return typing.cast(_Kind, kind.decode(data))
     try:
         raw = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

@@ -264,7 +264,7 @@ class Roster:
         """How many devices a new round can count on."""
         return sum(member.is_ready for member in self.members.values())
 
-    def finalists(self, packed: str) -> list[Member]:
+    def finalists(self, packed: bytes) -> list[Member]:
         """Devices to wait for at the end, in the order of ordinals: who is there, and who took part until now.
 
         A link that broke a moment ago comes back soon, and whoever is not waited for never gets the last updates.
@@ -276,7 +276,7 @@ class Roster:
         members |= {name: member for name, member in self.members.items() if member.is_alive}
         return sorted((m for m in members.values() if m.is_taking_part), key=lambda member: member.ordinal)
 
-    def is_done(self, packed: str) -> bool:
+    def is_done(self, packed: bytes) -> bool:
         """Whether everybody has ended who may still be heard of, and all of a packed set who have not left for good.
 
         The latest first: many end in the order in which they came, and each of them asks.

@@ -43,12 +43,12 @@ class RoundsResult:
     @property
     def close_s(self) -> float:
         """Median over the rounds, from the first report to the update at a board."""
-        return statistics.median(row["close_s"] for row in self.rows)
+        return float(statistics.median(row["close_s"] for row in self.rows))
 
     @property
     def cost_per_report_us(self) -> float:
         """Median over the rounds of the server's processor time for a round, over the reports."""
-        return statistics.median(row["cpu_us_per_report"] for row in self.rows)
+        return float(statistics.median(row["cpu_us_per_report"] for row in self.rows))
 
 
 def serve_options(

@@ -160,7 +160,7 @@ class Capture:
             except TimeoutError:
                 continue
             if address[1] == _IP:
-                self._take(data, outgoing=address[2] == socket.PACKET_OUTGOING)  # type: ignore[attr-defined]
+                self._take(data, outgoing=address[2] == socket.PACKET_OUTGOING)
 
     def _take(self, data: bytes, *, outgoing: bool) -> None:
         """One packet: RFC 791 and RFC 9293, section 3.1."""
