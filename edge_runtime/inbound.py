@@ -10,7 +10,7 @@ from ..protocol.documents import Announcement, Document, Order, RunDocument, Ser
 from ..protocol.errors import ProtocolError
 from ..protocol.messages import Receipt, UpdateRecord
 from ..protocol.topics import Channel, parse_topic
-from ..protocol.transfers import BlobBlock, LogSlice
+from ..protocol.transfers import BlobBlock, LogSlice, SnapshotOffer
 
 __all__ = ["read_message"]
 
@@ -23,7 +23,7 @@ _DOCUMENTS: Final[dict[Channel, type[Document]]] = {
 _BINARY: Final[dict[Channel, tuple[type[BinaryMessage], ...]]] = {
     Channel.LOG: (UpdateRecord,),
     Channel.ACK: (Receipt,),
-    Channel.BLOCK: (BlobBlock, LogSlice),
+    Channel.BLOCK: (BlobBlock, LogSlice, SnapshotOffer),
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from statistics import median
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 from .errors import ProtocolError
@@ -42,7 +42,7 @@ def paced_levels(members: Sequence[Member], k: int, k_min: int) -> list[int]:
     if k_min == 0 or len(known) < 2:
         return [0] * len(members)
     most = min(MAX_LEVEL, int(math.log2(k / k_min))) if k > k_min else 0
-    usual = TOLERANCE * median(known)
+    usual = TOLERANCE * median_low(known)
     return [
         min(most, max(0, math.ceil(math.log2(member.query_ms / usual)))) if member.query_ms > 0 else 0
         for member in members

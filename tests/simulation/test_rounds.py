@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.transfers import SnapshotOffer
 from fedzo.simulation.process_pool import ProcessPool
 from fedzo.simulation.result import SimulationResult
 from fedzo.simulation.settings import SimulationSettings
@@ -55,12 +57,27 @@ def test_slow_boards_with_fewer_directions_do_not_set_the_pace(artifact: Path) -
     assert again.digest == paced.digest
 
 
-def test_devices_that_join_late_get_the_log_or_a_snapshot_and_the_same_weights(artifact: Path) -> None:
+def test_devices_that_join_late_get_the_log_or_a_snapshot_and_the_same_weights(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = {"boards": "rpi-zero-2w", "join_spread_s": 1.0}
-    many = {"devices": 4, "training_rounds": 60, "evaluate_every": 0}
+    training = {"rounds": 24, "k": 64, "batch": 2, "optimiser": OptimiserConfig("sgd")}
+    many = {"devices": 2, "evaluate_every": 0} | {f"training_{name}": value for name, value in training.items()}
     settings = [run_settings(**many, snapshots=snapshots) for snapshots in (False, True)]
-    found = [simulate(artifact, each, DATA, TEST, SimulationSettings(**world, devices=8)) for each in settings]
+    found: list[SimulationResult] = []
+    offers: list[bytes] = []
+    make = SnapshotOffer.encode
+
+    def encode(offer: SnapshotOffer) -> bytes:
+        offers.append(make(offer))
+        return offers[-1]
+
+    monkeypatch.setattr(SnapshotOffer, "encode", encode)
+    for each in settings:
+        found.append(simulate(artifact, each, DATA, TEST, SimulationSettings(**world, devices=6)))
+        assert bool(offers) == each.snapshots
     for one in found:
         assert one.devices_agree
-        assert one.devices_done == 8
-    assert found[0].digest == found[1].digest
+        assert one.devices_done == 6
+    assert found[1].bytes_down < found[0].bytes_down
+    assert found[1].digest == found[0].digest
