@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
+from ..protocol.closings import Closing
 from ..protocol.coordinator_events import Connected, DeviceSaid, Record
 from ..protocol.documents import Announcement, parse, unpack_participants
 from ..protocol.messages import Report
@@ -54,6 +56,11 @@ class EventLog:
             _tell(logging.INFO, "announced", text, round=number, fields={"phase": head.phase, "devices": count})
         elif record.kind == "enrolment":
             _tell(logging.INFO, "enrolled", f"{device} is enrolled", device=device)
+        elif record.kind == "close":
+            closing = Closing.decode(record.payload)
+            if closing.ending != "close":
+                text = f"round {number} gave nothing ({closing.ending}): {closing.answered} of {closing.asked} answered"
+                _tell(logging.INFO, "ended", text, round=number, fields=asdict(closing))
         elif record.kind in _CLOSINGS:
             fields: dict[str, Any] = {"what": record.kind}
             if self._announced is not None and self._announced[0] == number:
