@@ -267,13 +267,14 @@ class Roster:
     def finalists(self, packed: bytes) -> list[Member]:
         """Devices to wait for at the end, in the order of ordinals: who is there, and who took part until now.
 
-        A link that broke a moment ago comes back soon, and whoever is not waited for never gets the last updates.
+        A link that broke a moment ago comes back soon, and whoever is not waited for never gets the last updates. Who
+        missed a deadline may only be slow: that its link is gone would have been said.
 
         Args:
             packed: Participants of the last round.
         """
         members = {name: self.members[name] for name in self.names_of(packed)}
-        members |= {name: member for name, member in self.members.items() if member.is_alive}
+        members |= {name: member for name, member in self.members.items() if member.status in ("joining", "ready")}
         return sorted((m for m in members.values() if m.is_taking_part), key=lambda member: member.ordinal)
 
     def is_done(self, packed: bytes) -> bool:
