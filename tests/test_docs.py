@@ -25,6 +25,7 @@ HEADERS: dict[str, tuple[MessageType, Struct]] = {
     "BlobBlock": (MessageType.BLOB_BLOCK, transfers._BLOB_BLOCK),
     "LogRequest": (MessageType.LOG_REQUEST, transfers._LOG_REQUEST),
     "LogSlice": (MessageType.LOG_SLICE, transfers._LOG_SLICE),
+    "SnapshotOffer": (MessageType.SNAPSHOT_OFFER, transfers._SNAPSHOT_OFFER),
     "Announcement": (MessageType.ANNOUNCEMENT, announcement_bytes._ANNOUNCEMENT),
 }
 DOCUMENTS = {cls.__name__: cls for cls in documents.Document.__subclasses__() if cls.__name__ not in HEADERS}
