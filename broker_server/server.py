@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -236,7 +236,7 @@ class Server:
             return [machine.Tick()]
 
     def _carry_out(
-        self, batch: list[TransportEvent | machine.CoordinatorEvent | FedzoError], pool: ThreadPoolExecutor
+        self, batch: Sequence[TransportEvent | machine.CoordinatorEvent | FedzoError], pool: ThreadPoolExecutor
     ) -> None:
         began = time.monotonic()
         events: list[machine.CoordinatorEvent] = []

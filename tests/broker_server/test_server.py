@@ -20,7 +20,7 @@ from fedzo.broker_server.run_folder import RunFolder
 from fedzo.broker_server.server import BLOCKS_BYTES, Server
 from fedzo.edge_runtime.data import load_dataset
 from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.transport import Arrived, Token
+from fedzo.edge_runtime.transport import Arrived, Token, TransportEvent
 from fedzo.protocol import coordinator_events as machine
 from fedzo.protocol.documents import Hello, Order, Presence
 from fedzo.protocol.errors import BrokerError, FedzoError
@@ -170,7 +170,8 @@ def test_a_flood_of_nonsense_is_counted_and_said_at_powers_of_two(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ThreadPoolExecutor(1) as pool, caplog.at_level(logging.WARNING, "fedzo"):
-        flood: list[Any] = [arrived("report", b"nonsense")] * 1000
+        flood: list[TransportEvent | machine.CoordinatorEvent | FedzoError] = []
+        flood += [arrived("report", b"nonsense")] * 1000
         server._carry_out(flood, pool)
     assert server.state.dropped["undecodable"] == 1000
     assert len(caplog.records) == 10
