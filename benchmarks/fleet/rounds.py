@@ -52,13 +52,13 @@ class RoundsResult:
 
 
 def serve_options(
-    artifact: Path, folder: Path, devices: int, k: int, *, rounds: int, port: int = 0, broker: str = "mosquitto"
+    artifact: Path, folder: Path, devices: int, k: int, *, rounds: int, port: int, batch: int = BATCH
 ) -> list[object]:
     """Options of ``fedzo serve`` for a fleet: shared directions, all devices in every round."""
     options = ["--devices", devices, "--quorum", devices, "--rounds", rounds, "--k", k, "--assign", "shared"]
-    options += ["--estimator", "stein", "--batch", BATCH, "--pruning", "random", "--evaluate-every", 0]
+    options += ["--estimator", "stein", "--batch", batch, "--pruning", "random", "--evaluate-every", 0]
     options += ["--deadline", 600, "--enrol-deadline", 900, "--learning-rate", "0.001"]
-    place = ["--runs", folder / "runs", "--run", RUN, "--broker", broker, "--port", port]
+    place = ["--runs", folder / "runs", "--run", RUN, "--broker", "mosquitto", "--port", port]
     return [artifact, *options, *place]
 
 

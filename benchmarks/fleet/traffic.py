@@ -26,6 +26,7 @@ from .wire import Cable, Capture, Packet
 
 __all__ = ["Bytes", "measure_device", "measure_weights"]
 
+DEVICE_TIMEOUT_S = 1200
 _SKIPPED = 2
 """Rounds at the beginning that do not count: TCP acknowledges at once for a while after a connection is made."""
 
@@ -70,7 +71,7 @@ class Bytes:
         return dataclasses.asdict(self)
 
 
-def measure_device(artifact: Path, folder: Path, k: int, rounds: int) -> Bytes:
+def measure_device(artifact: Path, folder: Path, k: int, rounds: int, batch: int) -> Bytes:
     """A real device behind a cable of its own, with a real server: packets from one announcement to a later one.
 
     Raises:
@@ -79,7 +80,7 @@ def measure_device(artifact: Path, folder: Path, k: int, rounds: int) -> Bytes:
     port, shape = free_port(), load_artifact(artifact).manifest.input_shape
     data = write_samples(folder / "samples.npz", shape)
     wanted = _SKIPPED + rounds
-    options = serve_options(artifact, folder, 1, k, rounds=wanted + 1, port=port)
+    options = serve_options(artifact, folder, 1, k, rounds=wanted + 1, port=port, batch=batch)
     with ExitStack() as stack:
         cable = stack.enter_context(Cable())
         server = ServerProcess([*options, "--host", cable.address], folder / "server.log")
@@ -89,7 +90,12 @@ def measure_device(artifact: Path, folder: Path, k: int, rounds: int) -> Bytes:
         join = [sys.executable, "-m", "fedzo.edge_runtime", "join", f"mqtt://{cable.address}:{port}", "--data", data]
         join += ["--id", "board-00000", "--state", folder / "state", "--json"]
         device = subprocess.run(
-            cable.command(join), capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ)
+            cable.command(join),
+            capture_output=True,
+            text=True,
+            timeout=DEVICE_TIMEOUT_S,
+            check=False,
+            env=dict(os.environ),
         )
     if device.returncode:
         raise FedzoError(f"the device ended with {device.returncode}: {device.stderr[-1000:]}")
