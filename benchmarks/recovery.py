@@ -67,43 +67,58 @@ def make_run(folder: Path, devices: int, rounds: int, k: int) -> RunFolder:
 
 
 def measure(devices: int, rounds: int, k: int, repeats: int) -> Report:
-    """Kill and start a server several times."""
-    heard: queue.SimpleQueue[tuple[float, TransportEvent]] = queue.SimpleQueue()
-    rows = []
+    """Write a journal, then kill and start a server on it several times."""
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()
         run = make_run(Path(name), devices, rounds, k)
         written_s, size = time.monotonic() - began, run.journal_path.stat().st_size
-        with MosquittoBroker(port=0) as broker:
-            (run.path / "serve.json").write_text(json.dumps({"broker": broker.url}))
-            topics = [topic("default", Channel.SERVER), topic("default", Channel.HEAD)]
-            subscriber = MqttTransport(
-                broker.url, "subscriber", on_event=lambda e: heard.put((time.monotonic(), e)), subscriptions=topics
-            )
-            subscriber.connect()
-            killed = time.monotonic()
-            for repeat in range(repeats + 1):
-                process = ServerProcess(["--resume", run.path], Path(name) / "server.log")
-                try:
-                    announced = _announced(heard, process, rounds + 1)
-                    cpu_s = process.cpu_s
-                finally:
-                    process.kill()
-                if repeat:
-                    rows.append(
-                        {"devices": devices, "rounds": rounds, "recovery_s": announced - killed, "cpu_s": cpu_s}
-                    )
-                killed = time.monotonic()
-            subscriber.close()
+        times = recoveries(run, Path(name) / "server.log", rounds + 1, repeats)
+    rows = [{"devices": devices, "rounds": rounds, "recovery_s": wall_s, "cpu_s": cpu_s} for wall_s, cpu_s in times]
     figures = {
-        "recovery_s_server": statistics.median(row["recovery_s"] for row in rows),
-        "recovery_worst_s_server": max(row["recovery_s"] for row in rows),
-        "recovery_cpu_s_server": statistics.median(row["cpu_s"] for row in rows),
+        "recovery_s_server": statistics.median(wall_s for wall_s, _ in times),
+        "recovery_worst_s_server": max(wall_s for wall_s, _ in times),
+        "recovery_cpu_s_server": statistics.median(cpu_s for _, cpu_s in times),
         "recovery_journal_mb": size / 1e6,
         "journal_bytes_per_report": size / ((rounds + 0.5) * devices),
     }
     asked = {"devices": devices, "rounds": rounds, "k": k, "repeats": repeats, "written_s": round(written_s, 1)}
     return Report(asked, rows, figures)
+
+
+def recoveries(run: RunFolder, log: Path, round_: int, repeats: int) -> list[tuple[float, float]]:
+    """Kill and start the server of a run.
+
+    Args:
+        run: Its folder.
+        log: What the servers say.
+        round_: The round that they announce.
+        repeats: Kills that count.
+
+    Returns:
+        Of every kill the seconds to the announcement, and the processor seconds of the new process until then.
+    """
+    heard: queue.SimpleQueue[tuple[float, TransportEvent]] = queue.SimpleQueue()
+    times = []
+    with MosquittoBroker(port=0) as broker:
+        (run.path / "serve.json").write_text(json.dumps({"broker": broker.url}))
+        topics = [topic("default", Channel.SERVER), topic("default", Channel.HEAD)]
+        subscriber = MqttTransport(
+            broker.url, "subscriber", on_event=lambda e: heard.put((time.monotonic(), e)), subscriptions=topics
+        )
+        subscriber.connect()
+        killed = time.monotonic()
+        for repeat in range(repeats + 1):
+            process = ServerProcess(["--resume", run.path], log)
+            try:
+                announced = _announced(heard, process, round_)
+                cpu_s = process.cpu_s
+            finally:
+                process.kill()
+            if repeat:
+                times.append((announced - killed, cpu_s))
+            killed = time.monotonic()
+        subscriber.close()
+    return times
 
 
 def _announced(heard: queue.SimpleQueue[tuple[float, TransportEvent]], process: ServerProcess, round_: int) -> float:

@@ -103,7 +103,7 @@ class SqliteJournal:
         query = f"SELECT sequence, {_COLUMNS} FROM entry WHERE sequence >= ? ORDER BY sequence LIMIT ?"
         while page := self._rows(query, (next_sequence, _PAGE_ENTRIES)):
             yield from self._entries(page)
-            next_sequence = page[-1][0] + 1
+            next_sequence = self._after(next_sequence, page[-1][0])
 
     def _read_some(self, kinds: list[str], next_sequence: int, round_: int | None) -> Iterator[tuple[int, Entry]]:
         """Sequences first, out of an index: sorting whole entries of several kinds would cost far more."""
@@ -113,7 +113,13 @@ class SqliteJournal:
                 marks = ", ".join("?" * len(part))
                 query = f"SELECT sequence, {_COLUMNS} FROM entry WHERE sequence IN ({marks}) ORDER BY sequence"
                 yield from self._entries(self._rows(query, part))
-            next_sequence = found[-1] + 1
+            next_sequence = self._after(next_sequence, found[-1])
+
+    def _after(self, first: int, last: int) -> int:
+        """Where the next page begins; in a damaged file entries may come in any order, and reading would not end."""
+        if last < first:
+            raise damaged(self._path, f"entry {last} comes where entry {first} or a later one should")
+        return last + 1
 
     def _find(self, kinds: list[str], first: int, round_: int | None) -> list[int]:
         """Up to 16,384 ascending sequences of some kinds; reports have no place in the indices of the others."""

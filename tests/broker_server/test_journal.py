@@ -446,6 +446,17 @@ def test_a_file_that_is_no_healthy_journal(
         SqliteJournal(path, read_only=read_only)
 
 
+@pytest.mark.parametrize("kinds", [None, {"report"}])
+def test_entries_out_of_order_end_the_reading(
+    path: Path, kinds: set[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SqliteJournal(path) as journal:
+        journal.append([report(n) for n in range(20)])
+        monkeypatch.setattr(journal, "_rows", lambda *_: [(5, "report", 5, "dev-1", b"", 0.0)])
+        with pytest.raises(ArtifactError, match="damaged: entry 5 comes where entry 10"):
+            list(journal.read(kinds, 10))
+
+
 def test_a_full_disk_stores_nothing_and_says_so(path: Path) -> None:
     with SqliteJournal(path) as journal:
         journal.append([report()])

@@ -40,7 +40,7 @@ def undisturbed(variant: str) -> Desk:
 def journal_of(entries: list[Any]) -> MemoryJournal:
     journal = MemoryJournal()
     for number, entry in enumerate(entries):
-        journal.append([Entry(*entry, at=float(number))])
+        journal.append([Entry(entry[0], entry[1], entry[2], entry[3], float(number))])
         keep_last_snapshot(journal, {entry[0]})
     return journal
 
