@@ -1,7 +1,8 @@
 """From scalars to weights: every side replays the same log of updates and reaches the same bits.
 
 An update names positions of the walks over the directions of its blocks and one coefficient each; the gradient estimate
-of a block is ``sum_k c_k direction_k`` over its positions, and one optimiser step follows. Weights never travel.
+of a block is ``sum_k c_k direction_k`` over its positions, and one optimiser step follows. Weights do not travel,
+unless an operator allows snapshots (``catch_up.py``).
 
 Source: Zelikman et al., "Just One Byte (per gradient)", 2023, and Malladi et al., NeurIPS 2023, for the replay of
 scalars with seeds.
