@@ -27,6 +27,7 @@ FIGURES = {
     "structured": ("structured",),
     "figures": ("saliency", "replay"),
     "memory": ("memory", "footprint"),
+    "fleet": ("fleet",),
 }
 LEARNERS = ("baseline", "decomfl", "split", "ours", "local", "backprop")
 BUDGETS = {
@@ -196,6 +197,8 @@ def demo_table() -> str:
 def figures_table(*names: str) -> str:
     """The figures of some results."""
     lines = ["| benchmark | figure | value |", "|---|---|---:|"]
+    if not all((DOCS / "results" / f"{name}.json").exists() for name in names):
+        return "There is no committed result yet."
     for name in names:
         for figure, value in _result(name)["figures"].items():
             lines.append(f"| {name} | `{figure}` | {value:.4g} |")
