@@ -91,8 +91,7 @@ class Replayed:
         survivors: Weights that it keeps.
         is_last: Whether nothing in the journal is later.
         checked: By kind of entry, how many said the same as the replay.
-        agreeing: Devices that said that they ended with these weights.
-        disagreeing: Devices that said that they ended with others.
+        ends: By device that said with which weights it ended, whether they are these.
         recounted: Updates and masks that were made again out of their reports; None if that was not asked for.
     """
 
@@ -105,8 +104,7 @@ class Replayed:
     survivors: int = 0
     is_last: bool = True
     checked: Counter[str] = field(default_factory=Counter)
-    agreeing: list[str] = field(default_factory=list)
-    disagreeing: list[str] = field(default_factory=list)
+    ends: dict[str, bool] = field(default_factory=dict)
     recounted: int | None = None
 
 
@@ -136,10 +134,11 @@ def replay_weights(
             _replay(progress, out, entry)
             if again is not None:
                 again.restore([(entry.kind, entry.round, entry.device, entry.payload)])
-        except FedzoError as error:
+        except (FedzoError, KeyError, TypeError, ValueError) as error:
             what = f"entry {sequence} of the journal ({entry.kind}, round {entry.round})"
+            why = error.message if isinstance(error, FedzoError) else f"it cannot be read ({error})"
             hint = "the journal was changed or this machine computes something else: fedzo doctor"
-            raise ProtocolError(f"{what} does not follow from those before it: {error.message}", hint=hint) from None
+            raise ProtocolError(f"{what} does not follow from those before it: {why}", hint=hint) from None
     if round_ is not None and out.round != round_:
         ends = f"it ends with round {out.round}" if out.round else "no round has begun"
         raise ConfigError(f"the journal has no round {round_}: {ends}", hint="see fedzo inspect")
@@ -162,7 +161,8 @@ def _replay(progress: RunProgress, out: Replayed, entry: Entry) -> None:
         progress.adopt_mask(entry.payload)
     elif entry.kind == "update":
         record = decode(entry.payload)
-        assert isinstance(record, UpdateRecord)
+        if not isinstance(record, UpdateRecord):
+            raise ProtocolError(f"it holds a {type(record).__name__}")
         replica.apply(record)
     elif entry.kind == "evaluation":
         result = json.loads(entry.payload)
@@ -173,7 +173,7 @@ def _replay(progress: RunProgress, out: Replayed, entry: Entry) -> None:
             raise ProtocolError("it has other weights or moments")
     elif entry.kind == "phase" and entry.device:
         claimed = entry.payload.decode().partition(" ")[2]  # Whatever a device claims says nothing of the journal.
-        (out.agreeing if claimed == replica.digest.hex() else out.disagreeing).append(entry.device)
+        out.ends[entry.device] = claimed == replica.digest.hex()
         return
     else:
         return

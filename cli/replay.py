@@ -53,10 +53,11 @@ def register(app: typer.Typer) -> None:
         ]
         if found.recounted is not None:
             rows.append(("made again from reports", found.recounted))
-        if found.agreeing or found.disagreeing:
-            rows.append(("devices that ended with these weights", len(found.agreeing)))
-        if found.disagreeing:
-            rows.append(("devices that ended with others", ", ".join(sorted(found.disagreeing))))
+        others = sorted(name for name, same in found.ends.items() if not same)
+        if found.ends:
+            rows.append(("devices that ended with these weights", len(found.ends) - len(others)))
+        if others:
+            rows.append(("devices that ended with others", ", ".join(others)))
         output.table(("replayed", document.run), rows)
         output.result(
             {
@@ -71,7 +72,7 @@ def register(app: typer.Typer) -> None:
                 "survivors": found.survivors,
                 "checked": dict(found.checked),
                 "recounted": found.recounted,
-                "devices_agree": len(found.agreeing),
-                "devices_disagree": sorted(found.disagreeing),
+                "devices_agree": len(found.ends) - len(others),
+                "devices_disagree": others,
             }
         )
