@@ -44,18 +44,19 @@ def register(app: typer.Typer) -> None:
         ] = None,
         cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Own certificate.")] = None,
         key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.")] = None,
+        credentials: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Folder of fedzo credentials: the server's login, instead of all these."),
+        ] = None,
+        device_credentials: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Folder of a device: try its rights too.", rich_help_panel=_DEVICE),
+        ] = None,
         device: Annotated[
-            str | None,
-            typer.Option("--id", metavar="ID", help="Try the rights of this device too.", rich_help_panel=_DEVICE),
+            str | None, typer.Option("--id", metavar="ID", help="Device without a folder.", rich_help_panel=_DEVICE)
         ] = None,
         device_password_file: Annotated[
             Path | None, typer.Option(metavar="FILE", help="Its password.", rich_help_panel=_DEVICE)
-        ] = None,
-        device_cert: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Its certificate.", rich_help_panel=_DEVICE)
-        ] = None,
-        device_key: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="The certificate's key.", rich_help_panel=_DEVICE)
         ] = None,
         timeout: Annotated[float, typer.Option(metavar="S", help="Longest wait for one answer.")] = 10.0,
     ) -> None:
@@ -66,14 +67,31 @@ def register(app: typer.Typer) -> None:
 
         Example:
             $ fedzo broker check mqtt://localhost:1883
-            $ fedzo broker check mqtts://broker:8883 --ca ca.pem --username probe --password-file probe.txt --json
+            $ fedzo broker check mqtts://broker:8883 --credentials credentials --json
         """
         from ..broker_server.brokers.check import BrokerCheck, Finding, verdict
         from ..edge_runtime.broker_check import BrokerAccess, describe
-        from ..protocol.errors import BrokerError
+        from ..edge_runtime.device_bundle import DeviceBundle
+        from ..protocol.errors import BrokerError, ConfigError
 
-        access = BrokerAccess(url, federation, device, username, password_file, ca, cert, key, timeout_s=timeout)
-        asked = BrokerCheck(access, devices, device_password_file, device_cert, device_key)
+        password = None
+        if credentials is not None:
+            from ..broker_server.credential_folder import CredentialFolder
+
+            if username or password_file or ca or cert or key:
+                raise ConfigError("--credentials stands for user, password and certificates; give one or the other")
+            folder = CredentialFolder(credentials)
+            login = folder.registry.credentials().server
+            username, password = login.username, login.password
+            ca, cert, key = (credentials / name for name in ("ca.pem", "server.pem", "server.key"))
+        access = BrokerAccess(url, federation, None, username, password_file, ca, cert, key, timeout_s=timeout)
+        tried = None
+        if device_credentials is not None:
+            bundle = DeviceBundle.load(device_credentials)
+            tried = BrokerAccess(url, federation, bundle.device, timeout_s=timeout, bundle=bundle)
+        elif device is not None:
+            tried = BrokerAccess(url, federation, device, None, device_password_file, ca, timeout_s=timeout)
+        asked = BrokerCheck(access, devices, tried, password)
         findings: list[Finding] = []
         try:
             with output.progress("trying the broker"):

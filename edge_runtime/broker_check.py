@@ -55,6 +55,13 @@ class BrokerAccess:
         """The user's password, if there is one."""
         return self.bundle.password if self.bundle is not None else read_password(self.password_file)
 
+    def tls(self) -> TlsConfig | None:
+        """The files of a TLS connection, if there are any."""
+        if self.bundle is not None:
+            return self.bundle.tls
+        files = self.ca or self.cert or self.key
+        return TlsConfig(self.ca, self.cert, self.key) if files else None
+
 
 def broker_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
     """Try one step after the other.
@@ -81,7 +88,7 @@ def address_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
         OSError: The address cannot be reached, or TLS fails.
     """
     endpoint = Endpoint.parse(access.url)
-    context = endpoint.tls_context(_tls(access))
+    context = endpoint.tls_context(access.tls())
     password = access.password()
     started = time.monotonic()
     with socket.create_connection((endpoint.host, endpoint.port), timeout=_TCP_TIMEOUT_S) as connection:
@@ -92,13 +99,6 @@ def address_findings(access: BrokerAccess) -> Iterator[tuple[str, str, str]]:
                 yield ("broker TLS", *_certificate(secured))
         elif password is not None or endpoint.password is not None:
             yield "broker TLS", "none", "the password crosses the network readable: use mqtts://"
-
-
-def _tls(access: BrokerAccess) -> TlsConfig | None:
-    if access.bundle is not None:
-        return access.bundle.tls
-    files = access.ca or access.cert or access.key
-    return TlsConfig(access.ca, access.cert, access.key) if files else None
 
 
 def _certificate(secured: ssl.SSLSocket) -> tuple[str, str]:
@@ -127,7 +127,7 @@ def _session(access: BrokerAccess) -> tuple[str, str]:
         subscriptions=device_subscriptions(access.federation, access.device) if access.device else (),
         username=username,
         password=password,
-        tls=_tls(access),
+        tls=access.tls(),
     )
     try:
         transport.connect(access.timeout_s)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from ...edge_runtime.broker_check import BrokerAccess, address_findings
-from ...edge_runtime.endpoint import Endpoint, TlsConfig, read_password
+from ...edge_runtime.endpoint import Endpoint, TlsConfig
 from ...edge_runtime.mqtt_types import ProtocolName
 from ...protocol.errors import BrokerError, ConfigError
 from ...protocol.topics import Channel, check_name, topic
@@ -26,20 +25,17 @@ class BrokerCheck:
     """What to check.
 
     Attributes:
-        access: The broker, and a login that may read and write everything below the federation's topics; its device
-            is one whose rights are tried as well.
+        access: The broker, and a login that may read and write everything below the federation's topics.
         devices: How many boards the broker should serve.
-        device_password_file: Password of the device; with it, or with certificate and key, its rights are tried.
-        device_cert: Certificate of the device.
-        device_key: Its key.
+        device: Login of a board whose rights are tried as well.
+        password: Instead of the one that `access` leads to.
         probes: Names of probes, in the order of ``ALL_PROBES``.
     """
 
     access: BrokerAccess
     devices: int = 100
-    device_password_file: Path | None = None
-    device_cert: Path | None = None
-    device_key: Path | None = None
+    device: BrokerAccess | None = None
+    password: str | None = field(default=None, repr=False)
     probes: tuple[str, ...] = ALL_PROBES
 
     def findings(self) -> Iterator[Finding]:
@@ -54,11 +50,12 @@ class BrokerCheck:
         prefix = topic(access.federation, Channel.SERVER).removesuffix(f"/{Channel.SERVER.value}")
         if not 1 <= self.devices <= 100_000:
             raise ConfigError(f"{self.devices} boards; allowed are 1 to 100000")
-        if access.device is not None:
-            check_name("device", access.device)
-        place = _place(access, access.username, read_password(access.password_file), access.cert, access.key)
-        for name, detail, hint in address_findings(access):
-            yield Finding(name.removeprefix("broker "), "warn" if hint else "ok", detail, hint)
+        name = self.device.device if self.device is not None else None
+        if name is not None:
+            check_name("device", name)
+        place = _place(access, access.username, access.password() if self.password is None else self.password)
+        for what, detail, hint in address_findings(access):
+            yield Finding(what.removeprefix("broker "), "warn" if hint else "ok", detail, hint)
         protocol = self._protocol(place)
         older = "" if protocol == "5" else "; without MQTT 5 nobody says why something is refused"
         yield Finding("protocol", "ok", f"MQTT {protocol}{older}")
@@ -67,11 +64,9 @@ class BrokerCheck:
         yield from first
         probes = Probes(place, prefix, protocol=protocol, devices=self.devices, own_ids=own_ids)
         yield from probes.run(self.probes)
-        if access.device is not None and (self.device_password_file or self.device_cert):
-            login = replace(access, username=access.device)
-            password = read_password(self.device_password_file) if self.device_password_file else None
-            device = _place(login, access.device, password, self.device_cert, self.device_key)
-            yield from device_rights(place, device, prefix, access.device, protocol=protocol)
+        if self.device is not None and name is not None:
+            device = _place(self.device, name, self.device.password())
+            yield from device_rights(place, device, prefix, name, protocol=protocol)
 
     def _protocol(self, place: Place) -> ProtocolName:
         """The best version that the broker speaks; asks as the first client, with care for sessions."""
@@ -102,8 +97,8 @@ class BrokerCheck:
         """Whether somebody without credentials gets in."""
         nobody = replace(place, username=None, password=None)
         if place.tls is not None:
-            access = self.access
-            nobody = replace(nobody, tls=_place(access, None, None, None, None).tls)
+            ca = self.access.bundle.tls.ca if self.access.bundle is not None else self.access.ca
+            nobody = replace(nobody, tls=TlsConfig(ca).client_context())
         hint = "set passwords and topic rights, or use it on a network of your own only"
         try:
             ProbeClient(nobody, _new_id(), protocol=protocol).leave()
@@ -148,15 +143,11 @@ def verdict(findings: list[Finding]) -> None:
         )
 
 
-def _place(
-    access: BrokerAccess, username: str | None, password: str | None, cert: Path | None, key: Path | None
-) -> Place:
+def _place(access: BrokerAccess, username: str | None, password: str | None) -> Place:
     endpoint = Endpoint.parse(access.url)
-    files = access.ca or cert or key
-    tls = endpoint.tls_context(TlsConfig(access.ca, cert, key) if files else None)
-    if username is None and password is None and access.username is None:
+    if username is None and password is None:
         username, password = endpoint.username, endpoint.password
-    return Place(endpoint, tls, username, password, access.timeout_s)
+    return Place(endpoint, endpoint.tls_context(access.tls()), username, password, access.timeout_s)
 
 
 def _new_id() -> str:

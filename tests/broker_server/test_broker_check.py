@@ -18,6 +18,7 @@ from fedzo.broker_server.brokers import Credentials
 from fedzo.broker_server.brokers.check import BrokerCheck, Finding, verdict
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
+from fedzo.broker_server.credential_folder import CredentialFolder
 from fedzo.cli.main import main
 from fedzo.edge_runtime.broker_check import BrokerAccess
 from fedzo.edge_runtime.transport import Arrived, Delivered
@@ -58,7 +59,10 @@ def mosquitto_with(*lines: str) -> Iterator[str]:
 
 def check(url: str, **settings: object) -> dict[str, Finding]:
     """All findings by name."""
-    access = {name: settings.pop(name) for name in ("device", "username", "password_file") if name in settings}
+    access = {name: settings.pop(name) for name in ("username", "password_file") if name in settings}
+    if "device" in settings:
+        secret = settings.pop("device_password_file")
+        settings["device"] = BrokerAccess(url, device=settings["device"], password_file=secret)  # type: ignore[arg-type]
     found = list(BrokerCheck(BrokerAccess(url, **access), **settings).findings())  # type: ignore[arg-type]
     assert len({finding.name for finding in found}) == len(found)
     return {finding.name: finding for finding in found}
@@ -282,7 +286,34 @@ def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(capsys: pyte
     assert "no connection" in capsys.readouterr().err
 
 
+@needs_mosquitto
+def test_the_folders_of_fedzo_credentials_are_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedzo.broker_server.brokers.probes.SILENCE_S", 0.5)  # others look at the keep-alive
+    folder = CredentialFolder.create(tmp_path / "credentials", federation="default", hosts=["localhost"])
+    folder.issue(["kitchen"])
+    with MosquittoBroker(port=0, credentials=folder.registry.credentials(), tls=folder.server_tls) as broker:
+        url = f"mqtts://localhost:{broker.port}"
+        device = folder.path / "devices" / "kitchen"
+        arguments = ["--credentials", str(folder.path), "--device-credentials", str(device), "--json"]
+        assert main(["broker", "check", url, "--devices", "10", *arguments]) == 0
+        found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+        assert found["TLS"]["status"] == "ok"
+        assert "the certificate is valid for 82" in found["TLS"]["detail"]
+        assert found["strangers"]["status"] == found["client ids"]["status"] == "ok"
+        assert all(found[name]["status"] == "ok" for name in found if name.startswith("rights"))
+        assert main(["broker", "check", url, "--timeout", "3"]) == 5  # without the authority's certificate
+        assert "certificate" in capsys.readouterr().err
+    assert main(["broker", "check", url, "--credentials", str(folder.path), "--ca", "x"]) == 3
+
+
 def test_wrong_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["http://x"], ["mqtt://127.0.0.1", "--devices", "0"], ["mqtt://127.0.0.1", "--id", "A B"]):
+    for arguments in (
+        ["http://x"],
+        ["mqtt://127.0.0.1", "--devices", "0"],
+        ["mqtt://127.0.0.1", "--id", "A B"],
+        ["mqtt://x", "--credentials", "/none"],
+    ):
         assert main(["broker", "check", *arguments]) == 3
         assert "error:" in capsys.readouterr().err
