@@ -23,6 +23,7 @@ from .channel_families import ChannelFamily, choose_channels, find_families
 from .channel_labels import ChannelLabels, trace_channels
 from .channel_scores import channel_scores
 from .cuts import multiply_accumulates
+from .fan_in import fan_in_axes
 from .forward import ForwardGraph
 from .passes.keep_channels import KeepChannels
 from .sessions import run_graph
@@ -100,7 +101,7 @@ def narrow(
         )
     rewrite = KeepChannels(traced, removed)
     model = rewrite(forward.model).model
-    layout = _layout(forward.layout, traced, rewrite, {unit.layer.parameter for unit in units})
+    layout = _layout(forward, traced, rewrite)
     _check(ForwardGraph(model, layout), whole)
     layers = tuple(
         NarrowedLayer(
@@ -139,15 +140,16 @@ def _by_root(
     return out
 
 
-def _layout(layout: Layout, traced: ChannelLabels, rewrite: KeepChannels, weights: set[str]) -> Layout:
-    """Parameters with the sizes that stay; those of unit layers scale with the root of the fan-in."""
+def _layout(forward: ForwardGraph, traced: ChannelLabels, rewrite: KeepChannels) -> Layout:
+    """Parameters with the sizes that stay; weights scale with the root of the fan-in."""
     parameters: list[Parameter] = []
-    for parameter in layout.parameters:
+    summed = fan_in_axes(forward.model, forward.layout)
+    for parameter in forward.layout.parameters:
         stays = (rewrite.kept(axis) for axis in traced.axes[parameter.name])
         shape = tuple(int(axis.sum()) for axis in stays if axis is not None)
-        initialiser = parameter.initialiser
-        if parameter.name in weights and initialiser.kind != "constant":
-            growth = math.sqrt(math.prod(parameter.shape[1:]) / math.prod(shape[1:]))
+        initialiser, axes = parameter.initialiser, summed.get(parameter.name, ())
+        if axes and initialiser.kind != "constant":
+            growth = math.sqrt(math.prod(parameter.shape[k] for k in axes) / math.prod(shape[k] for k in axes))
             initialiser = Initialiser(initialiser.kind, float(np.float32(initialiser.scale * growth)))
         parameters.append(replace(parameter, shape=shape, initialiser=initialiser))
     return Layout(tuple(parameters))

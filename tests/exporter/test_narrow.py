@@ -21,6 +21,7 @@ from fedzo.exporter.channel_families import choose_channels, find_families
 from fedzo.exporter.channel_labels import trace_channels
 from fedzo.exporter.channel_scores import SCORING_SAMPLES, channel_scores
 from fedzo.exporter.deploy import deploy
+from fedzo.exporter.fan_in import fan_in_axes
 from fedzo.exporter.forward import ForwardGraph, GraphBuilder
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.narrow import ChannelSelection
@@ -172,6 +173,44 @@ def test_sums_keep_one_width_and_normalisations_their_groups(tmp_path: Path) -> 
         assert len({half[name] for name in layers}) == 1
     assert {width % 8 for name, width in half.items() if name != "fc.weight"} == {0}
     assert half["fc.weight"] == 10
+
+
+SUMMED = """
+summed (float[batch, 2, 4, 4] x, float[4, 2, 3, 3] conv, float[4] bias, float[4, 6, 2, 2] up, float[54, 5] plain,
+        float[7, 5] turned, float[7, 7] tied, float[7] factor) => (float[batch, 7] logits) {
+    a = Conv (x, conv, bias)
+    b = ConvTranspose (a, up)
+    c = Flatten (b)
+    d = Gemm (c, plain)
+    other = Transpose <perm = [1, 0]> (turned)
+    e = MatMul (d, other)
+    f = MatMul (e, tied)
+    back = Transpose <perm = [1, 0]> (tied)
+    g = MatMul (f, back)
+    logits = Mul (g, factor)
+}
+"""
+
+
+def test_the_axes_that_are_summed_over() -> None:
+    """A weight with two uses that sum over different axes has no fan-in; offsets and factors have none either."""
+    model = parse(SUMMED)
+    found = fan_in_axes(model, layout_of(model))
+    assert found == {"conv": (1, 2, 3), "up": (0,), "plain": (0,), "turned": (1,)}
+
+
+def test_weights_that_are_no_units_keep_the_size_of_what_they_yield(tmp_path: Path) -> None:
+    model = "tests.exporter.user_models:tied"
+    whole = export_artifact(model, (8,), 3, 0.0, 1, tmp_path / "whole")
+    own = export_artifact(model, (8,), 3, 0.0, 1, tmp_path / "own", channels=ChannelSelection(0.5))
+    growth = {
+        before.name.split(".")[0]: after.initialiser.scale / before.initialiser.scale
+        for before, after in zip(whole.layout.parameters, own.layout.parameters, strict=True)
+        if len(before.shape) == 2
+    }
+    assert own.layout.parameters[own.layout.position_of("twice.weight")].shape == (6, 6)
+    half = pytest.approx(2.0**0.5, rel=1e-6)
+    assert {name: growth[name] for name in ("first", "twice", "plain")} == {"first": 1.0, "twice": half, "plain": half}
 
 
 @pytest.mark.parametrize(

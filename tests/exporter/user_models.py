@@ -50,6 +50,23 @@ class Recurrent(nn.Module):
         return self.last((self.frozen(h) + self.offset).mean(1))  # type: ignore[no-any-return]
 
 
+class Tied(nn.Module):
+    """A weight used twice, one that is not transposed, and one that is tied to its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.twice = nn.Linear(12, 12)
+        self.plain = nn.Parameter(0.3 * torch.randn(12, 10))
+        self.both = nn.Parameter(0.3 * torch.randn(10, 10))
+        self.last = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.first(x))))))
+        h = torch.relu(h @ self.plain)
+        return self.last(torch.relu(h @ self.both) @ self.both.T)  # type: ignore[no-any-return]
+
+
 class Dependent(nn.Module):
     """Takes another path for a batch of one."""
 
@@ -182,6 +199,10 @@ def infinite() -> nn.Module:
     model = nn.Linear(4, 2)
     nn.init.constant_(model.weight, float("inf"))
     return model
+
+
+def tied() -> nn.Module:
+    return Tied()
 
 
 def dependent() -> nn.Module:
