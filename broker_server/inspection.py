@@ -17,6 +17,7 @@ from .summary import held_out_accuracy
 
 __all__ = ["DeviceInRound", "RoundInspection", "RunInspection", "inspect_round", "inspect_run"]
 
+_REASONS = 1_000
 Word = Literal["reported", "declined", "refused", "garbled", "silent"]
 
 
@@ -66,7 +67,7 @@ class RunInspection:
         entries: Entries of the journal by kind.
         payload_bytes: Their payloads by kind.
         rounds: Oldest first.
-        refusals: How often a report was refused, by reason; the most frequent first.
+        refusals: How often a report was refused, by reason; the 1,000 most frequent, in that order.
         stops: Why the run was stopped before its end, each time.
     """
 
@@ -128,11 +129,8 @@ def inspect_run(journal: Journal) -> RunInspection:
         if tally.kind == "report" and tally.round in rounds:
             rounds[tally.round].reports = tally.count
             rounds[tally.round].report_bytes = tally.payload_bytes
-    out.devices, out.rounds, out.refusals = (
-        out.entries.get("enrolment", 0),
-        [*rounds.values()],
-        dict(refusals.most_common()),
-    )
+    out.devices, out.rounds = out.entries.get("enrolment", 0), list(rounds.values())
+    out.refusals = dict(refusals.most_common(_REASONS))
     return out
 
 
