@@ -111,7 +111,12 @@ def behind(updates: int = 12, *, allowed: bool = True) -> Bench:
 
 def offered(bench: Bench, **changes: Any) -> tuple[SnapshotOffer, bytes]:
     data = bench.server.snapshot()
-    fields = {"index": bench.server.index, "round": 17, "size": len(data), "sha256": hashlib.sha256(data).digest()}
+    fields: dict[str, Any] = {
+        "index": bench.server.index,
+        "round": 17,
+        "size": len(data),
+        "sha256": hashlib.sha256(data).digest(),
+    }
     return SnapshotOffer(**(fields | changes)), data
 
 

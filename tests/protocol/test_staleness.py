@@ -16,7 +16,7 @@ from fedzo.protocol.coordinator_events import Record, Send
 from fedzo.protocol.device_events import Cancel, Compute, GiveBack, SaveReport
 from fedzo.protocol.directions import MAX_POSITION, Directions
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.past_rounds import PastRound, PastRounds
 from fedzo.protocol.ranking import CoordinateRanking
 from fedzo.protocol.settings import RunSettings, TrainingSettings
@@ -165,9 +165,10 @@ def test_late_scalars_move_the_weights_along_the_directions_of_their_round() -> 
 @pytest.mark.parametrize("estimator", ["stein", "node", "split"])
 def test_a_snapshot_remembers_the_rounds_before(estimator: Any) -> None:
     desk = Desk(change(SETTINGS, staleness=2, close_at=3, rounds=9, estimator=estimator)).connect().join()
-    for _ in range(3):
-        late = desk.measure("d")
+    for _ in range(2):
         desk.report("a", "b", "c")
+    late = desk.measure("d")
+    desk.report("a", "b", "c")
     snapshot, now = desk.machine.replica.snapshot(), desk.machine.replica
     assert len(snapshot) == now.snapshot_bytes
     again = Desk(desk.settings).machine.replica
@@ -240,7 +241,7 @@ def test_late_reports_wait_through_an_evaluation() -> None:
     desk.say("d", late, Channel.REPORT)
     assert desk.sent(Receipt)[0].verdict is Verdict.ACCEPTED
     desk.report()
-    assert desk.head.phase == "train"
+    assert desk.phases()[-1] == "train"
     desk.report("a", "b")
     assert desk.sent(UpdateRecord)[0].ages == (0, 1)
 
@@ -280,7 +281,7 @@ def test_a_late_report_that_declines_leaves_no_trace() -> None:
     desk = Desk(LATE).connect().join()
     late = desk.measure("d")
     desk.report("a", "b", "c")
-    desk.say("d", dataclasses.replace(late, blocks=(), decline=2), Channel.REPORT)
+    desk.say("d", dataclasses.replace(late, blocks=(), decline=Decline.OVER_BUDGET), Channel.REPORT)
     assert desk.out == [Send(Channel.ACK, Receipt(TAG, 1, Verdict.LATE), "d")]
 
 

@@ -20,11 +20,9 @@ TEST = images(2, 100)
 BOARDS = "rpi-5-8gb:0.6,rpi-zero-2w:0.4"
 
 
-def run(artifact: Path, *, pool: Any = None, world: dict[str, Any] | None = None, **changes: Any) -> SimulationResult:
+def run(artifact: Path, *, pool: Any = None, **changes: Any) -> SimulationResult:
     settings = run_settings(training_rounds=8, **changes)
-    return simulate(
-        artifact, settings, DATA, TEST, SimulationSettings(**{"boards": BOARDS, "seed": 6} | (world or {})), pool=pool
-    )
+    return simulate(artifact, settings, DATA, TEST, SimulationSettings(boards=BOARDS, seed=6), pool=pool)
 
 
 def test_a_round_that_asks_for_more_than_it_needs_does_not_wait_for_slow_boards(artifact: Path) -> None:
@@ -36,7 +34,7 @@ def test_a_round_that_asks_for_more_than_it_needs_does_not_wait_for_slow_boards(
 @pytest.mark.parametrize("estimator", ["stein", "node"])
 def test_buffered_rounds_are_a_function_of_the_settings(artifact: Path, estimator: str) -> None:
     """Whoever computes, the same reports are late by the same number of updates, and residuals get the same back."""
-    settings = {"training_estimator": estimator, "training_k": 30, "close_at": 2, "staleness": 3}
+    settings: dict[str, Any] = {"training_estimator": estimator, "training_k": 30, "close_at": 2, "staleness": 3}
     alone = run(artifact, **settings)
     shared = run(artifact, pool=ProcessPool(2), **settings)
     assert alone.devices_agree
@@ -60,9 +58,11 @@ def test_slow_boards_with_fewer_directions_do_not_set_the_pace(artifact: Path) -
 def test_devices_that_join_late_get_the_log_or_a_snapshot_and_the_same_weights(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = {"boards": "rpi-zero-2w", "join_spread_s": 1.0}
+    world = SimulationSettings(boards="rpi-zero-2w", join_spread_s=1.0, devices=6)
     training = {"rounds": 24, "k": 64, "batch": 2, "optimiser": OptimiserConfig("sgd")}
-    many = {"devices": 2, "evaluate_every": 0} | {f"training_{name}": value for name, value in training.items()}
+    many: dict[str, Any] = {"devices": 2, "evaluate_every": 0} | {
+        f"training_{name}": value for name, value in training.items()
+    }
     settings = [run_settings(**many, snapshots=snapshots) for snapshots in (False, True)]
     found: list[SimulationResult] = []
     offers: list[bytes] = []
@@ -74,7 +74,7 @@ def test_devices_that_join_late_get_the_log_or_a_snapshot_and_the_same_weights(
 
     monkeypatch.setattr(SnapshotOffer, "encode", encode)
     for each in settings:
-        found.append(simulate(artifact, each, DATA, TEST, SimulationSettings(**world, devices=6)))
+        found.append(simulate(artifact, each, DATA, TEST, world))
         assert bool(offers) == each.snapshots
     for one in found:
         assert one.devices_agree
