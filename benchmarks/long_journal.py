@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedzo.broker_server.journal import Entry, Journal
+from fedzo.broker_server.recovery import keep_last_snapshot
 from fedzo.protocol.coordinator_events import Record
 from fedzo.protocol.documents import Announcement, Hello, RunDocument
 from fedzo.protocol.journaled_run import JournaledRun
@@ -50,6 +51,7 @@ class _Writer(JournaledRun):
         records = [command for command in self._out if isinstance(command, Record)]
         self._out = []
         self._journal.append([Entry(r.kind, r.round, r.device, r.payload, self._at) for r in records])
+        keep_last_snapshot(self._journal, {record.kind for record in records})
         self._at += SECONDS_A_ROUND
 
     def announce(self) -> Announcement:
@@ -120,5 +122,4 @@ def write_journal(
         writer.announce()
         writer.report(open_share)
         writer.flush()
-    journal.drop_snapshots()
     return writer
