@@ -10,6 +10,8 @@ from .topics import Channel
 
 __all__ = ["Delivery"]
 
+LATE_TRIES = 10
+
 
 class Delivery:
     """At most one report on its way.
@@ -24,7 +26,7 @@ class Delivery:
 
     def __init__(self, outbox: tuple[str, Report] | None, *, retry_s: float) -> None:
         self.answered = -1
-        self._outbox = outbox
+        self._outbox, self._late_tries = outbox, 0
         self._run: RunDocument | None = None
         self._repeater = Repeater(retry_s)
 
@@ -76,9 +78,15 @@ class Delivery:
         if self._outbox is None:
             return []
         report = self._outbox[1]
-        if head is not None and head.round > report.round and not self._must_know(head, report):
+        is_over = head is not None and head.round > report.round
+        if is_over and head is not None and not self._must_know(head, report):
             return self._drop()
-        return [Send(Channel.REPORT, report)] if self._repeater.is_due(now) else []
+        if not self._repeater.is_due(now):
+            return []
+        self._late_tries += is_over
+        if self._late_tries > LATE_TRIES:  # A server that cannot read it never answers.
+            return [*self._drop(), *self.give_back(report.kind, report.round)]
+        return [Send(Channel.REPORT, report)]
 
     def _must_know(self, head: Announcement, report: Report) -> bool:
         if self._run is None or head.phase == "done" or report.kind is not ReportKind.PROBE:
@@ -86,6 +94,6 @@ class Delivery:
         return self._run.settings.staleness > 0 or self._run.training.keeps_residual
 
     def _drop(self) -> list[DeviceCommand]:
-        self._outbox = None
+        self._outbox, self._late_tries = None, 0
         self._repeater.forget()
         return [DropReport()]

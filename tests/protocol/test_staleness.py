@@ -389,6 +389,17 @@ def test_what_did_not_count_goes_back_into_the_residual(verdict: str, given_back
     assert [c.round for c in bench.out if isinstance(c, GiveBack)] == given_back
 
 
+def test_a_server_that_never_answers_does_not_keep_a_device_for_ever() -> None:
+    bench = Bench(settings=change(BENCH, estimator="node"))
+    bench.answer(bench.compute(), blocks=(np.ones(3, np.float32), np.ones(12, np.float32)))
+    bench.hear(Channel.HEAD, bench.head(round_=2))
+    bench.wait(9 * RETRY_S)
+    assert bench.device.stage == "reporting"
+    bench.wait(2 * RETRY_S)
+    assert [c.round for c in bench.out if isinstance(c, GiveBack)] == [1]
+    assert bench.only(Compute).task.round == 2
+
+
 def test_a_measurement_that_nobody_wants_goes_back_as_well() -> None:
     bench = Bench(settings=change(BENCH, estimator="node"))
     task = bench.compute()
