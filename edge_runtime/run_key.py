@@ -14,7 +14,7 @@ from pathlib import Path
 from ..protocol.ed25519 import is_public_key, verify
 from ..protocol.errors import ArtifactError, ConfigError, ProtocolError
 from ..protocol.signed import check, detach, is_signed, signed_bytes
-from ..protocol.topics import Channel, Topic, parse_topic
+from ..protocol.topics import Channel, parse_topic
 from .durable import write_durably
 from .mqtt_types import Arrived
 
@@ -92,13 +92,14 @@ class RunKey:
         if self._latest.get(place.channel) == payload:
             return detach(place.channel, payload)[0]
         if place.channel is Channel.RUN:
-            document = self._open_run(place, payload)
+            document = self._open_run(payload)
         elif self._key is None:
             if place.channel is Channel.HEAD:
                 self._early = arrived
             return None
         else:
-            document = check(place.federation, place.channel, place.device, payload, self._key)
+            device = self._device if place.device else ""  # Signed for another one, it is not signed for this one.
+            document = check(self._federation, place.channel, device, payload, self._key)
         self._latest[place.channel] = payload
         return document
 
@@ -109,9 +110,9 @@ class RunKey:
         arrived, self._early = self._early, None
         return arrived
 
-    def _open_run(self, place: Topic, payload: bytes) -> bytes:
+    def _open_run(self, payload: bytes) -> bytes:
         document, key, signature = detach(Channel.RUN, payload)
-        if not verify(key, signed_bytes(place.federation, Channel.RUN, place.device, document), signature):
+        if not verify(key, signed_bytes(self._federation, Channel.RUN, "", document), signature):
             raise ProtocolError("the run's document is not signed")
         if self._key is None:
             self._pin(key)

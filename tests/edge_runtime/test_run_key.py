@@ -70,6 +70,17 @@ def test_what_is_not_signed_is_dropped_and_pins_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run-key").exists()
 
 
+def test_what_was_signed_for_others_is_not_for_this_board(tmp_path: Path) -> None:
+    key = pin(tmp_path, given=OURS.public_key)
+    for federation, device in (("barn", "dev"), ("farm", "dev-2")):
+        moved = OURS.sign(federation, Channel.COMMAND, device, b"order")
+        for place in (topic("farm", Channel.COMMAND, "dev"), topic(federation, Channel.COMMAND, device)):
+            with pytest.raises(ProtocolError):
+                key.open(Arrived(place, moved, False, None))
+    with pytest.raises(ProtocolError):
+        key.open(Arrived(topic("farm", Channel.RUN), OURS.sign("barn", Channel.RUN, "", b"run"), True, None))
+
+
 def test_an_announcement_that_came_first_waits(tmp_path: Path) -> None:
     key = pin(tmp_path)
     old, head = arrived(Channel.HEAD, b"old"), arrived(Channel.HEAD, b"head")
