@@ -118,6 +118,9 @@ def rig_server(rig: str) -> None:
     if rig == "impatient":
         external._TIMEOUT_S = 1.0
         return
+    from fedzo.protocol import snapshots
+
+    replace(snapshots, "MOST_UPDATES", 1)  # so that the next server begins from a snapshot
     when, what, number = rig.split(":")
     reached = Countdown(int(number))
 

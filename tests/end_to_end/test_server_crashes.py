@@ -41,6 +41,9 @@ def finish(fleet: Fleet, server: Process, expected: Finished) -> None:
     answer = server.answer()
     assert agree(answer, [device.answer() for device in fleet.boards]) == expected.digest
     assert (answer["reports"], answer["refused"]) == (expected.server["reports"], 0)
+    replayed = fleet.fedzo("replay", fleet.path, "--recount")
+    assert replayed["weights_digest"] == expected.digest
+    assert replayed["recounted"] == answer["rounds"] + 1  # and the mask
 
 
 @pytest.mark.slow
