@@ -77,7 +77,8 @@ def combine_groups(
     ages: list[int] = []
     parts: list[NDArray[np.float32]] = []
     for number, deal in enumerate(ordered[0].deals):
-        weights = [_weight(group, number) for group in ordered]
+        is_dealt = any(group.deals[number].n_slots > 1 for group in ordered)
+        weights = [_weight(group, number, is_dealt) for group in ordered]
         values = []
         for group, estimates, weight in zip(ordered, found, weights, strict=True):
             places, estimate = estimates[number]
@@ -89,9 +90,9 @@ def combine_groups(
     return tuple(segments), np.concatenate(parts), tuple(ages) if any(ages) else ()
 
 
-def _weight(group: Group, number: int) -> float:
+def _weight(group: Group, number: int, is_dealt: bool) -> float:
     """What an estimate counts in the mean: the positions behind dealt directions, else the samples."""
-    if group.deals[number].n_slots > 1:
+    if is_dealt:  # in one of the rounds at least: one that asked a single device shows no difference
         return float(sum(report.blocks[number].size for _, report in group.reports))
     return float(sum(report.samples for _, report in group.reports))
 

@@ -67,6 +67,13 @@ def test_a_dealt_late_report_is_scaled_and_counts_in_full_in_what_is_divided_by(
     assert coefficients[4:] == pytest.approx(np.array([12.0, 24.0]) / 6 * scale, rel=2**-12)
 
 
+def test_a_dealt_round_of_one_device_counts_by_its_positions_too() -> None:
+    now, then = deal((FRONT,), "dealt", 5, 1), deal((FRONT,), "dealt", 4, 2)
+    groups = [Group(0, now, ((0, report(9, [4.0, 8.0])),)), Group(1, then, ((1, report(1, [16.0, 32.0])),))]
+    _, coefficients, _ = combine_groups(groups, PLAIN, 0.0)
+    assert coefficients.tolist() == [1.0, 2.0, 4.0, 8.0]
+
+
 def test_shared_scalars_and_sketches_weigh_by_samples() -> None:
     now, then = deal((FRONT, TAIL), "shared", 5, 2), deal((FRONT, TAIL), "shared", 4, 2)
     fresh = ((0, report(1, [4.0, 8.0], [1.0, 2.0, 3.0])), (1, report(3, [8.0, 16.0], [5.0, 6.0, 7.0])))
