@@ -57,7 +57,7 @@ class AccessWatch:
         folder: Its registry is looked at once a second.
         access: Is told who is admitted.
         broker: Is told the logins.
-        dismiss: Is told of every device that was not, or is no longer, admitted.
+        dismiss: Is told who is admitted, so that nobody waits for the others.
     """
 
     def __init__(
