@@ -95,13 +95,9 @@ class Probes:
                     self._fall_silent()
                 yield from self._guarded(name, steps[name])
         finally:
-            if self._silent is not None:
-                self._silent.leave()  # or its will would come after the cleaning
-            try:
-                self._clean()
-            except ProbeLost as lost:
-                left = ", ".join([f"retained below {self._topics}"] * bool(self._retained) + self._sessions)
-                yield Finding("cleaning up", "warn", f"{lost}; left behind: {left}", "remove them by hand")
+            failure = self._sweep()
+        if failure:
+            yield Finding("cleaning up", "warn", failure, "remove by hand what is left")
 
     def _guarded(self, name: str, step: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         needed = name in ("QoS 1", "retained messages", "large messages")
@@ -128,7 +124,7 @@ class Probes:
             keepalive_s=keepalive_s, manual_ack=manual_ack,
         )  # fmt: skip
         self._clients.append(client)
-        if expiry_s:
+        if expiry_s and client.client_id not in self._sessions:
             self._sessions.append(client.client_id)
         return client
 
@@ -289,7 +285,7 @@ class Probes:
             return
         yield Finding("session", "ok", "kept between two connections")
         self._until_quiet(server)
-        held = [message.payload for message in server.arrived]
+        held = [bytes(message.payload) for message in server.arrived]
         window = len(held)
         server.cut()  # nothing was acknowledged
 
@@ -308,10 +304,10 @@ class Probes:
             yield Finding("window", "warn", detail, _HINTS["window"])
         else:
             yield Finding("window", "ok", f"{window} unacknowledged messages at a time")
-        yield self._drain(server, wanted)
+        yield self._drain(server, held, wanted)
 
-    def _drain(self, server: ProbeClient, wanted: int) -> Finding:
-        """Acknowledge all that waits, and compare with what was sent."""
+    def _drain(self, server: ProbeClient, held: list[bytes], wanted: int) -> Finding:
+        """Acknowledge all that waits, and compare with what was sent; what was ``held`` before had waited too."""
         taken: list[bytes] = []
         while server.arrived and server.loss is None:
             server.acknowledge()
@@ -319,8 +315,9 @@ class Probes:
             server.arrived.clear()
             wait([server], lambda: bool(server.arrived), QUIET_S)
         different = len(set(taken))
-        if different < wanted:
-            detail = f"{different} of {wanted} messages waited for a client that was away; the others are lost"
+        waited = len({*taken, *held})
+        if waited < wanted:
+            detail = f"{waited} of {wanted} messages waited for a client that was away; the others are lost"
             return Finding("queue", "warn", detail, _HINTS["queue"].format(wanted=wanted, devices=self._devices))
         twice = len(taken) - different
         order = "in order" if taken == sorted(taken, key=int) else "in another order"
@@ -343,6 +340,17 @@ class Probes:
             speaker.publish([(name, b"") for name in gone], retain=True)
             speaker.leave()
             self._retained = kept
+
+    def _sweep(self) -> str:
+        """Clean, and say what could not be cleaned."""
+        if self._silent is not None:
+            self._silent.leave()  # or its will would come after the cleaning
+        try:
+            self._clean()
+        except ProbeLost as lost:
+            left = [f"retained messages below {self._topics}"] * bool(self._retained)
+            return f"{lost}; left behind: {', '.join(left + self._sessions)}"
+        return ""
 
     def _clean(self) -> None:
         try:

@@ -171,8 +171,8 @@ def test_the_embedded_broker_has_what_is_needed_and_loses_what_was_in_flight() -
         found = check(broker.url)
     assert not statuses(found, "fail"), found
     assert found["protocol"].detail.startswith("MQTT 3.1.1")
-    assert found["redelivery"].status == "warn"
-    assert found["keep-alive"].status == "ok"
+    assert found["redelivery"].status == "warn", found
+    assert found["keep-alive"].status == "ok", found
 
 
 @needs_mosquitto
