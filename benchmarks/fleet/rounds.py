@@ -22,6 +22,7 @@ RUN = "lenet5-20260101-120000-1234"
 """As long as the name that a run has by default."""
 BATCH = 16
 SPARE_FILES = 200
+TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ def measure_rounds(artifact: Path, folder: Path, devices: int, k: int, rounds: i
         process.await_port(port)
         fleet.holds_from = 0
         start, cpu = time.monotonic(), process.cpu_s
-        fleet.connect(300.0)
-        fleet.until(lambda: bool(_trained(fleet)), "the first round", 300.0)
+        fleet.connect(TIMEOUT_S)
+        fleet.until(lambda: bool(_trained(fleet)), "the first round", TIMEOUT_S)
         enrol_s, enrol_cpu_s = time.monotonic() - start, process.cpu_s - cpu
         for number in range(rounds + 1):
-            fleet.until(lambda: len(fleet.held) == devices, "all reports", 300.0)
+            fleet.until(lambda: len(fleet.held) == devices, "all reports", TIMEOUT_S)
             round_, receipts, cpu = max(fleet.seen.heads), fleet.seen.receipts, process.cpu_s
             began = fleet.release()
-            fleet.until(lambda n=round_: n in fleet.seen.updates, "the update", 300.0)  # type: ignore[misc]
-            fleet.until(lambda: len(fleet.held) == devices, "the next round", 300.0)
+            fleet.until(lambda n=round_: n in fleet.seen.updates, "the update", TIMEOUT_S)  # type: ignore[misc]
+            fleet.until(lambda: len(fleet.held) == devices, "the next round", TIMEOUT_S)
             if fleet.seen.receipts - receipts != devices or fleet.seen.others:
                 raise FedzoError(f"{fleet.seen.receipts - receipts} receipts of {devices} reports: {fleet.seen.others}")
             row = {
