@@ -11,6 +11,7 @@ import os
 
 import pytest
 
+from fedzo.protocol.aggregation_rules import AggregationSettings, RuleName
 from fedzo.protocol.device_events import Outcome, Task
 from fedzo.protocol.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
@@ -28,6 +29,8 @@ ROUNDS, LAST_ROUNDS = 15, 5
 def settings_of(seed: int) -> RunSettings:
     """Settings that differ from seed to seed in everything that changes the course of a round."""
     steps = (0, 1, 3)[seed % 3]
+    is_shared, staleness = seed // 2 % 2 == 1, (0, 3, 0, 1)[seed // 4 % 4] if seed % 4 > 1 else 0
+    rules: tuple[RuleName, ...] = ("median", "centred-clip", "sign-vote", "mean")
     return RunSettings(
         seed=seed,
         sparsity=0.6 if steps else 0.0,
@@ -35,7 +38,7 @@ def settings_of(seed: int) -> RunSettings:
         training=TrainingSettings(
             rounds=ROUNDS,
             directions=("hadamard", "rademacher", "gaussian")[seed // 3 % 3],
-            assignment=("dealt", "shared")[seed // 2 % 2],
+            assignment="shared" if is_shared else "dealt",
             estimator=("stein", "node", "split", "stein", "stein")[seed % 5],
             k=5,
             tail_k=3 + seed % 9,
@@ -50,7 +53,8 @@ def settings_of(seed: int) -> RunSettings:
         devices=4,
         quorum=2 + seed % 2,
         close_at=3 if seed % 6 == 1 else 0,
-        staleness=(0, 3, 0, 1)[seed // 4 % 4] if seed % 4 > 1 else 0,
+        staleness=staleness,
+        aggregation=AggregationSettings(rules[seed // 8 % 3 if is_shared and not staleness else 3]),
         snapshots=seed % 3 == 1,
         deadline_s=8.0,
         enrol_deadline_s=30.0,
