@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.errors import ProtocolError
 from fedzo.protocol.scalar_rows import pack_row, round_to_halves, unpack_row
 
@@ -43,6 +44,15 @@ def test_a_row_stays_short_where_rounding_changes_the_exponent_or_the_sign_of_ze
     assert len(pack_row(round_to_halves(row))) == 1 + 2 * row.size
 
 
+@given(st.lists(modest, min_size=8, max_size=40))
+def test_coefficients_of_updates_take_three_bytes_at_most(values: list[float]) -> None:
+    row = round_coefficients(np.array(values))
+    data = pack_row(row)
+    assert len(data) in (1 + 3 * row.size, 1 + 2 * row.size)
+    found, length = unpack_row(memoryview(data), row.size)
+    assert (found.tobytes(), length) == (row.tobytes(), len(data))
+
+
 @given(st.binary(max_size=100), st.integers(0, 60))
 def test_foreign_bytes_are_refused_or_are_what_they_say(data: bytes, count: int) -> None:
     try:
@@ -61,6 +71,11 @@ def test_foreign_bytes_are_refused_or_are_what_they_say(data: bytes, count: int)
         (b"\x00" + bytes(2), 1, "only encoding"),  # too short for halves
         (b"\x05" + bytes(16), 8, "only encoding"),  # zeros have the exponent 0
         (b"\x80" + bytes(32), 8, "only encoding"),  # floats where halves do
+        (b"\x81" + bytes(24), 8, "only encoding"),  # three bytes where two do
+        (b"\x81" + b"\x01\x02\x03" * 7, 7, "only encoding"),  # too short for anything but floats
+        (b"\x80" + b"\x00\x02\x03\x04" * 8, 8, "only encoding"),  # four bytes where three do
+        (b"\x81" + b"\x01\x80\x7f" * 8, 8, "not finite"),
+        (b"\x81" + bytes(23), 8, "do not hold"),
         (b"\x00" + b"\x00\x7c" * 8, 8, "not finite"),
         (b"\x00" + b"\x01\x7c" * 8, 8, "not finite"),  # a signalling NaN
         (b"\x7f" + b"\xff\x7b" * 8, 8, "not finite"),  # beyond float32
