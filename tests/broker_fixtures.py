@@ -61,7 +61,7 @@ class Proxy:
     """A TCP relay that counts bytes and can be cut or frozen, as cables and radio links do."""
 
     def __init__(self, target: tuple[str, int]) -> None:
-        self.target = target
+        self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._closed = False
@@ -115,7 +115,7 @@ class Proxy:
             client.close()
             return
         try:
-            server = socket.create_connection(self.target, timeout=5)
+            server = socket.create_connection(self._target, timeout=5)
         except OSError:
             client.close()
             return

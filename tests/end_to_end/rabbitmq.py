@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,7 +62,11 @@ class RabbitCluster:
             self.kill(number)
         epmd = shutil.which("epmd")
         if epmd is not None:  # Erlang's name server is a daemon that the first node has started, on a port of our own.
-            subprocess.run([epmd, "-port", str(self._epmd_port), "-kill"], capture_output=True, check=False)
+            command = [epmd, "-port", str(self._epmd_port), "-kill"]
+            for _ in range(20):  # It stays while it believes that a node lives.
+                if "Killed" in subprocess.run(command, capture_output=True, text=True, check=False).stdout:
+                    break
+                time.sleep(0.2)
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.out"))
