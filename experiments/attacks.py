@@ -169,6 +169,8 @@ def _one(
     diverged, accuracy, passes = False, 1.0 / images.n_classes, 0.0
     try:
         found = simulate(folder, settings, *data, SimulationSettings(split=split, seed=seed), pool=pool)
+    except ConfigError:
+        raise
     except FedzoError:
         diverged = True  # weights that are not finite any more, or devices that cannot answer with them
     else:
