@@ -440,7 +440,7 @@ class ServerNode(Process):
         elif isinstance(command, server_events.Finish):
             self.error = command.error
             self.stops += command.error is not None
-        else:
+        elif not isinstance(command, server_events.Record):
             self._pass(command)
 
     def _pass(self, command: server_events.Evaluate | server_events.MakeMask | server_events.CheckScores) -> None:

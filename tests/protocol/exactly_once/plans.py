@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedzo.protocol.aggregation_rules import AggregationSettings
+from fedzo.protocol.aggregation_rules import AggregationSettings, Clip, RuleName
 from fedzo.protocol.optimisers import OptimiserConfig
-from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.settings import PruningMethod, RunSettings, SaliencySettings, TrainingSettings
 
 __all__ = ["FEATURES", "Board", "Plan", "Weather", "plan_of"]
 
@@ -111,7 +111,8 @@ def _scored_on_data(_: random.Random) -> Changes:
 
 
 def _mask_of_the_server(source: random.Random) -> Changes:
-    method = source.choice(["magnitude", "random", "erk", "synflow"])
+    methods: tuple[PruningMethod, ...] = ("magnitude", "random", "erk", "synflow")
+    method = source.choice(methods)
     return {"sparsity": 0.5, "saliency": SaliencySettings(method=method, steps=1)}
 
 
@@ -128,8 +129,10 @@ def _average(source: random.Random) -> Changes:
 
 
 def _rule(source: random.Random) -> Changes:
-    rule = source.choice(["median", "sign-vote", "centred-clip"])
-    return {"assignment": "shared", "aggregation": AggregationSettings(rule, clip=source.choice(["none", "norm"]))}
+    rules: tuple[RuleName, ...] = ("median", "sign-vote", "centred-clip")
+    clips: tuple[Clip, ...] = ("none", "norm")
+    rule = AggregationSettings(source.choice(rules), clip=source.choice(clips))
+    return {"assignment": "shared", "aggregation": rule}
 
 
 FEATURES: dict[str, tuple[float, Callable[[random.Random], Changes]]] = {
@@ -185,6 +188,7 @@ def plan_of(number: int) -> Plan:
     if mine.get("estimator") == "coordinate":  # it has no directions that could adapt
         mine = {name: value for name, value in mine.items() if name not in ("k_max", "adapt_sigma")}
     training = dataclasses.replace(training, **mine)
+    defaults: Changes = {"sparsity": 0.0, "evaluate_every": 0, "patience": 1_000}
     settings = RunSettings(
         seed=source.randrange(100),
         training=training,
@@ -193,7 +197,7 @@ def plan_of(number: int) -> Plan:
         participants=participants,
         deadline_s=8.0,
         enrol_deadline_s=30.0,
-        **({"sparsity": 0.0, "evaluate_every": 0, "patience": 1_000} | changes),
+        **(defaults | changes),
     )
     snapshot_every = source.choice([0, 1, 2])
     return Plan(number, settings, boards, _weather(source), source.random() < 0.5, features, snapshot_every)
