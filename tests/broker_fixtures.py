@@ -77,6 +77,11 @@ class Proxy:
     def url(self) -> str:
         return f"mqtt://127.0.0.1:{self._listener.getsockname()[1]}"
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether somebody is connected through it."""
+        return bool(self._pairs)
+
     def cut(self) -> None:
         """Break all links at once, without goodbye."""
         for pair in list(self._pairs):

@@ -144,6 +144,18 @@ class Chaos:
             self._look()
         self._mend_until(None)
         self._look()
+        self._gather()
+
+    def _gather(self) -> None:
+        """The server goes on when all boards have a link: a run may end without one that it believes to be lost."""
+        if self.server.running:
+            self.server.signal(signal.SIGSTOP)
+            wait_for(self._all_linked, "all boards to have a link", logs=self.fleet.logs)
+            self.server.signal(signal.SIGCONT)
+
+    def _all_linked(self) -> bool:
+        pairs = zip(self.fleet.boards, self.links, strict=True)
+        return all(not board.running or ("connected" in board.stderr and link.is_linked) for board, link in pairs)
 
     def _look(self) -> None:
         """Nobody may end by itself with an error."""
