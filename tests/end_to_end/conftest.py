@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from tests.end_to_end.fleet import CLASSES, SIDE, Fleet, agree, write_images
+from tests.end_to_end.fleet import Fleet, agree
+from tests.end_to_end.materials import make_artifact, make_data
 
 DEVICES = 3
 MakeFleet = Callable[..., Fleet]
@@ -29,28 +30,19 @@ class Finished:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Images of four devices, and the server's as the last."""
-    folder = tmp_path_factory.mktemp("data")
-    return [write_images(folder / f"images-{seed}.npz", seed) for seed in range(5)]
+    return make_data(tmp_path_factory.mktemp("data"), 5)
 
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LeNet-5 for 16x16 images, pruned to a tenth."""
-    from fedzo.exporter.artifact import export_artifact
-
-    folder = tmp_path_factory.mktemp("artifact") / "lenet"
-    export_artifact("lenet5", (1, SIDE, SIDE), CLASSES, 0.9, 1, folder)
-    return folder
+    return make_artifact(tmp_path_factory.mktemp("artifact"))
 
 
 @pytest.fixture(scope="session")
 def artifact_with_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same network with a loss of its own for every stage."""
-    from fedzo.exporter.artifact import export_artifact
-
-    folder = tmp_path_factory.mktemp("artifact") / "lenet-with-heads"
-    export_artifact("lenet5", (1, SIDE, SIDE), CLASSES, 0.9, 1, folder, local_heads=True)
-    return folder
+    return make_artifact(tmp_path_factory.mktemp("artifact"), "lenet-with-heads", local_heads=True)
 
 
 @pytest.fixture(scope="session")
