@@ -266,10 +266,11 @@ class Coordinator(JournaledRun):
             self._stop(current.too_few(self._settings.quorum, self._failures))
             return
         current.silence()
-        current.is_overdue = False
         if self.roster.count_ready() >= self._settings.quorum:
             self._record_close(current, "missed", now)
             self._open(self.head.phase, now)
+        else:
+            current.is_overdue = False
 
     def _close(self, current: OpenRound, now: float) -> None:
         current.silence()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.protocol.closings import Closing
 from fedzo.protocol.coordinator_events import Record, Send, ServeBlob, ServeLog
 from fedzo.protocol.errors import FedzoError, QuorumError
 from fedzo.protocol.messages import Decline, Receipt, ReportKind, UpdateRecord, Verdict
@@ -139,6 +140,15 @@ def test_a_round_in_which_nobody_could_compute_stops_the_run() -> None:
     assert error.message == "round 1: 0 of 4 devices could answer (failed, non_finite), the quorum is 2"
     assert "learning-rate" in error.hint
     assert desk.kinds().count("report") == 4
+
+
+def test_the_journal_says_that_a_missed_round_was_not_in_time() -> None:
+    desk = Desk(change(SETTINGS, quorum=3)).connect().join()
+    desk.report("a", "b")
+    desk.join("e")
+    desk.wait(SETTINGS.deadline_s)
+    closings = [Closing.decode(payload) for kind, _, _, payload in desk.journal if kind == "close"]
+    assert [(closing.ending, closing.in_time, closing.usable) for closing in closings] == [("missed", False, 2)]
 
 
 def test_others_that_have_come_get_a_chance() -> None:
