@@ -271,6 +271,7 @@ class Coordinator(JournaledRun):
             self._open(self.head.phase, now)
         else:
             current.is_overdue = False
+            self._out.append(Send(Channel.HEAD, self.head))  # Those that are there have perhaps never got it.
 
     def _close(self, current: OpenRound, now: float) -> None:
         current.silence()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pytest
 
-from fedzo.protocol.coordinator_events import Finish, ScoresChecked
+from fedzo.protocol.coordinator_events import Finish, ScoresChecked, Send
+from fedzo.protocol.documents import Announcement
 from fedzo.protocol.errors import QuorumError
 from fedzo.protocol.messages import Decline
 from fedzo.protocol.settings import SaliencySettings
+from fedzo.protocol.topics import Channel
 from fedzo.protocol.transfers import LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 
@@ -96,6 +98,18 @@ def test_boards_that_decline_at_once_do_not_use_up_the_patience_while_another_pl
     desk.micro_batches["c"] = 4
     desk.presence("c")
     assert (desk.head.round, desk.participants()) == (3, ["a", "b", "c"])
+
+
+def test_a_round_without_its_quorum_is_announced_again() -> None:
+    """The broker had kept an older announcement: boards that came back never heard of the round, and all waited."""
+    desk = Desk(change(SETTINGS, quorum=3)).connect().join("a", "b", "c", "d")
+    desk.report("a")
+    desk.wait(SETTINGS.deadline_s)
+    assert desk.head.round == 1
+    again = [c.message for c in desk.trace if isinstance(c, Send) and c.channel is Channel.HEAD]
+    assert [head.round for head in again if isinstance(head, Announcement)] == [0, 1, 1]
+    desk.report("b", "c", "d")
+    assert desk.machine.replica.index == 1
 
 
 def test_draws_of_boards_that_cannot_compute_do_not_go_on_for_ever() -> None:
