@@ -244,8 +244,11 @@ def learning_tables() -> str:
             values = [row[name] for row in group if row.get(name) is not None]
             cells.append(style.format(statistics.median(values)) if values else "")
         lines.append(f"| {key} | {len(group)} | {' | '.join(cells)} |")
-    if data["settings"]["absent"]:
-        lines += ["", f"Not run: {', '.join(f'`{key}`' for key in data['settings']['absent'])}."]
+    lacking = dict.fromkeys(key.rpartition("/")[0] for key in data["settings"]["absent"])
+    if lacking:
+        never = [f"`{key}`" for key in lacking if key not in groups]
+        lines += ["", f"Not run yet: other seeds of {sum(key in groups for key in lacking)} of these rows"]
+        lines[-1] += f", and {len(never)} rows: {', '.join(never)}." if never else "."
     return "\n".join(lines)
 
 
