@@ -38,15 +38,13 @@ def paced_levels(members: Sequence[Member], k: int, k_min: int) -> list[int]:
         k: Directions of a device that is not slow.
         k_min: The least; 0 to give all the same.
     """
-    known = [member.query_ms for member in members if member.query_ms > 0]
+    known = [member.query_ms for member in members if 0 < member.query_ms < math.inf]
     if k_min == 0 or len(known) < 2:
         return [0] * len(members)
     most = min(MAX_LEVEL, int(math.log2(k / k_min))) if k > k_min else 0
     usual = TOLERANCE * median_low(known)
-    return [
-        min(most, max(0, math.ceil(math.log2(member.query_ms / usual)))) if member.query_ms > 0 else 0
-        for member in members
-    ]
+    times = [member.query_ms / usual if member.query_ms > 0 else 1.0 for member in members]
+    return [min(most, math.ceil(math.log2(min(max(each, 1.0), 2.0**MAX_LEVEL)))) for each in times]
 
 
 def pack_levels(levels: Sequence[int]) -> bytes:

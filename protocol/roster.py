@@ -13,6 +13,8 @@ from .participants import unpack_participants
 __all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
 
 MAX_DEVICES = 100_000
+LEAST_MS = 0.5
+"""What a report of 0 ms took: times are rounded, and a mean of many zeros would end below every float."""
 FULL = "the run has all the devices it can take"
 REPLACED = "a device with the same id has started later; give each an id of its own with --id"
 
@@ -108,7 +110,7 @@ class Member:
         self.silent = False
         self.counted_round = max(self.counted_round, report.round)
         if report.kind is ReportKind.PROBE and report.queries:
-            took = report.elapsed_ms / report.queries
+            took = max(report.elapsed_ms, LEAST_MS) / report.queries
             self.query_ms = (self.query_ms + took) / 2 if self.query_ms else took
         if report.session > self.session or (report.session == self.session and self.status == "joining"):
             self._start_session(report.session)

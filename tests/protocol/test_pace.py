@@ -50,6 +50,9 @@ def members(*query_ms: float) -> list[Member]:
         ((0.0, 2.0, 2.0, 20.0), 64, 1, [0, 0, 0, 3]),  # nothing is known of the first
         ((0.0, 0.0, 20.0), 64, 1, [0, 0, 0]),
         ((1.0, 1.0, 1.0, 1e9), 60_000, 1, [0, 0, 0, 15]),
+        ((5e-324, 5e-324, 100.0), 60_000, 1, [0, 0, 15]),  # their quotient is no float any more
+        ((5e-324, 1e9, 1e9), 64, 1, [0, 0, 0]),
+        ((1.0, 1.0, float("inf")), 64, 1, [0, 0, 6]),
     ],
 )
 def test_boards_that_are_slower_than_the_median_get_less(
@@ -147,6 +150,21 @@ def test_a_device_that_is_fast_again_gets_as_much_as_the_others() -> None:
     for _ in range(4):
         slow_round(desk, factor=1)
     assert desk.head.pace == b""
+
+
+def test_a_device_that_always_says_0_ms_stops_nobody() -> None:
+    """Halved again and again its time would be no float any more, nor would what the others take of it."""
+    desk = Desk(change(PACED, rounds=2000)).connect().join()
+    for _ in range(3):
+        for name in desk.waiting():
+            desk.report(name, queries=2**32 - 1 if name == "a" else 9, elapsed_ms=0 if name == "a" else 900)
+    member = desk.machine.roster.members["a"]
+    message = Report(ReportKind.PROBE, TAG, 9, 1, 5, bytes(16), 0.5, 9, 0, 100, (np.ones(2, np.float32),))
+    for _ in range(2000):
+        member.take_report(message)
+    assert member.query_ms > 0.01
+    slow_round(desk)
+    assert unpack_levels(desk.head.pace, 4)[3] > 0
 
 
 @pytest.mark.parametrize("cut", [1, 2])
