@@ -11,6 +11,8 @@ from ...protocol.errors import ArtifactError
 __all__ = ["MIGRATIONS", "check_file", "check_pages", "damaged"]
 
 APPLICATION_ID = 0x66647A6A  # "fdzj"
+OLDEST_READABLE = 1
+"""Since then versions differ in indices and triggers only: a reader takes them as they are, without migrating."""
 FULL_CHECK_BYTES = 32 << 20
 """Larger files are not read through at every start: a restart would take longer the longer the run has lasted."""
 
@@ -77,10 +79,10 @@ def check_file(connection: sqlite3.Connection, path: Path, *, read_only: bool) -
             f"the journal {path} has schema version {version}; this fedzo knows up to {len(MIGRATIONS)}",
             hint="update fedzo",
         )
-    if version < len(MIGRATIONS) and read_only:
+    if version < OLDEST_READABLE and read_only:
         raise ArtifactError(
             f"the journal {path} has the old schema version {version}",
-            hint="fedzo serve --resume on its run brings it up to date",
+            hint="read it with the fedzo that wrote it",
         )
     if read_only:
         return

@@ -478,6 +478,7 @@ def test_an_old_schema_is_brought_up_to_date(path: Path, monkeypatch: pytest.Mon
         connection.execute("ALTER TABLE entry ADD COLUMN note TEXT NOT NULL DEFAULT ''")
 
     monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, add_column))
+    monkeypatch.setattr(schema, "OLDEST_READABLE", 3)
     with pytest.raises(ArtifactError, match="old schema version 2"):
         SqliteJournal(path, read_only=True)
     with SqliteJournal(path) as journal:
@@ -526,9 +527,12 @@ def test_a_file_of_the_first_version(path: Path, read_only: bool) -> None:
     connection.commit()
     connection.close()
     if read_only:
-        with pytest.raises(ArtifactError, match="old schema version 1") as caught:
-            SqliteJournal(path, read_only=True)
-        assert "--resume" in caught.value.hint
+        before = path.read_bytes()
+        with SqliteJournal(path, read_only=True) as journal:
+            assert [entry for _, entry in journal.read()] == old
+            assert [entry for _, entry in journal.read({"update", "snapshot"})] == old[1:]
+            assert [entry for _, entry in journal.read(round_=1)] == old[:3]
+        assert path.read_bytes() == before
         return
     with SqliteJournal(path) as journal:
         assert [entry for _, entry in journal.read()] == old

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,3 +255,21 @@ def test_nobody_answers_there(tmp_path: Path) -> None:
     assert scrape("http://127.0.0.1:1") is None
     with pytest.raises(ConfigError, match="no address of metrics"):
         scrape("file:///etc/passwd")
+
+
+def test_somebody_else_answers_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that speaks no HTTP, and no proxy is asked for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"SSH-2.0-x\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        assert scrape(f"http://127.0.0.1:{listener.getsockname()[1]}") is None
+        thread.join(10)
+        assert not thread.is_alive()  # it was asked

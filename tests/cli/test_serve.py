@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedzo.broker_server.journal import SqliteJournal
+from fedzo.broker_server.brokers import external
+from fedzo.broker_server.journal import SqliteJournal, schema
 from fedzo.broker_server.replay import begin_run
 from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
@@ -17,6 +20,8 @@ from fedzo.cli.serve_settings import ServeSettings
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.settings import RunSettings, TrainingSettings
+
+SAME = ["--devices", "3", "--quorum", "3", "--rounds", "7", "--learning-rate", "0.25"]
 
 
 @pytest.fixture
@@ -54,6 +59,32 @@ def test_a_password_without_a_user_is_refused(run: Path, capsys: pytest.CaptureF
     password.write_text("secret\n")
     assert main(["serve", "--resume", str(run), "--password-file", str(password), "--json"]) == 3
     assert "--username" in json.loads(capsys.readouterr().out)["error"]["hint"]
+
+
+@pytest.mark.parametrize("how", ["--resume", "--continue"])
+def test_a_journal_of_an_older_schema_goes_on(
+    run: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read as it is, then brought up to date by the writer; the broker, which is not there, comes after that."""
+    monkeypatch.setattr(external, "_TIMEOUT_S", 0.5)
+    path = run / "journal.sqlite"
+    with SqliteJournal(path, read_only=True) as journal:
+        entries = [entry for _, entry in journal.read()]
+    path.unlink()
+    with closing(sqlite3.connect(path)) as old:
+        schema.MIGRATIONS[0](old)
+        rows = [(entry.kind, entry.round, entry.device, entry.payload, entry.at) for entry in entries]
+        old.executemany("INSERT INTO entry (kind, round, device, payload, at) VALUES (?, ?, ?, ?, ?)", rows)
+        old.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+        old.execute("PRAGMA user_version = 1")
+        old.commit()
+    command = ["--resume", str(run)]
+    if how == "--continue":
+        command = [str(tmp_path / "artifact"), "--runs", str(run.parent), "--run", run.name, "--continue", *SAME]
+    assert main(["serve", *command, "--broker", "mqtt://127.0.0.1:1"]) == 5
+    with closing(sqlite3.connect(path)) as new:
+        assert new.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
+        assert new.execute("SELECT count(*) FROM entry").fetchone() == (1,)
 
 
 def test_an_estimator_that_does_not_fit_leaves_no_run_behind(
