@@ -26,7 +26,7 @@ class Delivery:
 
     def __init__(self, outbox: tuple[str, Report] | None, *, retry_s: float) -> None:
         self.answered = -1
-        self._outbox, self._late_tries = outbox, 0
+        self._outbox, self._late_tries, self._has_server = outbox, 0, True
         self._run: RunDocument | None = None
         self._repeater = Repeater(retry_s)
 
@@ -63,7 +63,11 @@ class Delivery:
             return []
         self.answered = max(self.answered, receipt.round)  # also by an earlier session
         counts = bool(report.blocks) and receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE)
-        return [*self._drop(), *([] if counts else self.give_back(report.kind, report.round))]
+        return [*([] if counts else self.give_back(report.kind, report.round)), *self._drop()]
+
+    def hear_server(self, is_online: bool) -> None:
+        """Whether there is a server that could answer; what was sent while there was none says nothing of it."""
+        self._has_server, self._late_tries = is_online, 0
 
     def give_back(self, kind: ReportKind, round_: int) -> list[DeviceCommand]:
         """What a round's scalars carried did not count: where a sketch keeps a residual it goes back into that."""
@@ -83,9 +87,9 @@ class Delivery:
             return self._drop()
         if not self._repeater.is_due(now):
             return []
-        self._late_tries += is_over
+        self._late_tries += is_over and self._has_server
         if self._late_tries > LATE_TRIES:  # A server that cannot read it never answers.
-            return [*self._drop(), *self.give_back(report.kind, report.round)]
+            return self._drop()  # Nothing goes back: the broker may hold it for a server that counts it later.
         return [Send(Channel.REPORT, report)]
 
     def _must_know(self, head: Announcement, report: Report) -> bool:

@@ -181,6 +181,7 @@ class Device:
             if self._run is None or self._run != message:
                 self._start_run(message)
         elif isinstance(message, ServerPresence):
+            self._delivery.hear_server(message.online)
             if message.online and message.birth != self._server_birth:
                 self._server_birth = message.birth
                 self._out.append(Send(Channel.STATE, self._presence))
@@ -352,8 +353,7 @@ class Device:
                 self._out += self._delivery.steps(head, self._now)
                 self.stage = "reporting"
             elif task is not None:
-                self.stage = "computing"
-                self._tasks, self._computing = task.number, task
+                self.stage, self._tasks, self._computing = "computing", task.number, task
                 self._out.append(Compute(task))
             elif head.phase in KINDS and self._reminder.is_due(self._now):
                 # The server goes on without a device that missed a deadline, until it hears of it.

@@ -50,7 +50,7 @@ class LogFollower:
     def __init__(self, replica: Replica, settings: RunSettings, *, retry_s: float) -> None:
         self.replica = replica
         self._retry_s, self._is_allowed, self._most = retry_s, settings.snapshots, settings.training.rounds
-        self._failures = 0
+        self._failures, self._had_snapshot = 0, False
         self._offer: SnapshotOffer | None = None
         self._download: BlobDownload | None = None
         self._question = Repeater(retry_s)
@@ -168,6 +168,7 @@ class LogFollower:
         self._offer = self._download = None
         if offer.index <= self.replica.index:
             return
+        self._had_snapshot = True
         try:
             if snapshot_place(data)[0] != offer.index:
                 raise ProtocolError("a snapshot is of another place than was offered")
@@ -198,6 +199,8 @@ class LogFollower:
         self._divergences += 1
         if self._divergences > 1:
             raise SelfTestError(f"replaying the log fails: {detail}", hint="run fedzo-device doctor")
+        if self._had_snapshot:
+            self._failures = SNAPSHOT_TRIES  # Whoever made it, records prove themselves.
         self.replica.restore_from_start()
         self._latest_round = -1
         self.recent.clear()

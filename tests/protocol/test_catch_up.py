@@ -223,7 +223,8 @@ def test_a_snapshot_of_other_weights_is_found_out() -> None:
     answer(bench, data)
     assert not any(isinstance(command, Compute) for command in bench.out)
     bench.wait(RETRY_S)
-    assert [each.first for each in bench.sent(LogRequest)][-1:] == [0]  # from the start again
+    asked = [(each.first, each.records_only) for each in bench.sent(LogRequest)]
+    assert asked[-1:] == [(0, True)]  # from the start again, and by records alone
     bench.hear(Channel.BLOCK, LogSlice(0, tuple(bench.log)))
     assert bench.only(Compute).task.weights_digest == bench.server.digest
 

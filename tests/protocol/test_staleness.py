@@ -13,8 +13,9 @@ from fedzo.protocol.aggregation_rules import AggregationSettings
 from fedzo.protocol.blocks import Block, deal, directions_of
 from fedzo.protocol.codec import decode
 from fedzo.protocol.coordinator_events import Record, Send
-from fedzo.protocol.device_events import Cancel, Compute, GiveBack, SaveReport
+from fedzo.protocol.device_events import Cancel, Compute, DropReport, GiveBack, SaveReport
 from fedzo.protocol.directions import MAX_POSITION, Directions
+from fedzo.protocol.documents import ServerPresence
 from fedzo.protocol.errors import ConfigError, ProtocolError
 from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.past_rounds import PastRound, PastRounds
@@ -403,7 +404,26 @@ def test_a_server_that_never_answers_does_not_keep_a_device_for_ever() -> None:
     bench.wait(9 * RETRY_S)
     assert bench.device.stage == "reporting"
     bench.wait(2 * RETRY_S)
-    assert [c.round for c in bench.out if isinstance(c, GiveBack)] == [1]
+    assert bench.only(DropReport)
+    assert not any(isinstance(c, GiveBack) for c in bench.out)  # The broker may still hand it to the server.
+    assert bench.only(Compute).task.round == 2
+
+
+def test_a_server_that_is_down_may_take_its_time() -> None:
+    bench = Bench(settings=change(BENCH, estimator="node"))
+    bench.answer(bench.compute(), blocks=(np.ones(3, np.float32), np.ones(12, np.float32)))
+    bench.hear(Channel.HEAD, bench.head(round_=2))
+    bench.wait(8 * RETRY_S)
+    bench.hear(Channel.SERVER, ServerPresence(False, 1))
+    for _ in range(30):
+        bench.wait(RETRY_S)
+        assert [each.round for each in bench.sent(Report)] == [1]
+    bench.hear(Channel.SERVER, ServerPresence(True, 2))
+    bench.wait(9 * RETRY_S)
+    assert bench.device.stage == "reporting"
+    bench.hear(Channel.ACK, Receipt(TAG, 1, Verdict.LATE))
+    kinds = [type(c) for c in bench.out]
+    assert kinds.index(GiveBack) < kinds.index(DropReport)  # A crash in between only asks again.
     assert bench.only(Compute).task.round == 2
 
 
