@@ -12,8 +12,9 @@ file                  content
 ``devices/DEVICE/``   what one board needs, to be copied to it as a folder
 ====================  =================================================================================
 
-Every file is replaced atomically and has mode 0600. ``federation.json`` is written after what it names, so that a crash
-leaves at most files that nobody refers to.
+Every file is replaced atomically and has mode 0600. ``federation.json`` names the serial number of a device's
+certificate before that is written: a crash leaves at most a number without a file, never a certificate that cannot be
+revoked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from pathlib import Path
 
 from ..edge_runtime.device_bundle import BUNDLE_NAMES, DeviceBundle
 from ..protocol.errors import ConfigError
+from ..protocol.topics import check_name
 from .brokers.credentials import SERVER_NAME, hash_password
+from .brokers.mosquitto import MAX_PACKET_BYTES, MAX_QUEUED_BYTES
 from .brokers.private_files import read_private, write_private
 from .brokers.server_tls import ServerTls
 from .certificates import Authority, check_host
@@ -67,8 +70,9 @@ acl_file {MOSQUITTO_PLACE}/rights
 use_username_as_clientid true
 # The default of 1000 acknowledges reports of a large fleet and drops them while the server is away.
 max_queued_messages 100000
+max_queued_bytes {MAX_QUEUED_BYTES}
 max_inflight_messages 500
-max_packet_size 4194304
+max_packet_size {MAX_PACKET_BYTES}
 set_tcp_nodelay true
 """
 
@@ -111,6 +115,7 @@ class CredentialFolder:
         path = path.absolute()
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(f"the folder {path} is not empty", hint="name a new one, or fedzo credentials issue")
+        check_name("federation", federation)
         names = _hosts(hosts)
         authority, key = Authority.create(f"fedzo {federation}")
         server = authority.issue(SERVER_NAME, days=days, hosts=names)
@@ -161,27 +166,31 @@ class CredentialFolder:
             The folders, one a device, each to be copied to its board.
 
         Raises:
-            ConfigError: A name or the validity cannot be used, or a file cannot be written.
+            ConfigError: A name or the validity cannot be used, and nothing is changed; or a file cannot be written.
         """
-        folders = []
-        with self._changing() as authority:
+        bundles = []
+        with _locked(self.path):
+            authority = self._begin()
             key = self.signer().public_key
+            registry = self.registry
             for name in devices:
-                old = self.registry.devices.get(name)
+                old = registry.devices.get(name)
                 password = secrets.token_urlsafe(24) if old is None or old.revoked else old.password
                 kept = () if old is None or old.revoked else (old.hashed, old.serials)
                 hashed, serials = kept or (hash_password(password), ())
                 # First, as it checks the name, which is to be a path.
                 entry = DeviceEntry(password, hashed, serials, "")
-                self.registry.with_device(name, entry)
+                registry.with_device(name, entry)
                 issued = authority.issue(name, days=days)
                 entry = DeviceEntry(password, hashed, (*serials, issued.serial), issued.expires.isoformat())
                 folder = self.path / "devices" / name
-                bundle = DeviceBundle(folder, self.registry.federation, name, password, key)
+                registry = registry.with_device(name, entry)
+                bundles.append((DeviceBundle(folder, registry.federation, name, password, key), issued))
+            self.registry = registry
+            self._save()  # before the first bundle: what is not recorded could never be revoked
+            for bundle, issued in bundles:
                 self._write_bundle(bundle, authority.certificate, issued.certificate, issued.key)
-                self.registry = self.registry.with_device(name, entry)
-                folders.append(folder)
-        return folders
+        return [bundle.folder for bundle, _ in bundles]
 
     def revoke(self, device: str) -> None:
         """Take a device's rights; a server that uses the folder sees it within seconds.
@@ -234,10 +243,16 @@ class CredentialFolder:
     def _changing(self) -> Iterator[Authority]:
         """Change `registry` inside: nobody else does meanwhile, and it is on the disk afterwards."""
         with _locked(self.path):
-            self.registry = self._read()
-            yield Authority(self._pem("ca.pem"), self._pem("ca.key"))
-            write_private(self.path / REGISTRY_NAME, self.registry.encode())
-            self._write_mosquitto()
+            yield self._begin()
+            self._save()
+
+    def _begin(self) -> Authority:
+        self.registry = self._read()
+        return Authority(self._pem("ca.pem"), self._pem("ca.key"))
+
+    def _save(self) -> None:
+        write_private(self.path / REGISTRY_NAME, self.registry.encode())
+        self._write_mosquitto()
 
     def _read(self) -> Registry:
         stamp = self._stamp()  # before: what changes while it is read must be read again

@@ -9,19 +9,22 @@ import signal
 from pathlib import Path
 
 from ...protocol.errors import BrokerError, ConfigError
+from ...protocol.wire import MAX_PAYLOAD_BYTES
 from .base import Broker
 from .child import ChildBroker, choose_port, client_host
 from .credentials import Credentials
 from .private_files import PrivateFolder, read_private, write_private
 from .server_tls import ServerTls
 
-__all__ = ["MosquittoBroker", "ServerTls", "find_mosquitto"]
+__all__ = ["MAX_PACKET_BYTES", "MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto"]
+
+MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4096  # topic and properties come on top
+MAX_QUEUED_BYTES = 256 << 20  # for each absent or slow client: 64,000 reports of 4 kB
 
 _log = logging.getLogger(__name__)
 
 # Debian puts it into /usr/sbin, which is not in the PATH of ordinary users; Homebrew into its own sbin.
 _USUAL_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
-_MAX_PACKET_BYTES = 4 << 20
 _MAX_PEM_BYTES = 1 << 20
 _MAX_REVOKED_BYTES = 64 << 20
 
@@ -166,8 +169,9 @@ class MosquittoBroker(Broker):
         lines += [
             "persistence false",
             f"max_queued_messages {self._max_queued_messages}",
+            f"max_queued_bytes {MAX_QUEUED_BYTES}",
             "max_inflight_messages 500",  # default 20; the server acknowledges whole batches after one commit
-            f"max_packet_size {_MAX_PACKET_BYTES}",
+            f"max_packet_size {MAX_PACKET_BYTES}",
             "set_tcp_nodelay true",
             "log_dest stdout",
             "log_type error",
@@ -214,6 +218,12 @@ def _unprivileged_user() -> str:
 
 
 def _give_to(user: str, folder: Path) -> None:
-    if user:
-        for path in (folder, *folder.iterdir()):
-            shutil.chown(path, user)
+    if not user:
+        return
+    import pwd
+
+    number = pwd.getpwnam(user).pw_uid
+    for path in (folder, *folder.iterdir()):
+        # The folder is the other user's from the first time on: a link in it may point to anything.
+        if not path.is_symlink():
+            os.chown(path, number, -1, follow_symlinks=False)

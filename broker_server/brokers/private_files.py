@@ -16,7 +16,7 @@ _OWNER = "owner.lock"
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically; its mode is 0600 from the first byte on.
+    """Replace a file atomically and durably; its mode is 0600 from the first byte on.
 
     Raises:
         ConfigError: The folder is missing, read-only or full.
@@ -29,6 +29,7 @@ def write_private(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).replace(path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -36,6 +37,15 @@ def write_private(path: Path, data: bytes) -> None:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}", hint="check the folder and its free space"
         ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_private(path: Path, limit_bytes: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from fedzo.broker_server.brokers import Credentials, open_broker
 from fedzo.broker_server.brokers import choose as choose_module
+from fedzo.broker_server.brokers import mosquitto as mosquitto_module
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
@@ -31,6 +33,7 @@ from fedzo.edge_runtime.transport import (
     Will,
 )
 from fedzo.protocol.errors import BrokerError, ConfigError, FedzoError
+from fedzo.protocol.wire import MAX_PAYLOAD_BYTES
 from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto
 
 Connect = Callable[..., Client]
@@ -132,6 +135,41 @@ def test_what_waited_for_the_broker_arrives_once_and_in_order(
     assert [int(listener.wait(Arrived).payload) for _ in range(20)] == list(range(20))
     speaker.wait(Delivered, message_id=last)
     assert not speaker.transport.is_pending(last)
+
+
+@needs_mosquitto
+def test_mosquitto_takes_the_largest_message_and_no_larger_ones(connect: Connect) -> None:
+    with MosquittoBroker(port=0) as broker:
+        listener = connect(broker.url, "listener", subscriptions=["f/x"])
+        speaker = connect(broker.url, "speaker")
+        speaker.transport.publish("f/x", bytes(MAX_PAYLOAD_BYTES))
+        assert len(listener.wait(Arrived).payload) == MAX_PAYLOAD_BYTES
+        assert broker._folder is not None
+        settings = (broker._folder.path / "mosquitto.conf").read_text().splitlines()
+        assert f"max_packet_size {MAX_PAYLOAD_BYTES + 4096}" in settings
+        assert f"max_queued_bytes {256 << 20}" in settings
+        stranger = connect(broker.url, "stranger")
+        # Announced to MQTT 5 clients, so that theirs is refused at once; others are disconnected.
+        with suppress(FedzoError, ValueError):
+            stranger.transport.publish("f/x", bytes(MAX_PAYLOAD_BYTES + 4096))
+        assert not [event for event in listener.idle() if isinstance(event, Arrived)]
+
+
+def test_links_in_the_brokers_folder_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, target = tmp_path / "folder", tmp_path / "target"
+    folder.mkdir()
+    target.touch()
+    (folder / "file").touch()
+    (folder / "link").symlink_to(target)
+    given = list[tuple[Path, bool]]()
+
+    def chown(path: Path, user: int, group: int, *, follow_symlinks: bool = True) -> None:
+        assert (user, group) == (os.getuid(), -1)
+        given.append((path, follow_symlinks))
+
+    monkeypatch.setattr(os, "chown", chown)
+    mosquitto_module._give_to(pwd.getpwuid(os.getuid()).pw_name, folder)
+    assert given == [(folder, False), (folder / "file", False)]
 
 
 def test_large_payloads(broker: RunningBroker, connect: Connect) -> None:

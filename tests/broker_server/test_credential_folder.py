@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import ssl
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.broker_server.brokers.private_files import write_private
 from fedzo.broker_server.certificates import Authority, check_host
 from fedzo.broker_server.credential_folder import CredentialFolder
 from fedzo.broker_server.credential_registry import Registry
@@ -237,3 +239,56 @@ def test_a_bundle_that_says_something_else_is_refused(folder: CredentialFolder, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match=r"device\.json cannot be used"):
         DeviceBundle.load(path.parent)
+
+
+@pytest.mark.parametrize("bad", ["..", "BAD", "fedzo-server"])
+def test_one_bad_name_among_good_ones_writes_nothing(folder: CredentialFolder, bad: str) -> None:
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError):
+        folder.issue(["dev-1", "kitchen", bad])
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    assert folder.registry == CredentialFolder(folder.path).registry
+
+
+def test_no_certificate_is_on_the_disk_before_its_serial_number(
+    folder: CredentialFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CredentialFolder._write_bundle
+
+    def full_after_one(self: CredentialFolder, bundle: DeviceBundle, *files: bytes) -> None:
+        if bundle.device == "dev-4":
+            raise ConfigError("the disk is full")
+        real(self, bundle, *files)
+
+    monkeypatch.setattr(CredentialFolder, "_write_bundle", full_after_one)
+    with pytest.raises(ConfigError, match="full"):
+        folder.issue(["dev-1", "dev-3", "dev-4"])
+    again = CredentialFolder(folder.path)
+    for name in ("dev-1", "dev-3"):
+        serial = certificate(folder.path / "devices" / name / "device.pem").serial_number
+        assert serial in again.registry.devices[name].serials
+        again.revoke(name)
+        assert serial in revoked_serials(again)
+    assert again.registry.devices["dev-4"].serials
+    assert not (folder.path / "devices" / "dev-4").exists()
+
+
+def test_a_federation_whose_name_is_too_long_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a valid name"):
+        CredentialFolder.create(tmp_path / "credentials", federation="f" * 60, hosts=["x"])
+    assert not (tmp_path / "credentials").exists()
+    assert CredentialFolder.create(tmp_path / "other", federation="f" * 48, hosts=["x"]).registry.hosts
+
+
+def test_a_replaced_file_and_then_its_folder_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = list[bool]()
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(handle).st_mode))
+        assert (tmp_path / "file").exists() == synced[-1], "the folder is synced after the rename"
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_private(tmp_path / "file", b"x")
+    assert synced == [False, True]
