@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +16,50 @@ from ..protocol.errors import ConfigError
 from ..protocol.manifest import Manifest
 from ..protocol.settings import RunSettings
 from ..protocol.topics import check_name
+from .journal import SqliteJournal
 
-__all__ = ["RunFolder", "default_name"]
+__all__ = ["PLACE_NAME", "RunFolder", "default_name", "has_begun"]
 
 JOURNAL_NAME = "journal.sqlite"
 ARTIFACT_NAME = "artifact"
+PLACE_NAME = "serve.json"
+NEXT_NAME = "next.json"
+_OF_A_START = {ARTIFACT_NAME, PLACE_NAME, NEXT_NAME, *(f"{JOURNAL_NAME}{end}" for end in ("", "-wal", "-shm", ".lock"))}
 
 
 def default_name(manifest: Manifest) -> str:
     """A run id out of model, time and process."""
     model = "".join(c if c.isalnum() else "-" for c in manifest.model.lower())[:24].strip("-")
     return f"{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def has_begun(path: Path) -> bool:
+    """Whether there is a run that a new one of its name must leave alone.
+
+    A server that was killed as it began leaves a folder without a journal, or with an empty one: nobody joined that
+    run. Where anything else lies there, it is no such folder, and counts as begun.
+
+    Raises:
+        ConfigError: Another process is about to begin it.
+        ArtifactError: Its journal is damaged.
+    """
+    if not path.exists():
+        return False
+    if not path.is_dir() or any(found.name not in _OF_A_START for found in path.iterdir()):
+        return True
+    journal_path = path / JOURNAL_NAME
+    if not journal_path.exists():
+        return False
+    with SqliteJournal(journal_path) as journal:  # a reader would not take a file that was hardly made
+        return journal.last_sequence > 0
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -55,30 +90,49 @@ class RunFolder:
         return RunDocument(self.path.name, self.artifact.digest.hex(), size, settings)
 
     @classmethod
-    def create(cls, runs: Path, artifact_path: Path, *, name: str | None = None) -> RunFolder:
-        """Make the folder of a new run.
+    def create(cls, runs: Path, artifact_path: Path, *, name: str | None = None, place: str | None = None) -> RunFolder:
+        """Make the folder of a new run: under a hidden name, which it loses once all of it is on the disk.
 
         Args:
             runs: Where the runs lie; made if missing.
             artifact_path: The artifact to copy; verified before and after.
             name: Run id; made from model and time by default.
+            place: Text of `serve.json`, where the run is served; only its owner can read it.
 
         Raises:
             ArtifactError: The artifact is damaged.
-            ConfigError: The folder exists or cannot be written.
+            ConfigError: The run has begun, another process makes it, or the folder cannot be written.
         """
         artifact = load_artifact(artifact_path)
         name = default_name(artifact.manifest) if name is None else name
         path = runs / check_name("run", name)
+        taken = ConfigError(
+            f"the run {path} exists already",
+            hint=f"go on with it: fedzo serve --resume {path}, or choose another --run",
+        )
+        if has_begun(path):
+            raise taken
         try:
-            path.mkdir(parents=True, exist_ok=False)
-            shutil.copytree(artifact_path, path / ARTIFACT_NAME)
-        except FileExistsError:
-            raise ConfigError(
-                f"the run {path} exists already",
-                hint=f"go on with it: fedzo serve --resume {path}, or choose another --run",
-            ) from None
+            runs.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".new", dir=runs))
+            try:
+                fresh = aside / name
+                fresh.mkdir()
+                shutil.copytree(artifact_path, fresh / ARTIFACT_NAME)
+                if place is not None:
+                    (fresh / PLACE_NAME).touch(0o600)
+                    (fresh / PLACE_NAME).write_text(place)
+                for made in (*fresh.rglob("*"), fresh):
+                    _flush(made)
+                if path.exists():
+                    path.rename(aside / "unbegun")
+                fresh.rename(path)
+                _flush(runs)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                raise taken from None
             raise ConfigError(f"cannot make the run folder {path}: {error.strerror or error}") from error
         return cls(path, load_artifact(path / ARTIFACT_NAME))
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..edge_runtime.durable import write_durably
 from ..protocol.coordinator import Coordinator
 from ..protocol.documents import RunDocument, parse
 from ..protocol.errors import ConfigError
 from ..protocol.rate_finder import range_test_settings, with_found_rate
 from ..protocol.settings import RunSettings
-from .run_folder import RunFolder
+from .run_folder import NEXT_NAME, RunFolder
 
 __all__ = ["SUFFIX", "follow_up", "plan_follow_up"]
 
 SUFFIX = "-tune"
-FILE_NAME = "next.json"
 
 
 def plan_follow_up(folder: RunFolder, settings: RunSettings) -> RunSettings:
@@ -28,7 +28,7 @@ def plan_follow_up(folder: RunFolder, settings: RunSettings) -> RunSettings:
         The settings of the range test.
     """
     run = folder.path.name.removesuffix(SUFFIX)
-    (folder.path / FILE_NAME).write_bytes(dataclasses.replace(folder.document(settings), run=run).encode())
+    write_durably(folder.path / NEXT_NAME, dataclasses.replace(folder.document(settings), run=run).encode())
     return range_test_settings(settings)
 
 
@@ -42,7 +42,7 @@ def follow_up(folder: RunFolder, coordinator: Coordinator) -> RunDocument | None
     if coordinator.range_test is None or not coordinator.finished:
         return None
     try:
-        run = parse(RunDocument, (folder.path / FILE_NAME).read_bytes())
+        run = parse(RunDocument, (folder.path / NEXT_NAME).read_bytes())
     except OSError as error:
-        raise ConfigError(f"cannot read {folder.path / FILE_NAME}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read {folder.path / NEXT_NAME}: {error.strerror or error}") from error
     return dataclasses.replace(run, settings=with_found_rate(run.settings, coordinator.range_test))

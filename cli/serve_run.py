@@ -13,7 +13,7 @@ from typing import Any
 
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
-from ..broker_server.run_folder import RunFolder, default_name
+from ..broker_server.run_folder import PLACE_NAME, RunFolder, default_name, has_begun
 from ..broker_server.server import Progress, Server
 from ..broker_server.summary import Summary, summarise
 from ..broker_server.synflow import check_synflow
@@ -36,8 +36,6 @@ from .serve_settings import PATHS, PLACE, ServeSettings
 from .serve_unit import print_unit
 
 __all__ = ["serve_run"]
-
-PLACE_NAME = "serve.json"
 
 
 def serve_run(
@@ -119,7 +117,7 @@ def _continued(settings: ServeSettings) -> tuple[ServeSettings, RunFolder | None
             "--continue needs --run NAME, and a run without --tune-rounds", hint="give both, or --resume RUN"
         )
     path = settings.runs / settings.run
-    if not path.exists():
+    if not has_begun(path):
         return settings, None
     folder = RunFolder.open(path)
     with SqliteJournal(folder.journal_path, read_only=True) as journal:
@@ -222,11 +220,9 @@ def _new_folder(settings: ServeSettings, *, port: int) -> RunFolder:
     name = settings.run
     if settings.tune_rounds:
         name = f"{name or default_name(load_artifact(settings.artifact).manifest)}{SUFFIX}"
-    folder = RunFolder.create(settings.runs, settings.artifact, name=name)
     # Where port 0 found a free one, a resumed server must come back to it: the devices know no other.
     place = {**settings.place(), "port": port}
-    (folder.path / PLACE_NAME).write_text(json.dumps(place, indent=1) + "\n")
-    return folder
+    return RunFolder.create(settings.runs, settings.artifact, name=name, place=json.dumps(place, indent=1) + "\n")
 
 
 def _first_settings(folder: RunFolder, settings: RunSettings) -> RunSettings:
@@ -236,9 +232,8 @@ def _first_settings(folder: RunFolder, settings: RunSettings) -> RunSettings:
 
 def _next_folder(folder: RunFolder, run: str) -> RunFolder:
     """A folder beside another run's, with the same artifact at the same broker."""
-    new = RunFolder.create(folder.path.parent, folder.artifact_path, name=run)
-    (new.path / PLACE_NAME).write_text((folder.path / PLACE_NAME).read_text())
-    return new
+    place = (folder.path / PLACE_NAME).read_text()
+    return RunFolder.create(folder.path.parent, folder.artifact_path, name=run, place=place)
 
 
 def _check(settings: ServeSettings, manifest: Manifest) -> None:

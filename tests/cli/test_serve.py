@@ -15,7 +15,7 @@ from fedzo.broker_server.journal import SqliteJournal, schema
 from fedzo.broker_server.replay import begin_run
 from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
-from fedzo.cli.serve_run import _test_set
+from fedzo.cli.serve_run import _continued, _new_folder, _test_set
 from fedzo.cli.serve_settings import ServeSettings
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
@@ -85,6 +85,16 @@ def test_a_journal_of_an_older_schema_goes_on(
     with closing(sqlite3.connect(path)) as new:
         assert new.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS),)
         assert new.execute("SELECT count(*) FROM entry").fetchone() == (1,)
+
+
+def test_continue_begins_a_run_that_was_killed_as_it_began(run: Path, tmp_path: Path) -> None:
+    (run / "journal.sqlite").unlink()
+    settings = ServeSettings(artifact=tmp_path / "artifact", runs=run.parent, run=run.name, continue_run=True)
+    assert _continued(settings) == (settings, None)
+    SqliteJournal(run / "journal.sqlite").close()
+    assert _continued(settings) == (settings, None)
+    folder = _new_folder(settings, port=77)
+    assert json.loads((folder.path / "serve.json").read_text())["port"] == 77
 
 
 def test_an_estimator_that_does_not_fit_leaves_no_run_behind(
