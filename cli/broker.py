@@ -74,6 +74,14 @@ def register(app: typer.Typer) -> None:
         from ..edge_runtime.device_bundle import DeviceBundle
         from ..protocol.errors import BrokerError, ConfigError
 
+        if device_credentials is not None and (device is not None or device_password_file is not None):
+            raise ConfigError("--device-credentials stands for --id and --device-password-file", hint="leave one away")
+        # Without its own file the device would be tried with FEDZO_PASSWORD, the server's.
+        if (device is None) != (device_password_file is None):
+            raise ConfigError(
+                "a device's rights are tried with its id and its password",
+                hint="give --id and --device-password-file, or --device-credentials",
+            )
         password = None
         if credentials is not None:
             from ..broker_server.credential_folder import CredentialFolder

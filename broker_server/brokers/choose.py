@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+from dataclasses import replace
 
 from ...edge_runtime.endpoint import TlsConfig
 from ...protocol.errors import BrokerError, ConfigError
@@ -38,7 +39,7 @@ def open_broker(
         credentials: Logins and rights of an own broker.
         server_tls: TLS files of an own broker.
         login: Login of the server at an external broker.
-        tls: TLS files to trust an external broker with.
+        tls: TLS files to trust an external broker with; a certificate of `server_tls` is shown to it all the same.
         client_id: MQTT client id of the server at an external broker.
 
     Raises:
@@ -48,12 +49,18 @@ def open_broker(
     if "://" in spec:
         if login is None and credentials is not None:
             login = credentials.server
-        if tls is None and server_tls is not None and spec.startswith("mqtts:"):
-            tls = server_tls.own_client()
+        if server_tls is not None and spec.startswith("mqtts:"):
+            own = server_tls.own_client()
+            tls = own if tls is None else replace(own, ca=tls.ca)
         return ExternalBroker(spec, login=login, tls=tls, client_id=client_id)
     if spec not in ("auto", "embedded", "mosquitto"):
         raise ConfigError(
             f"unknown broker {spec!r}", hint="use auto, mosquitto, embedded, mqtt://HOST:PORT or mqtts://HOST:PORT"
+        )
+    if login is not None or tls is not None:
+        raise ConfigError(
+            f"a login or a CA file for the broker {spec}, which fedzo starts itself",
+            hint="use --credentials for logins and TLS of its own, or --broker URL for one that runs already",
         )
     if spec == "mosquitto" or (spec == "auto" and find_mosquitto() is not None):
         return MosquittoBroker(host, port, credentials=credentials, tls=server_tls)

@@ -314,6 +314,10 @@ def test_wrong_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         ["mqtt://127.0.0.1", "--devices", "0"],
         ["mqtt://127.0.0.1", "--id", "A B"],
         ["mqtt://x", "--credentials", "/none"],
+        ["mqtt://127.0.0.1:1", "--id", "dev-1"],
+        ["mqtt://127.0.0.1:1", "--device-password-file", "/none"],
+        ["mqtt://127.0.0.1:1", "--device-credentials", "/none", "--id", "dev-1"],
+        ["mqtt://127.0.0.1:1", "--device-credentials", "/none", "--device-password-file", "/none"],
     ):
         assert main(["broker", "check", *arguments]) == 3
         assert "error:" in capsys.readouterr().err

@@ -13,16 +13,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedzo.broker_server.brokers import Credentials, open_broker
 from fedzo.broker_server.brokers import choose as choose_module
 from fedzo.broker_server.brokers import mosquitto as mosquitto_module
+from fedzo.broker_server.brokers.credentials import Login
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.broker_server.brokers.private_files import PrivateFolder
+from fedzo.broker_server.brokers.server_tls import ServerTls
+from fedzo.edge_runtime.endpoint import TlsConfig
 from fedzo.edge_runtime.transport import (
     Arrived,
     Connected,
@@ -325,6 +329,23 @@ def test_mosquitto_takes_new_devices_without_dropping_the_others(connect: Connec
 
         wait_until(joined)
         assert not [event for event in first.idle() if isinstance(event, Disconnected)]
+
+
+@pytest.mark.parametrize("spec", ["auto", "mosquitto", "embedded"])
+@pytest.mark.parametrize("given", [{"login": Login("x", "y")}, {"tls": TlsConfig(Path("ca.pem"))}])
+def test_a_login_for_a_broker_of_ones_own_is_refused(spec: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="starts itself") as caught:
+        open_broker(spec, port=0, **given)
+    assert "--credentials" in caught.value.hint
+    assert "--broker URL" in caught.value.hint
+
+
+def test_another_authority_for_the_broker_keeps_the_servers_certificate() -> None:
+    files = ServerTls(Path("server.pem"), Path("server.key"), Path("ca.pem"))
+    broker = open_broker("mqtts://x", server_tls=files, tls=TlsConfig(Path("other.pem")))
+    assert broker.tls == TlsConfig(Path("other.pem"), Path("server.pem"), Path("server.key"))
+    assert open_broker("mqtts://x", server_tls=files).tls == files.own_client()
+    assert open_broker("mqtts://x", tls=TlsConfig(Path("other.pem"))).tls == TlsConfig(Path("other.pem"))
 
 
 # ---------------------------------------------------------------------- starting, dying
