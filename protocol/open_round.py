@@ -101,7 +101,7 @@ class OpenRound:
             What it is told, and why not.
         """
         if device in self.reports:
-            return Verdict.DUPLICATE, ""
+            return self._roster.members[device].verdict_again(report), ""
         try:
             self.check(device, report, manifest, weights_digest)
         except ProtocolError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .documents import Hello, Order, Presence, Status
-from .messages import Decline, Report, ReportKind
+from .messages import Decline, Report, ReportKind, Verdict
 from .participants import unpack_participants
 
 __all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
@@ -23,6 +23,7 @@ _KEPT = (
     "status",
     "refused_round",
     "counted_round",
+    "declined_round",
     "query_ms",
     "weights_digest",
     "micro_batch",
@@ -46,6 +47,7 @@ class Member:
         refused_round: Last round in which its report was refused; -1 for none.
         garbled_round: Last round in which it sent what is no message; -1 for none.
         counted_round: Last round of which a report of it was accepted; -1 for none.
+        declined_round: Last round of which one without scalars was accepted; -1 for none.
         query_ms: Time of one of its forward passes in training, smoothed over its reports; 0 if none has said.
         weights_digest: What it last said of its weights, hex.
         planned_peak_mib: What its memory plan says.
@@ -64,6 +66,7 @@ class Member:
     refused_round: int = -1
     garbled_round: int = -1
     counted_round: int = -1
+    declined_round: int = -1
     query_ms: float = 0.0
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
@@ -109,6 +112,8 @@ class Member:
         """
         self.silent = False
         self.counted_round = max(self.counted_round, report.round)
+        if not report.blocks:
+            self.declined_round = max(self.declined_round, report.round)
         if report.kind is ReportKind.PROBE and report.queries:
             took = max(report.elapsed_ms, LEAST_MS) / report.queries
             self.query_ms = (self.query_ms + took) / 2 if self.query_ms else took
@@ -121,6 +126,10 @@ class Member:
         if report.decline is Decline.OVER_BUDGET:
             half = report.micro_batch // 2
             self.micro_batch_limit = half if self.micro_batch_limit is None else min(half, self.micro_batch_limit)
+
+    def verdict_again(self, report: Report) -> Verdict:
+        """What one more report of a round is told: its scalars count nowhere where the first report had none."""
+        return Verdict.LATE if report.blocks and report.round == self.declined_round else Verdict.DUPLICATE
 
     def _start_session(self, session: int) -> None:
         if session > self.session:

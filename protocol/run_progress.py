@@ -18,7 +18,7 @@ from .blocks import Deal
 from .coordinator_events import ServerEvaluated
 from .dealing import deals_of
 from .documents import Announcement, Phase, RunDocument
-from .errors import FedzoError, ProtocolError
+from .errors import ConfigError, FedzoError, ProtocolError
 from .layer_densities import read_mask
 from .manifest import Manifest
 from .mask import Mask
@@ -45,7 +45,7 @@ class RunProgress:
         manifest: The artifact.
 
     Raises:
-        ConfigError: The artifact cannot be pruned like this.
+        ConfigError: The artifact cannot be pruned like this, or no update has room for the quorum.
 
     Attributes:
         mask: The survivors.
@@ -65,12 +65,28 @@ class RunProgress:
         self.range_test = RangeTest() if run.training.schedule == "range" else None
         check_pruning(manifest, run.settings)
         self._set_mask(Mask.dense(manifest.layout), b"")
+        self._check_room()
 
     def _set_mask(self, mask: Mask, encoded: bytes) -> None:
         self.mask, self._mask_size = mask, len(encoded)
         self.mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
         self.replica = start_replica(self._run, self._manifest, mask)
         self._adaptation = Adaptation(self._run.training)
+
+    @property
+    def room(self) -> int:
+        """How many devices a round of training may ask: the scalars and segments of all must fit one update."""
+        return MAX_PARTICIPANTS // (len(self.replica.blocks) * (1 + self._run.settings.staleness))
+
+    def _check_room(self) -> None:
+        settings, room, n_blocks = self._run.settings, self.room, len(self.replica.blocks)
+        for name, value in (("quorum", settings.quorum), ("close at", settings.close_at)):
+            if value > room:
+                raise ConfigError(
+                    f"{name} is {value}, but a round of training may ask {room} devices: {MAX_PARTICIPANTS} over "
+                    f"{n_blocks} blocks of weights and {1 + settings.staleness} rounds that may count in an update",
+                    hint=f"--{name.replace(' ', '-')} {max(room, 1)} or less, fewer sections, or a smaller --staleness",
+                )
 
     @property
     def awaits_mask(self) -> bool:
@@ -98,10 +114,10 @@ class RunProgress:
             phase: What it is for.
             round_: Its number.
             ready: Devices that it can count on, in the order of ordinals; :func:`~.selection.select` draws from them.
-                The more blocks there are, the fewer devices one update has room for.
+                The more blocks there are, the fewer devices one update has room for (:attr:`room`).
         """
         settings = self._run.settings
-        most = MAX_PARTICIPANTS // (len(self.replica.blocks) * (1 + settings.staleness))
+        most = self.room if phase == "train" else MAX_PARTICIPANTS
         wanted = settings.participants if phase != "done" else 0
         members = select(settings.seed, round_, ready, wanted=wanted, most=most)
         has_log, training, k = phase != "saliency", self._run.training, self._adaptation.k or self._run.training.k

@@ -147,7 +147,7 @@ class LateReports:
         """
         closed = self._of(report.round)
         if report.round == member.counted_round or (closed is not None and member.name in closed.counted):
-            return Verdict.DUPLICATE, ""
+            return member.verdict_again(report), ""
         if closed is None or not report.blocks:
             return Verdict.LATE, ""
         try:

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 
+from fedzo.protocol import run_progress
+from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.documents import Hello
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.messages import Decline, Receipt, UpdateRecord, Verdict
+from fedzo.protocol.participants import unpack_participants
 from fedzo.protocol.roster import Member
+from fedzo.protocol.run_progress import RunProgress
 from fedzo.protocol.selection import select
 from fedzo.protocol.settings import RunSettings
 from fedzo.protocol.topics import Channel
 from tests.protocol.simulation.desk import SETTINGS, Desk, change, check_order
+from tests.protocol.simulation.fakes import cut_manifest, run_document
 
 
 def members(*ordinals: int) -> list[Member]:
@@ -55,6 +60,24 @@ def test_too_many_take_turns() -> None:
     assert turns[0] == [0, 1, 2, 3]
     assert turns[2] == [0, 1, 8, 9]
     assert set(Counter(i for turn in turns for i in turn).values()) == {2}
+
+
+@pytest.mark.parametrize(("phase", "asked"), [("train", 3), ("saliency", 8), ("evaluate", 8), ("done", 8)])
+def test_only_what_goes_into_an_update_has_to_fit_one(phase: Any, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_progress, "MAX_PARTICIPANTS", 12)
+    settings = change(SETTINGS, estimator="node", staleness=1, quorum=3)
+    progress = RunProgress(run_document(settings), cut_manifest())
+    head = progress.announce(phase, 1, members(*range(8)))
+    assert unpack_participants(head.participants).size == asked
+
+
+@pytest.mark.parametrize(("quorum", "close_at", "name"), [(4001, 0, "quorum"), (2, 4001, "close at")])
+def test_a_quorum_that_no_update_has_room_for_is_refused_at_the_start(quorum: int, close_at: int, name: str) -> None:
+    settings = change(SETTINGS, estimator="node", staleness=2, devices=9000, quorum=quorum, close_at=close_at)
+    with pytest.raises(ConfigError, match=f"{name} is 4001, .* may ask 4000 devices: 24000 over 2 blocks") as caught:
+        Coordinator(run_document(settings), cut_manifest(), birth=1)
+    assert caught.value.hint.startswith(f"--{name.replace(' ', '-')} 4000 or less")
+    Coordinator(run_document(change(settings, staleness=1)), cut_manifest(), birth=1)
 
 
 # --- rounds that ask for more than they need ------------------------------------------------------------------------

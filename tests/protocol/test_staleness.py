@@ -285,6 +285,25 @@ def test_hostile_late_reports_are_refused_once(name: str) -> None:
     check_order(desk.trace)
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("is_restarted", [True, False])
+def test_scalars_after_a_decline_are_late(staleness: int, is_open: bool, is_restarted: bool) -> None:
+    """Not a duplicate: that would tell the device that its scalars have counted."""
+    desk = Desk(change(SETTINGS, staleness=staleness, rounds=9)).connect().join()
+    late = desk.measure("d")
+    desk.decline("d", why=Decline.NO_DATA)
+    desk.report(*(("a",) if is_open else ("a", "b", "c")))
+    if is_restarted:
+        desk = Desk(desk.settings, journal=desk.journal).connect().join()
+    assert (desk.head.round == 1) == is_open
+    again = dataclasses.replace(late, blocks=(), decline=Decline.NO_DATA)
+    for message, verdict in ((late, Verdict.LATE), (again, Verdict.DUPLICATE)):
+        desk.say("d", message, Channel.REPORT)
+        assert desk.sent(Receipt) == [Receipt(TAG, 1, verdict)]
+    assert sum(kind == "report" and name == "d" for kind, _, name, _ in desk.journal) == 1
+
+
 def test_a_late_report_that_declines_leaves_no_trace() -> None:
     desk = Desk(LATE).connect().join()
     late = desk.measure("d")
