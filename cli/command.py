@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .broker_url import without_password
 from .config import Resolved
 from .output import Output
 
@@ -139,6 +140,9 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
 
 def show_config(output: Output, resolved: Resolved[Any]) -> None:
     """What ``--show-config`` prints: every setting, its value and its origin."""
-    rows = list(resolved.rows())
+    rows = [
+        (name, without_password(value) if isinstance(value, str) else value, origin)
+        for name, value, origin in resolved.rows()
+    ]
     output.table(("setting", "value", "origin"), rows)
     output.result({"settings": {name: {"value": value, "origin": str(origin)} for name, value, origin in rows}})

@@ -49,7 +49,7 @@ class Operations:
     """
 
     def __init__(self, output: Output, metrics: str | None, stack: ExitStack) -> None:
-        self._service = ServiceManager()
+        self._service, self._stack, self._is_announced = ServiceManager(), stack, False
         self._health = Health()
         watchers: list[Telemetry] = [EventLog(), _Feeder(self._service)]
         self.url, self._metrics = "", None
@@ -78,11 +78,12 @@ class Operations:
         if self._metrics is not None:
             self._metrics.attach(lambda: server.state)
         with noted(folder.path, self.url):
-            self._service.ready()
-            try:
-                yield
-            finally:
-                self._service.stopping()
+            if not self._is_announced:
+                self._is_announced = True
+                self._service.ready()
+                # After the last run, not after a range test; and before the broker, which the stack has held longer.
+                self._stack.callback(self._service.stopping)
+            yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Final
 
 from ..edge_runtime.unit_file import HARDENING, quoted, unit_path
 from ..protocol.errors import ConfigError
+from .broker_url import has_password
 from .output import Output
 from .serve_settings import ServeSettings
 
@@ -58,6 +59,17 @@ def server_unit(
         raise ConfigError("every start would be a new run", hint="give --run NAME, or --resume RUN")
     if environment.get(_PASSWORD):
         raise ConfigError(f"everybody can read a unit, and {_PASSWORD} is set", hint="put it into a --password-file")
+    given = (*arguments, *(value for name, value in environment.items() if _is_setting(name)))
+    if any(has_password(text) for text in given):
+        raise ConfigError(
+            "everybody can read a unit, and the broker's URL has a password",
+            hint="give --username and a --password-file",
+        )
+    if settings.tune_rounds or settings.training.schedule == "range":
+        raise ConfigError(
+            "a unit starts one run again and again, and a range test is followed by another",
+            hint="find the rate without --systemd, then make a unit for the run: --resume RUN",
+        )
     outside = _outside(settings, has_runs=has_runs)
     if outside and not user:
         raise ConfigError(

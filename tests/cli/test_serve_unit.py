@@ -15,6 +15,7 @@ from fedzo.cli.main import main
 from fedzo.cli.serve_settings import ServeSettings
 from fedzo.cli.serve_unit import server_unit, server_unit_name
 from fedzo.protocol.errors import ConfigError
+from fedzo.protocol.rate_finder import range_test_settings
 from tests.edge_runtime.conftest import write_artifact
 
 SETTINGS = ServeSettings(artifact=Path("artifact"), run="r1")
@@ -107,6 +108,9 @@ def test_a_resumed_run_is_resumed_again() -> None:
         (ServeSettings(artifact=Path("artifact")), {}, "new run"),
         (SETTINGS, {"FEDZO_PASSWORD": "hunter2"}, "everybody can read a unit"),
         (SETTINGS, {"FEDZO_X": "a\nUser=root"}, "holds a character"),
+        (SETTINGS, {"FEDZO_BROKER": "mqtts://me:hunter2@broker"}, "the broker's URL has a password"),
+        (dataclasses.replace(SETTINGS, tune_rounds=60), {}, "range test"),
+        (range_test_settings(SETTINGS), {}, "range test"),
         (dataclasses.replace(SETTINGS, credentials=Path("/etc/fl")), {}, "cannot use /etc/fl"),
     ],
 )
@@ -114,6 +118,26 @@ def test_what_makes_no_unit(settings: ServeSettings, environment: dict[str, str]
     with pytest.raises(ConfigError, match=words) as caught:
         unit(settings, environment=environment)
     assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize("words", [("--broker", "mqtt://me:hunter2@h"), ("--broker=MQTT://me:hun/ter2@h",)])
+def test_no_password_of_a_flag_is_printed(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="has a password") as caught:
+        unit(arguments=(*ARGUMENTS, *words))
+    assert "--password-file" in caught.value.hint
+    assert "mqtt://me@h:1883" in command(unit(arguments=(*ARGUMENTS, "--broker", "mqtt://me@h:1883")))
+
+
+@pytest.mark.parametrize("json_", [(), ("--json",)])
+def test_show_config_hides_a_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], json_: tuple[str, ...]
+) -> None:
+    write_artifact(tmp_path / "artifact")
+    monkeypatch.setenv("FEDZO_BROKER", "mqtt://me:hunt:e@r2@h")
+    assert main(["serve", str(tmp_path / "artifact"), "--sparsity", "0", "--show-config", *json_]) == 0
+    out, err = capsys.readouterr()
+    assert "mqtt://me:***@h" in out + err
+    assert "r2" not in (out + err).replace(str(tmp_path), "")
 
 
 def test_no_word_adds_a_line() -> None:
