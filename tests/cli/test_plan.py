@@ -76,6 +76,7 @@ def test_fill_and_pruning_are_those_of_the_run(artifact: Path) -> None:
     )
     more = filled[1].memory.planned_peak_mib - usual[1].memory.planned_peak_mib
     assert more > 4 * (layout.size - survivors) / (1 << 20)
+    method: Any
     for method in ("diagonal", "ntk-sap"):
         assert plan_board(manifest, 160.0, RunSizes(pruning=method)).phases == usual
     for method in ("synflow", "magnitude", "erk", "random"):

@@ -333,6 +333,7 @@ def test_sketches_can_always_be_compared(estimator: Any) -> None:
 
 def test_the_quorum_must_outvote_the_hostile() -> None:
     shared = TrainingSettings(assignment="shared")
+    name: Any
     for name, quorum in (("median", 5), ("trimmed-mean", 5), ("krum", 7), ("multi-krum", 7)):
         RunSettings(training=shared, quorum=quorum, aggregation=AggregationSettings(name, 2))
         with pytest.raises(ConfigError, match=f"needs {quorum} reports against 2") as caught:

@@ -224,7 +224,7 @@ def test_a_device_without_documents_knocks_ever_more_rarely() -> None:
     """A broker that did not keep what is retained, or not on this node of a cluster."""
     bench = Bench().connect()
     assert bench.sent(Hello) == []  # What is retained is on its way.
-    times = []
+    times: list[float] = []
     while len(times) < 7:
         bench.now = bench.device.wakeup or 0.0
         bench.give(Tick())

@@ -35,7 +35,9 @@ from tests.protocol.strategies import documents
 
 GOLDEN: dict[str, str] = json.loads(PAYLOADS.read_text(encoding="utf-8"))["documents"]
 KINDS: dict[str, type[Document]] = {
-    kind.KIND: kind for kind in Document.__subclasses__() if kind.KIND != Announcement.KIND  # which is binary
+    kind.KIND: kind
+    for kind in Document.__subclasses__()
+    if kind.KIND != Announcement.KIND  # which is binary
 }
 
 
