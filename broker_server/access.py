@@ -87,14 +87,20 @@ class AccessWatch:
                 self._folder.reload()
                 self._take()
                 # The broker last: what it may not be able to do must not keep the coordinator from doing its part.
-                self._broker.update_credentials(self._folder.registry.credentials())
-            except FedzoError as error:
+                is_told = self._broker.update_credentials(self._folder.registry.credentials())
+            except (FedzoError, OSError, LookupError) as error:  # A thread that ends would miss every later change.
                 if not self._is_failing:  # Once; it is tried again as long as it fails.
-                    _log.error("the changed credentials are not in force: %s", error.message, extra=_EVENT)
+                    _log.error("the changed credentials are not in force: %s", error, extra=_EVENT)
                 self._is_failing = True
                 continue
             self._is_failing = False
-            _log.warning("the credentials have changed and are in force", extra=_EVENT)
+            if is_told:
+                _log.warning("the credentials have changed and are in force", extra=_EVENT)
+            else:
+                text = (
+                    "the credentials have changed: this server follows them, its broker not before it is told to reload"
+                )
+                _log.warning(text, extra=_EVENT)
 
     def _take(self) -> None:
         admitted = self._folder.registry.admitted()

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         "credentials",
         """Let in your own boards and nobody else: a certificate authority, certificates, passwords and topic rights.
 
-        A change takes effect within seconds, without a restart of the server or of its broker.
+        A change takes effect within seconds, without a restart of the server or of a broker that it started.
 
         Example:
             $ fedzo credentials init --host server.local
@@ -113,13 +113,15 @@ def revoke(
 ) -> None:
     """Take a board's rights: it is disconnected, and neither its certificate nor its password is good any more.
 
-    A running `fedzo serve --credentials` sees it within seconds. What the board reported before still counts.
+    A running `fedzo serve --credentials` sees it within seconds, as does the broker that it started. One that somebody
+    else runs needs the new files. What the board reported before still counts.
 
     Example:
         $ fedzo credentials revoke garden
     """
     made = _open(folder)
     made.revoke(device)
+    output.say(f"a broker that fedzo did not start must be given {folder / 'mosquitto'} again and reload it")
     output.say(f"{device} is revoked; `fedzo credentials issue {device}` would let it in again, with new credentials")
     output.result({"revoked": device, "admitted": sorted(made.registry.admitted())})
 

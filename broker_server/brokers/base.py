@@ -55,8 +55,11 @@ class Broker(ABC):
         """Say in a line why it will not come back by itself; None while it is alive, restarting, or stopped."""
 
     @abstractmethod
-    def update_credentials(self, credentials: Credentials) -> None:
+    def update_credentials(self, credentials: Credentials) -> bool:
         """Take over logins and rights while it runs: who has none any more is disconnected, the others are not.
+
+        Returns:
+            Whether it did; False for a broker that whoever runs it must tell.
 
         Raises:
             ConfigError: The broker was made without credentials, or its files cannot be written.

@@ -97,13 +97,14 @@ class EmbeddedBroker(Broker):
         """Say how the process died for good."""
         return self._child.failure() if self._child else None
 
-    def update_credentials(self, credentials: Credentials) -> None:
-        """Take over new logins; see `Broker.update_credentials`."""
+    def update_credentials(self, credentials: Credentials) -> bool:
+        """Take over new logins, no revocation list; see `Broker.update_credentials`."""
         if self.credentials is None:
             raise ConfigError("this broker was started without credentials; restart it with them")
         self.credentials = credentials
         if self._child is not None:
             self._child.replace_input(self._settings())
+        return True
 
     def _settings(self) -> bytes:
         """One line of JSON for the child's standard input: passwords must not show up in the process list."""

@@ -81,9 +81,10 @@ class ExternalBroker(Broker):
         except OSError:
             return False
 
-    def update_credentials(self, credentials: Credentials) -> None:
+    def update_credentials(self, credentials: Credentials) -> bool:
         """Do nothing: its own administrator looks after it. The coordinator refuses whoever has lost the rights."""
         _log.info("%s must be told of %d devices by its administrator", self.url, len(credentials.devices))
+        return False
 
     def failure(self) -> str | None:
         """Return None: whoever runs it may bring it back at any time, and clients try for ever."""

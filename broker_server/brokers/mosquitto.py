@@ -136,7 +136,7 @@ class MosquittoBroker(Broker):
         """Say how mosquitto died for good."""
         return self._child.failure() if self._child else None
 
-    def update_credentials(self, credentials: Credentials) -> None:
+    def update_credentials(self, credentials: Credentials) -> bool:
         """Take over new logins and the revocation list; see `Broker.update_credentials`.
 
         On SIGHUP Mosquitto reads them again (measured with 2.0.11): who has no login any more is disconnected, the
@@ -150,6 +150,7 @@ class MosquittoBroker(Broker):
             self._write_revoked(self._folder.path)
             _give_to(_unprivileged_user(), self._folder.path)
             self._child.signal(signal.SIGHUP)
+        return True
 
     def _write_files(self, folder: Path) -> Path:
         # A listener's own: without it a device with its own password takes over another's session by its client id.

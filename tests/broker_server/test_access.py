@@ -32,11 +32,14 @@ class Broker(ExternalBroker):
         super().__init__("mqtt://127.0.0.1:1")
         self.told: list[Credentials] = []
         self.refuses = False
+        self.error: Exception = BrokerError("not now")
+        self.takes = True
 
-    def update_credentials(self, credentials: Credentials) -> None:
+    def update_credentials(self, credentials: Credentials) -> bool:
         if self.refuses:
-            raise BrokerError("not now")
+            raise self.error
         self.told.append(credentials)
+        return self.takes
 
 
 @pytest.fixture
@@ -94,6 +97,32 @@ def test_a_change_of_the_folder_takes_effect(folder: CredentialFolder, caplog: p
     assert dismissed[-1] == {"dev-3"}
     failures = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(failures) == 1, "once, not once a second"
+
+
+@pytest.mark.parametrize("error", [OSError("no child"), KeyError("no user")])
+def test_no_error_of_the_broker_ends_the_watch(folder: CredentialFolder, error: Exception) -> None:
+    broker, access = Broker(), Access(folder.signer(), folder)
+    broker.refuses, broker.error = True, error
+    with AccessWatch(CredentialFolder(folder.path), access, broker, lambda _: None):
+        folder.revoke("dev-1")
+        wait_until(lambda: not access.admits("dev-1"))
+        time.sleep(0.1)
+        broker.refuses = False
+        wait_until(lambda: len(broker.told) == 1)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_in_force_is_said_only_where_it_is_so(
+    folder: CredentialFolder, takes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker, access = Broker(), Access(folder.signer(), folder)
+    broker.takes = takes
+    with AccessWatch(CredentialFolder(folder.path), access, broker, lambda _: None):
+        folder.revoke("dev-1")
+        wait_until(lambda: "the credentials have changed" in caplog.text)
+    assert ("are in force" in caplog.text) == takes
+    assert ("told to reload" in caplog.text) != takes
+    assert ExternalBroker("mqtt://x").update_credentials(folder.registry.credentials()) is False
 
 
 def test_a_damaged_registry_changes_nothing(folder: CredentialFolder) -> None:
