@@ -66,7 +66,8 @@ def test_the_limits_of_mosquitto_are_the_codes(tmp_path: Path) -> None:
     config = (tmp_path / "mosquitto.conf").read_text()
     assert "max_queued_messages 100000\n" in config
     assert "max_inflight_messages 500\n" in config
-    assert "| 100,000 messages for an absent client, 500 in flight |" in PAGE
+    assert f"max_queued_bytes {256 << 20}\n" in config
+    assert "| 100,000 messages and 256 MiB for an absent client, 500 in flight, 260 KiB a packet |" in PAGE
 
 
 def test_every_event_has_a_name_on_the_page() -> None:
