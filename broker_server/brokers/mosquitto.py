@@ -49,6 +49,7 @@ class MosquittoBroker(Broker):
         credentials: Credentials | None = None,
         tls: ServerTls | None = None,
         max_queued_messages: int = 100_000,
+        max_packet_bytes: int = MAX_PACKET_BYTES,
         program: str | None = None,
     ) -> None:
         """Prepare; nothing is written or started.
@@ -60,6 +61,7 @@ class MosquittoBroker(Broker):
             tls: Makes the listener a TLS listener; the server then gets a plain one of its own on loopback.
             max_queued_messages: Per absent or slow client. Mosquitto's default of 1000 acknowledges and then drops
                 reports of a large fleet while the server is away; allow four per device.
+            max_packet_bytes: Of one packet; a client with a larger one is thrown out.
             program: Path of mosquitto; searched for when None.
 
         Raises:
@@ -76,7 +78,7 @@ class MosquittoBroker(Broker):
         self._port = port
         self._local_port = 0
         self._tls = tls
-        self._max_queued_messages = max_queued_messages
+        self._max_queued_messages, self._max_packet_bytes = max_queued_messages, max_packet_bytes
         self._folder: PrivateFolder | None = None
         self._child: ChildBroker | None = None
         self.credentials = credentials
@@ -172,7 +174,7 @@ class MosquittoBroker(Broker):
             f"max_queued_messages {self._max_queued_messages}",
             f"max_queued_bytes {MAX_QUEUED_BYTES}",
             "max_inflight_messages 500",  # default 20; the server acknowledges whole batches after one commit
-            f"max_packet_size {MAX_PACKET_BYTES}",
+            f"max_packet_size {self._max_packet_bytes}",
             "set_tcp_nodelay true",
             "log_dest stdout",
             "log_type error",
