@@ -81,8 +81,7 @@ def release_code() -> int:
     if not _small or sys.platform != "linux":
         return 0
     try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        candidates = list(_candidates(lines))
+        candidates = list(_candidates())
         if any(line not in _clean for line, _, _ in candidates):
             _clean.update(_cleanliness())
         advise = ctypes.CDLL(None).madvise
@@ -92,13 +91,18 @@ def release_code() -> int:
     return sum(advise(start, end - start, _MADV_DONTNEED) == 0 for line, start, end in candidates if _clean.get(line))
 
 
-def _candidates(lines: list[str]) -> Iterator[tuple[str, int, int]]:
+def _candidates() -> Iterator[tuple[str, int, int]]:
     """Read-only private mappings of files that are mapped as code too: libraries, which are never unmapped."""
-    found = [(line, match) for line in lines if (match := _MAP.fullmatch(line))]
-    libraries = {match[4] for _, match in found if "x" in match[3]}
-    for line, match in found:
+    libraries = {match[4] for match in _mappings() if "x" in match[3]}
+    for match in _mappings():
         if match[3] in ("r-xp", "r--p") and match[4] in libraries:
-            yield line, int(match[1], 16), int(match[2], 16)
+            yield match[0].rstrip("\n"), int(match[1], 16), int(match[2], 16)
+
+
+def _mappings() -> Iterator[re.Match[str]]:
+    """Mappings of files, line by line: the whole table of a process with many libraries is hundreds of KiB."""
+    with Path("/proc/self/maps").open(encoding="utf-8", errors="surrogateescape") as file:
+        yield from filter(None, map(_MAP.fullmatch, file))
 
 
 def _cleanliness() -> dict[str, bool]:

@@ -1,7 +1,9 @@
 """Fixtures for every test."""
 
+import pytest
 from hypothesis import settings
 
+from fedzo.edge_runtime import resident
 from tests.board_fixture import board_venv, wheel
 from tests.broker_fixtures import broker, connect, mosquitto, proxy
 
@@ -10,3 +12,9 @@ __all__ = ["board_venv", "broker", "connect", "mosquitto", "proxy", "wheel"]
 # A limit of wall time for one example says more about a busy machine than about the code.
 settings.register_profile("fedzo", deadline=None)
 settings.load_profile("fedzo")
+
+
+@pytest.fixture(autouse=True)
+def _as_large_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that ran in this process leaves its way with memory to no later test."""
+    monkeypatch.setattr(resident, "_small", resident._small)

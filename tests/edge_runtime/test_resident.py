@@ -80,8 +80,7 @@ def test_pages_that_were_written_stay() -> None:
 resident.keep_small()
 import numpy, ssl
 clean = resident._cleanliness()
-lines = open("/proc/self/maps").read().splitlines()
-chosen = {line for line, _, _ in resident._candidates(lines) if clean.get(line)}
+chosen = {line for line, _, _ in resident._candidates() if clean.get(line)}
 dirty, current = set(), ""
 for text in open("/proc/self/smaps"):
     if resident._MAP.fullmatch(text):
@@ -95,6 +94,27 @@ print(json.dumps([len(dirty), len(dirty & chosen)]))
     )
     assert dirty > 5
     assert released == 0
+
+
+def test_the_table_of_mappings_is_never_held_at_once() -> None:
+    """Its text grew with what a process has mapped, and a plan knew nothing of it."""
+    table, peak = run(
+        _STATUS
+        + """
+resident.keep_small()
+import mmap, tempfile, tracemalloc, numpy
+file = tempfile.TemporaryFile()
+file.truncate(mmap.PAGESIZE)
+kept = [mmap.mmap(file.fileno(), mmap.PAGESIZE, mmap.MAP_PRIVATE, mmap.PROT_READ) for _ in range(3000)]
+resident.release_code()
+tracemalloc.start()
+resident.release_code()
+_, peak = tracemalloc.get_traced_memory()
+print(json.dumps([len(open("/proc/self/maps").read()), peak]))
+"""
+    )
+    assert table > 200_000
+    assert peak < table / 4
 
 
 def test_a_large_block_goes_back_when_it_is_freed() -> None:
