@@ -68,7 +68,7 @@ class JoinSettings:
         log_file: Where the log goes instead of stderr; rotated, see :mod:`.logs`.
         credentials: Folder that ``fedzo credentials issue`` made for this device: id, federation, password,
             certificates and the run's key.
-        run_key: Public key that runs must be signed with, 64 hex digits; that of the first run when None.
+        run_key: Public key that runs must be signed with, 64 hex digits; that of the first run that answers when None.
     """
 
     url: str
@@ -196,7 +196,9 @@ def join(
             federation=settings.federation,
             retry_s=settings.retry,
             say=say,
-            run_key=RunKey(state.folder / "run-key", settings.federation, state.device, given=run_key, say=say),
+            run_key=RunKey(
+                state.folder / "run-key", settings.federation, state.device, state.session, given=run_key, say=say
+            ),
         )
         say(f"device {state.device}: {train} training and {held} test samples, session {state.session}")
         try:

@@ -1,5 +1,8 @@
 """The key that a board trusts its runs to be signed with: given, or that of the first run, and no other ever after.
 
+The first run is the first one whose server answers this process, with an order for its session that the run's key has
+signed. A broker keeps the documents of runs that are over; their keys are only tried.
+
 The pin lies in the state folder, so it holds over restarts. Whoever runs the broker, or stands between it and the
 board, can then delay or drop what the server says, but not change it: artifact, settings, mask, announced rounds and
 orders, see ``protocol/signed.py``.
@@ -11,6 +14,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ..protocol.documents import Order, parse
 from ..protocol.ed25519 import is_public_key, verify
 from ..protocol.errors import ArtifactError, ConfigError, ProtocolError
 from ..protocol.signed import check, detach, is_signed, signed_bytes
@@ -49,6 +53,7 @@ class RunKey:
         path: File of the pin; it need not exist.
         federation: Name of the federation.
         device: The device id.
+        session: Its boot counter, which an answer names; no two starts have the same.
         given: A key to trust instead of the pinned one; it becomes the pin.
         say: Takes one line for people when a key is trusted for the first time.
 
@@ -61,12 +66,15 @@ class RunKey:
         path: Path,
         federation: str,
         device: str,
+        session: int,
         *,
         given: bytes | None = None,
         say: Callable[[str], None] = _log.info,
     ) -> None:
         self._path, self._federation, self._device, self._say = path, federation, device, say
+        self._session = session
         self._key = self._pinned()
+        self._tried: bytes | None = None  # of a run that nobody has answered for yet
         self._is_proven = False
         self._early: Arrived | None = None
         self._latest: dict[Channel, bytes] = {}
@@ -75,7 +83,7 @@ class RunKey:
 
     @property
     def key(self) -> bytes | None:
-        """The trusted key, 32 bytes; None before the first run."""
+        """The trusted key, 32 bytes; None before a server has answered."""
         return self._key
 
     def open(self, arrived: Arrived) -> bytes | None:
@@ -96,7 +104,9 @@ class RunKey:
         elif self._key is None:
             if place.channel is Channel.HEAD:
                 self._early = arrived
-            return None
+            if place.channel is not Channel.COMMAND or self._tried is None:
+                return None
+            document = self._open_answer(payload, self._tried)
         else:
             device = self._device if place.device else ""  # Signed for another one, it is not signed for this one.
             document = check(self._federation, place.channel, device, payload, self._key)
@@ -104,7 +114,7 @@ class RunKey:
         return document
 
     def early(self) -> Arrived | None:
-        """An announcement that came before the first key, once there is a key; once."""
+        """An announcement that came before there was a trusted key, once there is one; once."""
         if self._key is None or self._early is None:
             return None
         arrived, self._early = self._early, None
@@ -115,9 +125,10 @@ class RunKey:
         if not verify(key, signed_bytes(self._federation, Channel.RUN, "", document), signature):
             raise ProtocolError("the run's document is not signed")
         if self._key is None:
-            self._pin(key)
-            self._say(f"from now on runs must be signed with the key of this one, {key.hex()}")
-        elif key != self._key:
+            self._tried = key
+            self._latest.clear()  # What another key has signed is no repetition.
+            return document
+        if key != self._key:
             if self._is_proven:
                 raise ProtocolError(f"a run's document is signed with another key, {key.hex()}")
             raise ArtifactError(
@@ -126,6 +137,15 @@ class RunKey:
                 "else somebody else serves under the server's address",
             )
         self._is_proven = True
+        return document
+
+    def _open_answer(self, payload: bytes, tried: bytes) -> bytes:
+        """An order, which makes the key of the run that it came for the trusted one if it answers this session."""
+        document = check(self._federation, Channel.COMMAND, self._device, payload, tried)
+        if parse(Order, document).session == self._session:
+            self._pin(tried)
+            self._is_proven = True
+            self._say(f"from now on runs must be signed with the key of this one, {tried.hex()}")
         return document
 
     def _pinned(self) -> bytes | None:

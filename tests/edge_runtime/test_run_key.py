@@ -10,11 +10,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedzo.broker_server.signing import RunSigner
 from fedzo.edge_runtime.mqtt_types import Arrived
 from fedzo.edge_runtime.run_key import RunKey, parse_run_key
+from fedzo.protocol.documents import Order
 from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
 from fedzo.protocol.topics import Channel, topic
 from fedzo.protocol.transfers import SnapshotOffer
 from tests.protocol.golden.message_cases import MESSAGES
 
+SESSION = 7
+ANSWER = Order("run-1", "enrol", SESSION).encode()
 OURS, THEIRS = (RunSigner(Ed25519PrivateKey.from_private_bytes(bytes([seed] * 32))) for seed in (1, 2))
 
 
@@ -25,7 +28,7 @@ def arrived(channel: Channel, document: bytes, signer: RunSigner = OURS, *, payl
 
 
 def pin(tmp_path: Path, **settings: object) -> RunKey:
-    return RunKey(tmp_path / "run-key", "farm", "dev", **settings)  # type: ignore[arg-type]  # tests
+    return RunKey(tmp_path / "run-key", "farm", "dev", SESSION, **settings)  # type: ignore[arg-type]  # tests
 
 
 def test_the_first_run_is_trusted_and_no_other_ever_after(tmp_path: Path) -> None:
@@ -33,6 +36,8 @@ def test_the_first_run_is_trusted_and_no_other_ever_after(tmp_path: Path) -> Non
     key = pin(tmp_path, say=said.append)
     assert key.key is None
     assert key.open(arrived(Channel.RUN, b"run 1")) == b"run 1"
+    assert key.key is None, "nobody has answered"
+    assert key.open(arrived(Channel.COMMAND, ANSWER)) == ANSWER
     assert key.key == OURS.public_key
     assert OURS.public_key.hex() in said[0]
     assert key.open(arrived(Channel.HEAD, b"head 1")) == b"head 1"
@@ -47,6 +52,31 @@ def test_the_first_run_is_trusted_and_no_other_ever_after(tmp_path: Path) -> Non
         again.open(arrived(Channel.RUN, b"run 2", THEIRS))
     assert again.open(arrived(Channel.RUN, b"run 2")) == b"run 2"
     assert len(said) == 1
+
+
+def test_a_run_that_nobody_answers_for_pins_nothing(tmp_path: Path) -> None:
+    """A broker that was used before keeps the documents of its last run, and perhaps what that said to this board."""
+    key = pin(tmp_path)
+    assert key.open(arrived(Channel.RUN, b"stale", THEIRS)) == b"stale", "the board says hello to it"
+    assert key.open(arrived(Channel.HEAD, b"stale", THEIRS)) is None
+    earlier = Order("run-0", "welcome", SESSION - 1).encode()
+    assert key.open(arrived(Channel.COMMAND, earlier, THEIRS)) == earlier
+    with pytest.raises(ProtocolError):
+        key.open(arrived(Channel.COMMAND, ANSWER))  # of a run that has not been heard of yet
+    assert key.key is None
+    assert not (tmp_path / "run-key").exists()
+    assert key.open(arrived(Channel.RUN, b"run 1")) == b"run 1"
+    with pytest.raises(ProtocolError):
+        key.open(arrived(Channel.COMMAND, earlier, THEIRS))
+    assert key.early() is None
+    assert key.open(arrived(Channel.HEAD, b"head 1")) is None
+    assert key.open(arrived(Channel.COMMAND, ANSWER)) == ANSWER
+    assert key.key == pin(tmp_path).key == OURS.public_key
+    early = key.early()
+    assert early is not None
+    assert key.open(early) == b"head 1"
+    with pytest.raises(ProtocolError):
+        key.open(arrived(Channel.RUN, b"stale", THEIRS))
 
 
 def test_a_given_key_holds_from_the_first_run_on(tmp_path: Path) -> None:
@@ -89,6 +119,8 @@ def test_an_announcement_that_came_first_waits(tmp_path: Path) -> None:
     assert key.open(arrived(Channel.COMMAND, b"order")) is None
     assert key.early() is None
     key.open(arrived(Channel.RUN, b"run"))
+    assert key.early() is None
+    key.open(arrived(Channel.COMMAND, ANSWER))
     assert key.early() is head
     assert key.early() is None
     assert key.open(head) == b"head"
@@ -122,9 +154,10 @@ def test_a_damaged_pin_is_not_taken_for_none(tmp_path: Path) -> None:
 
 
 def test_a_pin_that_cannot_be_kept_is_said(tmp_path: Path) -> None:
-    key = RunKey(tmp_path / "nowhere" / "run-key", "farm", "dev")
+    key = RunKey(tmp_path / "nowhere" / "run-key", "farm", "dev", SESSION)
+    key.open(arrived(Channel.RUN, b"run"))
     with pytest.raises(ConfigError, match="cannot keep"):
-        key.open(arrived(Channel.RUN, b"run"))
+        key.open(arrived(Channel.COMMAND, ANSWER))
 
 
 @pytest.mark.parametrize("text", ["", "zz", "00" * 32, "01" + "00" * 31, "ff" * 32, OURS.public_key.hex()[:-2]])

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedzo.broker_server.signing import RunSigner
+from fedzo.edge_runtime.transport import MqttTransport
+from fedzo.protocol.documents import Announcement, RunDocument
+from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.topics import Channel, topic
 from tests.broker_fixtures import needs_mosquitto
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import Fleet, Process, agree, wait_for
@@ -103,3 +110,27 @@ def test_a_run_that_somebody_else_signs_is_refused(fleets: MakeFleet, undisturbe
     trusting.kill()
     fleet.device(0).until("fits")  # the pin was replaced for good
     assert key.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_board_that_comes_before_its_server_trusts_no_run_that_is_over(fleets: MakeFleet, mosquitto_url: str) -> None:
+    """The broker was used before, with another key, for a run of the same name."""
+    fleet = fleets(devices=1, url=mosquitto_url)
+    stranger = RunSigner(Ed25519PrivateKey.from_private_bytes(bytes(32)))
+    run = RunDocument("small", "00" * 32, 1000, RunSettings())
+    over = {Channel.RUN: run.encode(), Channel.HEAD: Announcement("small", 400, "done").encode()}
+    before = MqttTransport(mosquitto_url, "before", on_event=lambda _: None)
+    before.connect(20.0)
+    for channel, document in over.items():
+        payload = stranger.sign("default", channel, "", document)
+        before.publish(topic("default", channel), payload, retain=True)
+    before.close()
+    board = fleet.device(0)
+    board.until("connected to")
+    time.sleep(1.5)  # longer than its tries apart
+    pin = fleet.folder / "state-board-0" / "run-key"
+    assert not pin.exists()
+    server = fleet.serve()
+    board.until("from now on")
+    assert pin.read_text().strip() == RunSigner.open(fleet.folder / "runs" / "run.key").public_key.hex()
+    assert server.answer()["phase"] == "done"
+    assert board.answer()["status"] == "done"

@@ -123,7 +123,7 @@ class Federation(World):
         self._source = random.Random(seed)
         self._signer = RunSigner(Ed25519PrivateKey.from_private_bytes(bytes(32)))
         self._pins = tempfile.TemporaryDirectory()
-        self._key = RunKey(Path(self._pins.name) / "run-key", FEDERATION, VICTIM, given=self._signer.public_key)
+        self._key = RunKey(Path(self._pins.name) / "run-key", FEDERATION, VICTIM, 1, given=self._signer.public_key)
 
     def nodes(self) -> list[Any]:
         return [*super().nodes(), self.victim]
