@@ -30,7 +30,7 @@ from fedzo.protocol.layout import initial_weights
 from fedzo.protocol.manifest import golden_batch
 from fedzo.protocol.mask import Mask, threshold
 from fedzo.protocol.update import weights_digest
-from tests.protocol.golden import cases, message_cases
+from tests.protocol.golden import cases, message_cases, round_cases
 
 LENET, RESNET = "lenet5", "resnet20"
 REFERENCE = "reference.json"
@@ -139,7 +139,8 @@ def check(folder: Path) -> dict[str, Any]:
     decoded = Mask.decode(bytes.fromhex(reference["encoded mask"]), load_artifact(folder / LENET).manifest.layout)
     compare("mask codec", decoded == small_mask(folder))
     vectors = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
-    for name, case in cases.CASES.items():
+    vectors |= json.loads(round_cases.ROUNDS.read_text(encoding="utf-8"))
+    for name, case in {**cases.CASES, **round_cases.CASES}.items():
         compare(f"golden vectors: {name}", case() == vectors[name])
     messages = json.loads((GOLDEN / "messages.json").read_text(encoding="utf-8"))
     compare("golden messages", message_cases.compute() == messages)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from tests.protocol.golden.make import VECTORS
+from tests.protocol.golden.round_cases import ROUNDS
 
 ROOT = Path(__file__).parents[2]
 OLD_NUMPY = "1.26.4"
+MODULES = ("cases", "round_cases")
 
 
 def compute(python: Path | str, path: Path, **environment: str) -> Any:
@@ -24,10 +26,20 @@ def compute(python: Path | str, path: Path, **environment: str) -> Any:
     package.mkdir(parents=True)
     (package / "protocol").symlink_to(ROOT / "protocol", target_is_directory=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), **environment}
-    command = [str(python), "-W", "ignore", "-m", "tests.protocol.golden.cases"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found = []
+    for module in MODULES:
+        command = [str(python), "-W", "ignore", "-m", f"tests.protocol.golden.{module}"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    return found
+
+
+def committed() -> Any:
+    """The golden vectors of the repository."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in (VECTORS, ROUNDS)]
 
 
 def test_bits_without_vector_extensions(tmp_path: Path) -> None:
@@ -36,7 +48,7 @@ def test_bits_without_vector_extensions(tmp_path: Path) -> None:
     if not present:
         pytest.skip("this CPU has no extension that numpy could switch off")
     found = compute(sys.executable, tmp_path, NPY_DISABLE_CPU_FEATURES=" ".join(present))
-    assert found == json.loads(VECTORS.read_text(encoding="utf-8"))
+    assert found == committed()
 
 
 @pytest.mark.slow
@@ -56,4 +68,4 @@ def test_bits_under_numpy_1(tmp_path: Path) -> None:
         [str(python), "-c", "import numpy; print(numpy.__version__)"], capture_output=True, text=True, check=True
     )
     assert version.stdout.strip() == OLD_NUMPY
-    assert compute(python, tmp_path / "site") == json.loads(VECTORS.read_text(encoding="utf-8"))
+    assert compute(python, tmp_path / "site") == committed()

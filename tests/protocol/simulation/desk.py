@@ -168,9 +168,14 @@ class Desk:
         if kind is ReportKind.EVALUATE:
             weights, digest = machine.replica.evaluated()
         task = Task(1, kind, head.round, 0, positions, weights, digest, head.sigma)
-        outcome: Outcome = FakeEngine(name).answer(run, machine.mask, task)
-        report = make_report(run, task, outcome, self.sessions.get(name, 1), self.micro_batches.get(name, 8))
+        report = make_report(
+            run, task, self.answer(name, task), self.sessions.get(name, 1), self.micro_batches.get(name, 8)
+        )
         return dataclasses.replace(report, **changes)
+
+    def answer(self, name: str, task: Task) -> Outcome:
+        """What the engine of a device makes of a task."""
+        return FakeEngine(name).answer(self.machine.run, self.machine.mask, task)
 
     def play(self, *names: str) -> Desk:
         """Rounds in which everybody reports, to the end."""
