@@ -11,6 +11,7 @@ from .command import ConfigOption, ShowConfigOption, command
 from .number_list import number_list
 from .output import Output
 from .run_options import with_run_options
+from .stop_signals import StopSignals
 
 __all__ = ["register"]
 
@@ -144,6 +145,10 @@ def register(app: typer.Typer) -> None:
             "log_file": log_file,
             "log_level": log_level,
         }
-        from .serve_run import serve_run
+        with StopSignals() as signals:
+            from .serve_run import serve_run
 
-        serve_run(output, flags, config, show=show, unit_user=systemd_user if systemd else None)
+            serve_run(output, flags, config, signals, show=show, unit_user=systemd_user if systemd else None)
+        if signals.came_early:
+            output.say("stopped before there was a server; no run was begun or changed")
+            output.result({"run": resume.name if resume else name, "phase": "not served"})

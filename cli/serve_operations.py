@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 
 from ..broker_server.event_log import EventLog
 from ..broker_server.health import Health
@@ -18,7 +16,7 @@ from ..edge_runtime.service import ServiceManager
 from ..protocol.errors import ConfigError
 from .output import Output
 
-__all__ = ["Operations", "caught_signals"]
+__all__ = ["Operations"]
 
 
 class _Feeder:
@@ -84,26 +82,3 @@ class Operations:
                 # After the last run, not after a range test; and before the broker, which the stack has held longer.
                 self._stack.callback(self._service.stopping)
             yield
-
-
-@contextmanager
-def caught_signals(server: Server) -> Iterator[list[int]]:
-    """SIGTERM and SIGINT let the server record what has arrived and leave; a second one ends the process at once.
-
-    Yields:
-        The signals so far.
-    """
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        server.stop()
-        for caught in before:
-            signal.signal(caught, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

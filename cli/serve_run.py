@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from ..broker_server.brokers.external import ExternalBroker
 from ..broker_server.journal import SqliteJournal
 from ..broker_server.replay import begin_run, run_document
 from ..broker_server.run_folder import PLACE_NAME, RunFolder, default_name, has_begun
@@ -31,17 +31,24 @@ from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
 from .serve_access import TLS_PORT, ServeAccess, folder_federation
-from .serve_operations import Operations, caught_signals
+from .serve_operations import Operations
 from .serve_settings import PATHS, PLACE, ServeSettings
 from .serve_unit import print_unit
+from .stop_signals import StopSignals
 
 __all__ = ["serve_run"]
 
 
 def serve_run(
-    output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool, unit_user: str | None = None
+    output: Output,
+    flags: Mapping[str, Any],
+    config: Path | None,
+    signals: StopSignals,
+    *,
+    show: bool,
+    unit_user: str | None = None,
 ) -> None:
-    """Serve one run, or print its settings, or a unit that serves it as ``unit_user``.
+    """Serve one run until it ends or ``signals`` stop it; or print its settings, or a unit that serves it.
 
     Raises:
         FedzoError: See ``Server.serve`` and the parts that are opened before.
@@ -66,7 +73,7 @@ def serve_run(
         print_unit(output, settings, unit_user, has_runs=resolved.origins["runs"].kind != "default")
         return
     output.start_logs(settings.log_format, settings.log_file, settings.log_level)
-    _serve(output, settings, folder)
+    _serve(output, settings, folder, signals)
 
 
 def _fresh(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path | None) -> Resolved[ServeSettings]:
@@ -143,31 +150,32 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", value
 
 
-def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None) -> None:
+def _serve(output: Output, settings: ServeSettings, folder: RunFolder | None, signals: StopSignals) -> None:
     started = time.monotonic()
-    manifest = _manifest(settings) if folder is None else folder.artifact.manifest
-    test_set = _test_set(settings, manifest)
+    with signals.at_once():
+        manifest = _manifest(settings) if folder is None else folder.artifact.manifest
+        test_set = _test_set(settings, manifest)
     with ExitStack() as stack:
         operations = Operations(output, settings.metrics, stack)
         # The lock of a run is taken before its broker is started, but a new run only begins once there is one.
         journal = stack.enter_context(SqliteJournal(folder.journal_path)) if folder is not None else None
         access = ServeAccess(settings, settings.runs if folder is None else folder.path.parent)
-        broker = stack.enter_context(access.broker)
+        with signals.at_once() if isinstance(access.broker, ExternalBroker) else nullcontext():
+            broker = stack.enter_context(access.broker)
+        signals.check()
         if folder is None or journal is None:
             folder = _new_folder(settings, port=getattr(broker, "port", settings.port))
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, folder.document(_first_settings(folder, settings.run_settings())))
-        server, received = _serve_one(output, settings, folder, journal, access, test_set, operations)
-        if not received and (following := follow_up(folder, server.coordinator)) is not None:
+        server = _serve_one(output, settings, folder, journal, access, test_set, operations, signals)
+        if not signals.received and (following := follow_up(folder, server.coordinator)) is not None:
             output.say(f"learning rate: {following.training.learning_rate:.2e}")
             folder = _next_folder(folder, following.run)
             journal = stack.enter_context(SqliteJournal(folder.journal_path))
             begin_run(journal, following)
-            server, received = _serve_one(output, settings, folder, journal, access, test_set, operations)
+            server = _serve_one(output, settings, folder, journal, access, test_set, operations, signals)
         summary = summarise(server.coordinator, journal, server.traffic, resumed_at=server.resumed_at)
     _report(output, folder, summary, round(time.monotonic() - started, 1))
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
 
 
 def _serve_one(
@@ -178,8 +186,9 @@ def _serve_one(
     access: ServeAccess,
     test_set: Samples | None,
     operations: Operations,
-) -> tuple[Server, list[int]]:
-    """Serve the run of the folder to its end; the server, and the signals that ended it before."""
+    signals: StopSignals,
+) -> Server:
+    """Serve the run of the folder to its end, or until a signal comes."""
     run = run_document(journal, folder.path)
     with ExitStack() as stack:
         observer = stack.enter_context(_progress(output, run))
@@ -194,7 +203,7 @@ def _serve_one(
             telemetry=operations.telemetry,
             access=access.access,
         )
-        received = stack.enter_context(caught_signals(server))
+        stack.enter_context(signals.stopping(server))
         stack.enter_context(operations.serving(output, server, folder))
         access.watch(server, stack)
         output.say(f"run {run.run} in {folder.path}")
@@ -204,7 +213,7 @@ def _serve_one(
         except (BrokerError, QuorumError) as error:
             error.hint = f"{error.hint}; then: fedzo serve --resume {folder.path}"
             raise
-    return server, received
+    return server
 
 
 def _manifest(settings: ServeSettings) -> Manifest:

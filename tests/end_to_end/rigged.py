@@ -6,6 +6,7 @@ rig                    what happens
 ``before:KIND:N``      the server dies before the Nth entry of a kind is committed
 ``after:KIND:N``       right after, before anything is sent or acknowledged
 ``sent:CHANNEL:N``     with the Nth message of a channel handed to the broker
+``stop:PLACE:SIGNAL``  the server gets a signal as it starts: in ``data``, ``broker`` or ``folder``
 ``last-broker``        the server does not start a broker again that died
 ``impatient``          the server gives a broker by URL one second to answer
 ``computing:N``        the device dies at the beginning of its Nth probe
@@ -54,7 +55,9 @@ class Countdown:
         return before > 0 >= self._left
 
 
-def wrap(owner: type, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+def wrap(
+    owner: type | ModuleType, name: str, before: Callable[..., None] | None, after: Callable[..., None] | None
+) -> None:
     """Call something around a method, with the method's arguments."""
     method = getattr(owner, name)
 
@@ -104,6 +107,26 @@ def capped_engine(kind: Any, cap: int, *arguments: Any, arena_bytes: int, **sett
     return kind(*arguments, arena_bytes=min(cap, arena_bytes), **settings)
 
 
+def stop_at(place: str, name: str) -> None:
+    """The first time that the server comes there."""
+    from fedzo.broker_server import run_folder
+    from fedzo.broker_server.brokers.child import ChildBroker
+    from fedzo.cli import serve_run
+
+    owner, method = {
+        "data": (serve_run, "load_dataset"),
+        "broker": (ChildBroker, "_supervise"),  # on a thread of its own, so that the program is about to start
+        "folder": (run_folder, "_flush"),
+    }[place]
+    first = Countdown(1)
+
+    def stop(*_: object, **__: object) -> None:
+        if first():
+            os.kill(os.getpid(), getattr(signal, name))
+
+    wrap(owner, method, stop, None)
+
+
 def rig_server(rig: str) -> None:
     from fedzo.broker_server.brokers import child, external
     from fedzo.broker_server.journal import Entry, SqliteJournal
@@ -117,6 +140,9 @@ def rig_server(rig: str) -> None:
         return
     if rig == "impatient":
         external._TIMEOUT_S = 1.0
+        return
+    if rig.startswith("stop:"):
+        stop_at(*rig.split(":")[1:])
         return
     from fedzo.protocol import snapshots
 

@@ -83,6 +83,38 @@ def test_sigterm_keeps_what_has_arrived_and_a_resumed_run_ends_the_same(
     watch.close()
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "code"),
+    [
+        ("data", "SIGTERM", 0),
+        pytest.param("data", "SIGINT", 130, marks=pytest.mark.slow),
+        pytest.param("broker", "SIGTERM", 0, marks=pytest.mark.slow),
+        ("broker", "SIGINT", 130),
+        ("folder", "SIGTERM", 0),
+        pytest.param("folder", "SIGINT", 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_before_there_is_a_server(place: str, name: str, code: int, fleets: MakeFleet) -> None:
+    """Its own broker and what that needs are gone; a run is not there, or there to go on with."""
+    fleet = fleets()
+    server = fleet.serve(rig=f"stop:{place}:{name}")
+    assert server.wait(STOP_S) == code, server.stderr
+    assert "Traceback" not in server.stderr
+    (line,) = server.stdout.splitlines()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(fleet.url.rpartition(":")[2])), timeout=5).close()
+    runs = fleet.folder / "runs"
+    made = sorted(path.name for path in runs.iterdir()) if runs.exists() else []
+    if place != "folder":
+        assert made == []
+        assert code or json.loads(line) == {"run": "small", "phase": "not served"}
+        return
+    assert made == ["run.key", "small"]
+    assert "go on with: fedzo serve --resume" in server.stderr
+    again = fleet.resume()
+    again.until("devices join with")
+
+
 def test_a_server_without_its_broker_still_stops(undisturbed: Finished, fleets: MakeFleet) -> None:
     broker = MosquittoBroker(port=free_port())
     broker.start()
