@@ -367,9 +367,9 @@ class Agent:
             if isinstance(command, machine.SaveReport):
                 self._state.outbox.save(command.run, command.report)
             else:
-                self._state.outbox.drop()
+                self._state.outbox.drop(is_lost=command.is_lost)
         except OSError as error:
-            # The report is still sent; only a crash right now would lose it.
+            # The report is still sent; only a crash right now would lose it, or give back what it carried.
             _log.warning("the outbox %s: %s", self._state.outbox.path, error.strerror or error)
 
     def _announce(self, task: machine.Task) -> None:

@@ -1,10 +1,15 @@
 """The report that has no receipt yet, in one file: a device that is killed sends it again when it is back.
 
+What becomes of it is one step on the disk, too. A report that counts, or may count, is renamed: ``outbox.sent`` is the
+latest of them. One that does not count is removed. So the disk always says of a round whose state is in the residual
+file whether its scalars may have moved the weights (:meth:`Outbox.may_count`), whatever the device died of.
+
 The file is ``FZO1``, 32 bytes of SHA-256 over the rest, the length of the run id (one byte), the run id, the report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
@@ -24,14 +29,19 @@ _HEADER_BYTES = len(_MAGIC) + 32
 
 
 class Outbox:
-    """At most one report on the disk.
+    """At most one report on the disk, and the latest one that may count.
 
     Args:
         path: Its file; the folder exists.
+
+    Attributes:
+        path: Of the report without a receipt.
+        sent: Of the latest report that may count.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.sent = path, path.with_name(f"{path.name}.sent")
+        self._was_damaged = False
 
     def save(self, run: str, report: Report) -> None:
         """Keep the report in place of the one before; it is on the disk when this returns.
@@ -42,13 +52,37 @@ class Outbox:
         body = bytes([len(run)]) + run.encode() + report.encode()
         write_durably(self.path, _MAGIC + hashlib.sha256(body).digest() + body)
 
-    def drop(self) -> None:
-        """Forget the report.
+    def drop(self, *, is_lost: bool = False) -> None:
+        """The report needs not be sent any more.
+
+        Args:
+            is_lost: It counts in no update.
 
         Raises:
-            OSError: The file cannot be removed.
+            OSError: The file cannot be removed or renamed.
         """
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if is_lost:
+                self.path.unlink()
+            else:
+                self.path.replace(self.sent)
+
+    def may_count(self, run: str, round_: int) -> bool:
+        """Whether scalars that were measured in a round may have left this device and count.
+
+        They do not where the device died before the report was here, where nobody wanted it, and where the server said
+        that it does not count. From a damaged file nobody can tell; then they may.
+        """
+        for path in (self.path, self.sent):  # in this order: one of them has it while it is renamed
+            try:
+                kept = _parse(path.read_bytes())
+            except FileNotFoundError:
+                continue
+            except (OSError, ConfigError, ProtocolError, ValueError):
+                return True
+            if kept[0] == run and kept[1].round >= round_:
+                return True
+        return self._was_damaged
 
     def load(self) -> tuple[str, Report] | None:
         """The run id and the report; None when there is none.
@@ -67,6 +101,7 @@ class Outbox:
         try:
             return _parse(data)
         except (ConfigError, ProtocolError, ValueError) as error:
+            self._was_damaged = True
             aside = self.path.with_name(f"{self.path.name}.damaged")
             _log.warning("the outbox %s is damaged (%s) and is set aside as %s", self.path, error, aside.name)
             try:

@@ -3,7 +3,9 @@
 The disk holds the state before and after the latest round, which is written before the report goes to the outbox. A
 device that dies in between computes the round again, from the state before it; one that dies later goes on from the
 state after it. That state lacks what the report carries. If the report does not count in any update, it comes back:
-when the server says so, or when the log shows that another round made the update.
+when the server says so, when the log shows that another round made the update, or when the outbox shows after a start
+that the report never got there, or was given up. Residual and outbox are two files, but no order of deaths between
+their writes loses what a report carried, or counts it twice: the outbox alone decides, and it changes in one step.
 
 A state has four bytes a weight, and flash wears out by what is written to it. So two files take turns: each has the
 state after its round, and the state before it is what the other file gives. A file holds that one too only where the
@@ -22,7 +24,7 @@ import dataclasses
 import hashlib
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,12 +124,14 @@ class ResidualFile:
 
     Args:
         path: What their names begin with; the folder exists.
+        may_count: Of a run and a round, whether its report may count, see :meth:`~.outbox.Outbox.may_count`.
 
     Attributes:
         paths: The files.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, may_count: Callable[[str, int], bool] = lambda _run, _round: True) -> None:
+        self._may_count = may_count
         self.paths = (path.with_name(f"{path.name}-a"), path.with_name(f"{path.name}-b"))
         self._known: list[_Known] | None = None
 
@@ -162,20 +166,31 @@ class ResidualFile:
             return
         self._known[target] = _Known(number, hashlib.sha256(_given(residual)).digest())
 
-    def load(self, key: bytes) -> Residual | None:
-        """The residual that was kept for this run and mask; None if there is none, or it is damaged."""
+    def load(self, key: bytes, run: str) -> Residual | None:
+        """The residual that was kept for this run and mask, for a device that has just started.
+
+        Args:
+            key: From :func:`residual_key`.
+            run: Id of the run.
+
+        Returns:
+            None if there is none, or it is damaged. If the report of its round cannot count, it is lost.
+        """
         found = self._read()
         if not found:
             return None
-        _, newest, before = max(found, key=lambda each: each[0])
+        last, newest, before = max(found, key=lambda each: each[0])
         if newest.key != key:
             return None
         if hashlib.sha256(newest.before).digest() != before:
-            states = [_given(other) for _, other, _ in found if other is not newest]
+            states = [_given(other) for number, other, _ in found if number != last]
             known = [state for state in states if hashlib.sha256(state).digest() == before]
             if not known:
                 _log.warning("%s has lost the state before round %d", self.paths[0].parent, newest.round)
-            return dataclasses.replace(newest, before=known[0] if known else b"")
+            newest = dataclasses.replace(newest, before=known[0] if known else b"")
+        if not newest.is_lost and not self._may_count(run, newest.round):
+            newest = dataclasses.replace(newest, is_lost=True)
+            self.save(newest)  # what the outbox says of a later round says nothing of this one
         return newest
 
     def _numbers(self) -> list[int]:

@@ -1,16 +1,16 @@
 """What a device keeps between starts: its id, its boot counter, blobs and the outbox, in one locked folder.
 
-==============  ===============================================================
+==============  ==============================================================================
 file            content
-==============  ===============================================================
+==============  ==============================================================================
 ``id``          the device id
 ``session``     the boot counter, decimal; grows before anything else is done
 ``blobs/``      graphs and masks, named by their SHA-256
-``outbox``      the report that has no receipt yet
+``outbox``      the report that has no receipt yet; as ``outbox.sent`` the latest that may count
 ``residual-*``  what a sketch has not sent yet, two files
 ``run-key``     the key that runs must be signed with, see ``run_key.py``
 ``lock``        held while a device runs; holds its process id
-==============  ===============================================================
+==============  ==============================================================================
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class DeviceState:
             ) from error
         self.blobs = BlobStore(self.folder / "blobs")
         self.outbox = Outbox(self.folder / "outbox")
-        self.residuals = ResidualFile(self.folder / "residual")
+        self.residuals = ResidualFile(self.folder / "residual", self.outbox.may_count)
 
     def close(self) -> None:
         """Let another process use the folder."""

@@ -203,7 +203,7 @@ class Worker:
             self._tested.add(artifact.digest)
         self._work = RoundWork(run, engine, command.mask_sha256)
         if self._residual is None or self._residual.key != self._work.key:
-            self._residual = self._residuals.load(self._work.key) if self._residuals is not None else None
+            self._residual = self._residuals.load(self._work.key, run.run) if self._residuals is not None else None
             self._give_back()  # The receipt of an earlier session's report may have come before.
         return Prepared(run.run, command.mask_sha256)
 

@@ -63,7 +63,8 @@ class Delivery:
             return []
         self.answered = max(self.answered, receipt.round)  # also by an earlier session
         counts = bool(report.blocks) and receipt.verdict in (Verdict.ACCEPTED, Verdict.DUPLICATE)
-        return [*([] if counts else self.give_back(report.kind, report.round)), *self._drop()]
+        returned = [] if counts else self.give_back(report.kind, report.round)
+        return [*returned, *self._drop(is_lost=bool(returned))]
 
     def hear_server(self, is_online: bool) -> None:
         """Whether there is a server that could answer; what was sent while there was none says nothing of it."""
@@ -71,7 +72,7 @@ class Delivery:
 
     def give_back(self, kind: ReportKind, round_: int) -> list[DeviceCommand]:
         """What a round's scalars carried did not count: where a sketch keeps a residual it goes back into that."""
-        keeps = self._run is not None and self._run.training.keeps_residual
+        keeps = self._run is None or self._run.training.keeps_residual  # a receipt may come before the run does
         return [GiveBack(round_)] if keeps and kind is ReportKind.PROBE else []
 
     def steps(self, head: Announcement | None, now: float) -> list[DeviceCommand]:
@@ -97,7 +98,7 @@ class Delivery:
             return False
         return self._run.settings.staleness > 0 or self._run.training.keeps_residual
 
-    def _drop(self) -> list[DeviceCommand]:
+    def _drop(self, *, is_lost: bool = False) -> list[DeviceCommand]:
         self._outbox, self._late_tries = None, 0
         self._repeater.forget()
-        return [DropReport()]
+        return [DropReport(is_lost)]

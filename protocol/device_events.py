@@ -315,7 +315,13 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class DropReport:
-    """Empty the outbox."""
+    """Empty the outbox.
+
+    Attributes:
+        is_lost: The report's scalars count in no update, so that a residual gets back what they carried.
+    """
+
+    is_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,13 @@ RESIDUAL = Residual(KEY, 7, b"before", b"after it")
 
 def test_a_residual_comes_back_for_its_run_and_mask(tmp_path: Path) -> None:
     file = ResidualFile(tmp_path / "residual")
-    assert file.load(KEY) is None
+    assert file.load(KEY, "run-1") is None
     file.save(dataclasses.replace(RESIDUAL, round=6))
     file.save(RESIDUAL)
-    assert ResidualFile(tmp_path / "residual").load(KEY) == RESIDUAL
+    assert ResidualFile(tmp_path / "residual").load(KEY, "run-1") == RESIDUAL
     other_seed = dataclasses.replace(RUN, settings=dataclasses.replace(RUN.settings, seed=2))
     for key in (residual_key(RUN, ""), residual_key(other_seed, "cd")):
-        assert file.load(key) is None
+        assert file.load(key, "run-1") is None
 
 
 @pytest.mark.parametrize(("round_", "state"), [(6, b""), (7, b"before"), (8, b"after it"), (100, b"after it")])
@@ -64,7 +64,7 @@ def test_what_did_not_count_comes_back(
 ) -> None:
     file = ResidualFile(tmp_path / "residual")
     file.save(dataclasses.replace(SENT, is_lost=is_lost))
-    residual = file.load(KEY)
+    residual = file.load(KEY, "run-1")
     assert residual == dataclasses.replace(SENT, is_lost=is_lost)
     assert residual is not None
     expected = [1.0, 4.0, 0.0, 0.75] if comes_back else [1.0, 0.0, 2.0, 0.5]
@@ -86,18 +86,18 @@ def test_a_damaged_file_is_dropped(
     data[-1] ^= 1
     path.write_bytes(bytes(data) if damage is None else damage)
     with caplog.at_level(logging.WARNING, logger="fedzo"):
-        assert file.load(KEY) is None
+        assert file.load(KEY, "run-1") is None
     assert "damaged" in caplog.text
-    assert file.load(KEY) is None
+    assert file.load(KEY, "run-1") is None
     file.save(RESIDUAL)
-    assert file.load(KEY) == RESIDUAL
+    assert file.load(KEY, "run-1") == RESIDUAL
 
 
 def test_a_file_that_cannot_be_written_or_read_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="fedzo"):
         ResidualFile(tmp_path / "folder" / "residual").save(RESIDUAL)
         (tmp_path / "taken-a").mkdir()
-        assert ResidualFile(tmp_path / "taken").load(KEY) is None
+        assert ResidualFile(tmp_path / "taken").load(KEY, "run-1") is None
     assert "cannot be written" in caplog.text
     assert "cannot be read" in caplog.text
 
@@ -113,7 +113,7 @@ def test_a_round_writes_one_state(tmp_path: Path) -> None:
         before = b"" if round_ == 1 else state(round_ - 1)
         residual = Residual(KEY, round_, before, state(round_), round_)
         file.save(residual)
-        assert ResidualFile(tmp_path / "residual").load(KEY) == residual
+        assert ResidualFile(tmp_path / "residual").load(KEY, "run-1") == residual
         sizes.append(max(path.stat().st_size for path in file.paths if path.exists()))
     assert max(sizes) < 4_000 + 200
     assert {path.name for path in tmp_path.iterdir()} == {"residual-a", "residual-b"}
@@ -151,8 +151,8 @@ def test_what_was_saved_last_comes_back(operations: list[str]) -> None:
                 before = last.given_back() if operation == "nothing" else last.state_for(round_, max(0, round_ - 1))
                 kept = Residual(key, round_, before, state(fresh), max(0, round_ - 1), carried)
                 file.save(kept)
-            assert ResidualFile(place).load(key) == kept
-        assert file.load(bytes(32)) is None
+            assert ResidualFile(place).load(key, "run-1") == kept
+        assert file.load(bytes(32), "run-1") is None
 
 
 def _full(*_: object) -> None:

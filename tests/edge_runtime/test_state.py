@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from fedzo.edge_runtime.residual_file import Residual
 from fedzo.edge_runtime.state import DeviceState, default_folder, generate_id
 from fedzo.protocol.errors import ConfigError
+from fedzo.protocol.messages import Report, ReportKind
 
 
 def start(folder: Path | None, device: str | None = None) -> tuple[str, int]:
@@ -130,3 +133,19 @@ def test_files_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     start(tmp_path)
     assert [path.name for path in sorted(tmp_path.rglob("*")) if "partial" in path.name] == []
     assert kept.exists()
+
+
+def test_a_residual_asks_the_outbox_of_its_folder(tmp_path: Path) -> None:
+    key = bytes(32)
+    with DeviceState(tmp_path / "b", federation="default", device="b") as state:
+        state.residuals.save(Residual(key, 7, b"", bytes(4)))
+        found = state.residuals.load(key, "run-1")
+        assert found is not None
+        assert found.is_lost
+        state.residuals.save(Residual(key, 8, b"", bytes(4)))
+        state.outbox.save(
+            "run-1", Report(ReportKind.PROBE, b"run1", 8, 1, 1, bytes(16), 0.0, 1, 1, 1, (np.ones(1, np.float32),))
+        )
+        found = state.residuals.load(key, "run-1")
+        assert found is not None
+        assert not found.is_lost
