@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.manifest import Manifest
 from ..protocol.settings import RunSettings
 from ..protocol.topics import check_name
+from .brokers.private_files import PrivateFolder
 from .journal import SqliteJournal
 
 __all__ = ["PLACE_NAME", "RunFolder", "default_name", "has_begun"]
@@ -114,9 +114,10 @@ class RunFolder:
             raise taken
         try:
             runs.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".new", dir=runs))
+            # Those of starts that were killed go as well, whatever their names.
+            aside = PrivateFolder(f".{name}.", ".new", parent=runs, sweep=".*.new")
             try:
-                fresh = aside / name
+                fresh = aside.path / name
                 fresh.mkdir()
                 shutil.copytree(artifact_path, fresh / ARTIFACT_NAME)
                 if place is not None:
@@ -125,11 +126,11 @@ class RunFolder:
                 for made in (*fresh.rglob("*"), fresh):
                     _flush(made)
                 if path.exists():
-                    path.rename(aside / "unbegun")
+                    path.rename(aside.path / "unbegun")
                 fresh.rename(path)
                 _flush(runs)
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                aside.remove()
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 raise taken from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -12,7 +13,7 @@ from ...protocol.errors import ConfigError
 
 __all__ = ["PrivateFolder", "read_private", "write_private"]
 
-_OWNER = "owner.lock"
+_OWNER, _UNLOCKED = "owner.lock", "owner.new"
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -65,35 +66,59 @@ def read_private(path: Path, limit_bytes: int) -> bytes:
 
 
 class PrivateFolder:
-    """A temporary folder, mode 0700. One whose owner was killed is removed when the next one is made.
+    """A folder for as long as this process needs it, mode 0700. One whose owner was killed goes when the next is made.
 
     Attributes:
         path: Where it is.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, suffix: str = "", *, parent: Path | None = None, sweep: str = "") -> None:
         """Make it, and sweep.
 
+        Args:
+            prefix: Of its name.
+            suffix: Of its name.
+            parent: Where; made if missing. The system's temporary folder if not given.
+            sweep: Pattern of the folders to remove if their owner is gone; those of this prefix and suffix if empty.
+
         Raises:
-            ConfigError: The system's temporary folder cannot be written.
+            ConfigError: The parent cannot be written.
         """
-        parent = Path(tempfile.gettempdir())
-        for abandoned in parent.glob(f"{prefix}*"):
-            _remove_abandoned(abandoned)
+        parent = Path(tempfile.gettempdir()) if parent is None else parent
+        self._made_parent = parent if not parent.exists() else None
+        handles: list[int] = []
         try:
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            # The lock ends with this process, however it ends; children do not inherit it.
-            self._owner: int | None = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._owner, fcntl.LOCK_EX)
+            parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in parent.glob(sweep or f"{prefix}*{suffix}"):
+                _remove_abandoned(abandoned)
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+            # Locks end with this process, however it ends; children do not inherit them. The file has its name once it
+            # is locked, so that nobody who sweeps is quicker.
+            handles.append(os.open(self.path / _UNLOCKED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fcntl.flock(handles[0], fcntl.LOCK_EX)
+            (self.path / _UNLOCKED).rename(self.path / _OWNER)
+            # What cleans temporary folders by age leaves alone what is locked (tmpfiles.d(5), "Age").
+            handles.append(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            with contextlib.suppress(OSError):  # Some file systems lock files only.
+                fcntl.flock(handles[1], fcntl.LOCK_SH)
         except OSError as error:
-            raise ConfigError(f"cannot make a folder in {parent}: {error.strerror}", hint="set TMPDIR") from None
+            for handle in handles:
+                os.close(handle)
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise ConfigError(
+                f"cannot make a folder in {parent}: {error.strerror}", hint="check its rights and its free space"
+            ) from None
+        self._handles = handles
 
     def remove(self) -> None:
-        """Delete it with all that is in it. Idempotent."""
-        if self._owner is not None:
+        """Delete it with all that is in it, and its parent if that was made for it and is empty. Idempotent."""
+        if self._handles:
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._owner)
-            self._owner = None
+            while self._handles:
+                os.close(self._handles.pop())
+            if self._made_parent is not None:
+                with contextlib.suppress(OSError):
+                    self._made_parent.rmdir()
 
 
 def _remove_abandoned(folder: Path) -> None:

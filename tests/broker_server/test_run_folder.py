@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -41,6 +44,35 @@ def test_a_start_that_fails_leaves_nothing(artifact: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="No space left"):
         create(artifact)
     assert list((artifact.parent / "runs").iterdir()) == []
+
+
+def test_what_a_killed_start_leaves_goes_with_the_next_start(artifact: Path) -> None:
+    """Not that of a start that goes on beside it, nor what others put there."""
+    script = (
+        "import os, shutil, sys, time\n"
+        "from pathlib import Path\n"
+        "from fedzo.broker_server.run_folder import RunFolder\n"
+        "def stop(source, target):\n"
+        "    Path(target).mkdir()\n"
+        "    print('copying', flush=True)\n"
+        "    os.kill(os.getpid(), 9) if sys.argv[3] == 'kill' else time.sleep(600)\n"
+        "shutil.copytree = stop\n"
+        "RunFolder.create(Path(sys.argv[1]), Path(sys.argv[2]), name=sys.argv[3])\n"
+    )
+    runs = artifact.parent / "runs"
+    (runs / ".notes.1.new").mkdir(parents=True)
+    command = [sys.executable, "-c", script, str(runs), str(artifact)]
+    assert subprocess.run([*command, "kill"], stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    with subprocess.Popen([*command, "other"], stdout=subprocess.PIPE) as lives:
+        assert lives.stdout is not None
+        try:
+            assert lives.stdout.readline() == b"copying\n"
+            create(artifact)
+            assert sorted(path.name.split(".")[1] for path in runs.glob(".*")) == ["notes", "other"]
+        finally:
+            lives.kill()
+    RunFolder.create(runs, artifact, name="r2")
+    assert sorted(path.name for path in runs.iterdir()) == [".notes.1.new", "r1", "r2"]
 
 
 def _no_journal(_: Path) -> None:
