@@ -61,7 +61,7 @@ class ServeAccess:
 
     Args:
         settings: Where and how it serves.
-        runs: Folder of the run folders, where the run's key lies if there are no credentials.
+        runs: Folder of the run folders; the broker's private files lie there, and the run's key without credentials.
 
     Attributes:
         broker: Not started yet.
@@ -97,6 +97,7 @@ class ServeAccess:
             login=login,
             tls=tls,
             client_id=f"fedzo-server-{settings.federation}",
+            folder=runs,
         )
         self._run_key = runs / RUN_KEY_NAME
         if folder is not None or self._run_key.exists():

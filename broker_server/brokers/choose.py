@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 from dataclasses import replace
+from pathlib import Path
 
 from ...edge_runtime.endpoint import TlsConfig
 from ...protocol.errors import BrokerError, ConfigError
@@ -28,6 +29,7 @@ def open_broker(
     login: Login | None = None,
     tls: TlsConfig | None = None,
     client_id: str = "",
+    folder: Path | None = None,
 ) -> Broker:
     """Choose a broker; it is not started yet.
 
@@ -41,6 +43,7 @@ def open_broker(
         login: Login of the server at an external broker.
         tls: TLS files to trust an external broker with; a certificate of `server_tls` is shown to it all the same.
         client_id: MQTT client id of the server at an external broker.
+        folder: Where an own broker may keep private files while it runs; the temporary folder by default.
 
     Raises:
         ConfigError: `spec` is none of these, or asks for something that this broker cannot do.
@@ -63,7 +66,7 @@ def open_broker(
             hint="use --credentials for logins and TLS of its own, or --broker URL for one that runs already",
         )
     if spec == "mosquitto" or (spec == "auto" and find_mosquitto() is not None):
-        return MosquittoBroker(host, port, credentials=credentials, tls=server_tls)
+        return MosquittoBroker(host, port, credentials=credentials, tls=server_tls, folder=folder)
     hint = "sudo apt install mosquitto, or use --broker mqtt://HOST:PORT"
     if not _is_loopback(host):
         problem = f"the embedded broker listens on loopback only, not on {host}"

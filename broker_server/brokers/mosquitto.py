@@ -16,7 +16,7 @@ from .credentials import Credentials
 from .private_files import PrivateFolder, read_private, write_private
 from .server_tls import ServerTls
 
-__all__ = ["MAX_PACKET_BYTES", "MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto"]
+__all__ = ["MAX_PACKET_BYTES", "MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto", "place_of_files"]
 
 MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4096  # topic and properties come on top
 MAX_QUEUED_BYTES = 256 << 20  # for each absent or slow client: 64,000 reports of 4 kB
@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 # Debian puts it into /usr/sbin, which is not in the PATH of ordinary users; Homebrew into its own sbin.
 _USUAL_PLACES = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")
+_RUNTIME = Path("/run")
 _MAX_PEM_BYTES = 1 << 20
 _MAX_REVOKED_BYTES = 64 << 20
 
@@ -51,6 +52,7 @@ class MosquittoBroker(Broker):
         max_queued_messages: int = 100_000,
         max_packet_bytes: int = MAX_PACKET_BYTES,
         program: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Prepare; nothing is written or started.
 
@@ -63,6 +65,7 @@ class MosquittoBroker(Broker):
                 reports of a large fleet while the server is away; allow four per device.
             max_packet_bytes: Of one packet; a client with a larger one is thrown out.
             program: Path of mosquitto; searched for when None.
+            folder: Where the folder of its files is made, see `place_of_files`.
 
         Raises:
             BrokerError: There is no mosquitto.
@@ -79,6 +82,7 @@ class MosquittoBroker(Broker):
         self._local_port = 0
         self._tls = tls
         self._max_queued_messages, self._max_packet_bytes = max_queued_messages, max_packet_bytes
+        self._parent = folder
         self._folder: PrivateFolder | None = None
         self._child: ChildBroker | None = None
         self.credentials = credentials
@@ -109,8 +113,8 @@ class MosquittoBroker(Broker):
         else:
             host = client_host(self._host)
             self.url = f"mqtt://[{host}]:{self._port}" if ":" in host else f"mqtt://{host}:{self._port}"
-        self._folder = PrivateFolder("fedzo-mosquitto-")
         user = _unprivileged_user()
+        self._folder = PrivateFolder(".fedzo-mosquitto-", parent=place_of_files(user, self._parent))
         try:
             config = self._write_files(self._folder.path)
             _give_to(user, self._folder.path)
@@ -208,6 +212,21 @@ class MosquittoBroker(Broker):
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
+
+
+def place_of_files(user: str, folder: Path | None) -> Path | None:
+    """Where the private files lie: nobody may clean up there by age, as Mosquitto reads them again after months.
+
+    Args:
+        user: Who Mosquitto runs as if not as the own user.
+        folder: Where the own user keeps files that stay.
+
+    Returns:
+        ``/run`` for another user, who may have no way into the own user's folders; None for the temporary folder.
+    """
+    if not user:
+        return folder and folder.resolve()
+    return _RUNTIME if os.access(_RUNTIME, os.W_OK) else None
 
 
 def _unprivileged_user() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import signal
@@ -26,6 +27,8 @@ from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.broker_server.brokers.private_files import PrivateFolder
 from fedzo.broker_server.brokers.server_tls import ServerTls
+from fedzo.cli.serve_access import ServeAccess
+from fedzo.cli.serve_settings import ServeSettings
 from fedzo.edge_runtime.endpoint import TlsConfig
 from fedzo.edge_runtime.transport import (
     Arrived,
@@ -469,19 +472,47 @@ def test_a_broker_may_open_as_many_files_as_the_system_allows(spec: str) -> None
 
 
 @needs_mosquitto
-def test_mosquitto_files_are_private_and_removed() -> None:
+def test_mosquitto_files_are_private_and_removed(tmp_path: Path) -> None:
     credentials = Credentials.generate("farm", ["dev-1"])
-    broker = MosquittoBroker(port=0, credentials=credentials)
+    place = tmp_path / "runs"
+    broker = MosquittoBroker(port=0, credentials=credentials, folder=place)
     broker.start()
     command = Path(f"/proc/{broker.pid}/cmdline").read_text().split("\0")
     folder = Path(command[2]).parent
     try:
+        assert folder.parent == (place if os.geteuid() else Path("/run"))
         assert folder.stat().st_mode & 0o077 == 0
         assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
         assert credentials.devices[0].password not in (folder / "passwords").read_text()
     finally:
         broker.stop()
     assert not folder.exists()
+    assert not place.exists(), "it was made for the files"
+
+
+def test_private_files_lie_where_nothing_is_removed_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mosquitto_module.place_of_files("", tmp_path / "a" / "..") == tmp_path
+    assert mosquitto_module.place_of_files("", None) is None
+    monkeypatch.setattr(mosquitto_module, "_RUNTIME", tmp_path)
+    assert mosquitto_module.place_of_files("nobody", tmp_path / "private") == tmp_path
+    monkeypatch.setattr(mosquitto_module, "_RUNTIME", tmp_path / "missing")
+    assert mosquitto_module.place_of_files("nobody", tmp_path) is None
+    # Whoever cleans temporary folders asks for this lock first.
+    made = PrivateFolder("fedzo-", parent=tmp_path / "new")
+    cleaner = os.open(made.path, os.O_RDONLY | os.O_DIRECTORY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    made.remove()
+    fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(cleaner)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_mosquitto
+def test_a_served_run_keeps_them_beside_the_runs(tmp_path: Path) -> None:
+    served = ServeAccess(ServeSettings(broker="mosquitto"), tmp_path).broker
+    assert isinstance(served, MosquittoBroker)
+    assert served._parent == tmp_path
 
 
 def test_the_folder_of_a_killed_owner_is_swept_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
