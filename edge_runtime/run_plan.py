@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
+from ..protocol.blocks import blocks_of, sketch_k
 from ..protocol.graph_files import GraphFile
 from ..protocol.manifest import Manifest
+from ..protocol.mask import Mask
 from ..protocol.run_files import needed_graphs
 from ..protocol.settings import RunSettings
 from ..protocol.update import largest_snapshot
@@ -17,7 +20,10 @@ from .providers import CPU
 from .variant_plan import best_plan
 from .variants import wanted_variants
 
-__all__ = ["Limits", "plan_run", "plan_with_variants"]
+__all__ = ["Limits", "past_rounds_bytes", "plan_run", "plan_with_variants"]
+
+_PAST_ROUND_BYTES: Final = 512
+"""Objects around the coordinates of one round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,10 @@ def plan_run(
     resident = dataset.resident_bytes + tls_bytes()
     graphs = tuple(graph.name for graph in needed_graphs(manifest, settings) if graph.name not in SCORING_GRAPHS)
     own = estimator_bytes(training, manifest, survivors)
+    earlier = past_rounds_bytes(settings, manifest)
+    own += earlier
     if settings.snapshots:  # as its blocks come, and once more when it is whole
-        own += 2 * largest_snapshot(training.optimiser, survivors)
+        own += 2 * (largest_snapshot(training.optimiser, survivors) + earlier)
     planned, files = plan_with_variants(
         manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
     )
@@ -86,6 +94,20 @@ def plan_run(
     if settings.sparsity > 0 and settings.saliency.is_federated:
         plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))
     return tuple(plans), files
+
+
+def past_rounds_bytes(settings: RunSettings, manifest: Manifest) -> int:
+    """What a replica remembers of the rounds whose late scalars may still count: the coordinates of every sketch.
+
+    Raises:
+        ConfigError: The artifact lacks what the estimator needs.
+    """
+    if not settings.staleness or settings.training.estimator in ("stein", "split"):
+        return 0
+    # A block of a sparse network has fewer weights, so not more coordinates.
+    blocks = blocks_of(settings.training, manifest, Mask.dense(manifest.layout))
+    most = sum(sketch_k(block, len(blocks), 1 + settings.staleness) for block in blocks if block.kind == "sketch")
+    return settings.staleness * (8 * most + _PAST_ROUND_BYTES)
 
 
 def plan_with_variants(
