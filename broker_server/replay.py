@@ -20,9 +20,10 @@ from ..protocol.messages import UpdateRecord
 from ..protocol.run_progress import RunProgress
 from ..protocol.snapshots import Snapshot
 from .journal import Entry, Journal, SqliteJournal
+from .journal.schema import unbegun
 from .recount import Recount
 from .recovery import resume
-from .run_folder import RunFolder
+from .run_folder import JOURNAL_NAME, RunFolder
 
 __all__ = ["Replayed", "begin_run", "open_run", "replay_run", "replay_weights", "run_document"]
 
@@ -38,11 +39,17 @@ def run_document(journal: Journal, path: Path) -> RunDocument:
     """The document that the run began with.
 
     Raises:
-        ArtifactError: The journal has none: the server was killed as it made it.
+        ArtifactError: The journal has none.
     """
     for _, entry in journal.read(kinds={"run"}):
         return parse(RunDocument, entry.payload)
-    raise ArtifactError(f"the journal of {path} is empty", hint="start the run again under another name")
+    if not journal.last_sequence:
+        raise unbegun(path / JOURNAL_NAME)
+    raise ArtifactError(
+        f"the journal {path / JOURNAL_NAME} has no entry of the kind run, the first of every run, among its "
+        f"{journal.last_sequence}",
+        hint="it was changed: put a copy of the file back",
+    )
 
 
 @contextmanager

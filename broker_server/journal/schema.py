@@ -71,7 +71,9 @@ def check_file(connection: sqlite3.Connection, path: Path, *, read_only: bool) -
     version, application = number("user_version"), number("application_id")
     if number("page_count") * number("page_size") <= FULL_CHECK_BYTES:
         check_pages(connection, path)
-    is_new = version == 0 and application == 0 and number("page_count") <= 1 and not read_only
+    is_new = version == 0 and application == 0 and number("page_count") <= 1
+    if is_new and read_only:
+        raise unbegun(path)
     if application != APPLICATION_ID and not is_new:
         raise ArtifactError(f"{path} is an SQLite file, but no journal of fedzo", hint="check the path of the run")
     if version > len(MIGRATIONS):
@@ -106,6 +108,15 @@ def check_pages(connection: sqlite3.Connection, path: Path) -> None:
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise damaged(path, str(problem))
+
+
+def unbegun(path: Path) -> ArtifactError:
+    """The error for a journal that nothing was written to yet: at most for a moment, unless its server was killed."""
+    return ArtifactError(
+        f"the journal {path} is empty: it has 0 entries, and a run that has begun has at least 1",
+        hint="if its server is just starting, look again in a moment; if that was killed, begin the run again: "
+        f"fedzo serve ARTIFACT --run {path.parent.name}",
+    )
 
 
 def damaged(path: Path, problem: str) -> ArtifactError:

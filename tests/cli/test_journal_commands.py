@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.long_journal import write_journal
-from fedzo.broker_server.journal import SqliteJournal
+from fedzo.broker_server.journal import Entry, SqliteJournal
 from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
@@ -63,6 +65,38 @@ def test_a_round_that_is_not_there(run: RunFolder, arguments: list[str], capsys:
     assert error["message"] == f"the journal has no round 99: it ends with round {ROUNDS + 1}"
     assert answer(capsys, *arguments, run.path.parent, code=3)["error"]["message"].endswith("it has no journal.sqlite")
     assert main([*arguments, str(run.path), "--round", "0"]) == 2
+
+
+def _no_schema(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+@pytest.mark.parametrize("command", ["replay", "inspect", "status", "deploy", "serve --resume"])
+@pytest.mark.parametrize("begin", [Path.touch, _no_schema, lambda path: SqliteJournal(path).close()])
+def test_a_run_whose_start_was_killed(
+    tmp_path: Path, begin: Callable[[Path], None], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_artifact(tmp_path / "artifact")
+    folder = RunFolder.create(tmp_path / "runs", tmp_path / "artifact", name="small")
+    begin(folder.journal_path)
+    more = ["-o", tmp_path / "model.onnx"] if command == "deploy" else []
+    error = answer(capsys, *command.split(), folder.path, *more, code=6)["error"]
+    assert error["message"].endswith(
+        "journal.sqlite is empty: it has 0 entries, and a run that has begun has at least 1"
+    )
+    assert error["hint"].endswith("begin the run again: fedzo serve ARTIFACT --run small")
+    again = RunFolder.create(tmp_path / "runs", tmp_path / "artifact", name="small")
+    assert again.path == folder.path
+
+
+@pytest.mark.parametrize("command", ["replay", "inspect"])
+def test_a_journal_without_its_beginning(run: RunFolder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run.journal_path.unlink()
+    with SqliteJournal(run.journal_path) as journal:
+        journal.append([Entry("enrolment", 0, "pi-0", b"", 1.0)])
+    error = answer(capsys, command, run.path, code=6)["error"]
+    assert error["message"].endswith("has no entry of the kind run, the first of every run, among its 1")
 
 
 def test_replay_of_a_changed_journal(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
