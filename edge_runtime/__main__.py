@@ -278,12 +278,7 @@ def _add_join(parser: argparse.ArgumentParser) -> None:
     add("--connect-timeout", type=float, metavar="S", help="give up with exit code 5 [default: try for ever]")
     add("--retry", type=float, metavar="S", help="repeat unanswered requests after [default: 5]")
     add("--run-key", metavar="HEX", help="take runs signed with this key only [default: that of the first run]")
-    add(
-        "--log-format",
-        choices=("text", "json"),
-        help="json: one object a line, on stderr or in the file [default: text]",
-    )
-    add("--log-file", type=Path, metavar="FILE", help=f"at {FILE_BYTES >> 20} MiB it becomes FILE.1, {FILES} are kept")
+    _add_logs(parser)
     add("--config", type=Path, metavar="FILE", help="settings in TOML [default: FEDZO_CONFIG]")
     add("--show-config", action="store_true", help="print every setting with its origin, and stop")
 
@@ -306,7 +301,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 def _add_install(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a systemd unit that joins after every start of this machine, as a user without rights, with the budget "
-        "as its memory limit. It is neither enabled nor started."
+        "as its memory limit. It is neither enabled nor started. With --verbose the service logs everything as well."
     )
     parser.set_defaults(run=_install)
     add = parser.add_argument
@@ -327,6 +322,7 @@ def _add_install(parser: argparse.ArgumentParser) -> None:
     add("--key", type=Path, metavar="FILE", help="its key; only root needs to be able to read it")
     add("--credentials", type=Path, metavar="DIR", help="all of these in one folder; only root needs to read it")
     add("--user", metavar="NAME", help="an existing user [default: systemd makes one while the service runs]")
+    _add_logs(parser)
 
 
 def _add_providers(parser: argparse.ArgumentParser) -> None:
@@ -335,6 +331,13 @@ def _add_providers(parser: argparse.ArgumentParser) -> None:
     add("--provider", action="append", dest="providers", metavar="NAME[,NAME...]", help=text)
     text = "refuse to work when the first one does not start, instead of taking the next"
     add("--strict-providers", action="store_true", default=None, help=text)
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "json: one object a line, on stderr or in the file [default: text]"
+    add("--log-format", choices=("text", "json"), help=text)
+    add("--log-file", type=Path, metavar="FILE", help=f"at {FILE_BYTES >> 20} MiB it becomes FILE.1, {FILES} are kept")
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ A watchdog restarts a device whose loop hangs. A long forward pass is no reason:
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from ..protocol.topics import check_name
 from .device_bundle import BUNDLE_NAMES, DeviceBundle
 from .durable import write_durably
 from .endpoint import Endpoint
+from .logs import LogFormat
 from .providers import CPU, provider_names
 from .unit_file import HARDENING, UNIT_FOLDER, quoted, unit_path
 
@@ -33,6 +35,7 @@ _NO_RESTART: Final = "2 3 4 6 7"
 # minute on a slow board.
 WATCHDOG_S: Final = 300
 _START_S: Final = 300
+_LOGS: Final = Path("/var/log")
 
 CGROUP_EXTRA_MIB: Final = 8
 """A budget is planned as resident memory; a control group also counts page tables, sockets and the page cache."""
@@ -58,6 +61,10 @@ class UnitSettings:
         providers: Execution providers in order of preference; empty for the default.
         strict_providers: Refuse a run when the first one does not start.
         credentials: Folder of ``fedzo credentials issue``; read by systemd as root, like the password file.
+        log_format: ``text`` or ``json``; on stderr the lines go to the system's journal.
+        log_file: Where the log goes instead. systemd makes its folder below ``/var/log``; elsewhere the service needs a
+            user who may write there.
+        verbose: Log everything, with tracebacks.
         extra: Further options of ``join``.
     """
 
@@ -76,6 +83,9 @@ class UnitSettings:
     providers: tuple[str, ...] = ()
     strict_providers: bool = False
     credentials: Path | None = None
+    log_format: LogFormat = "text"
+    log_file: Path | None = None
+    verbose: bool = False
     extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +107,11 @@ class UnitSettings:
             raise ConfigError(f"ram_budget_mib is {self.ram_budget_mib}, it must be at least 1 and below 1e9")
         if self.providers:
             provider_names(self.providers)
+        if self.log_file is not None and not (self.user or _LOGS in _log_folder(self.log_file).parents):
+            raise ConfigError(
+                f"the service's user may not write to {_log_folder(self.log_file)}",
+                hint=f"put the log file into a folder below {_LOGS}, such as {_LOGS}/fedzo, or name a --user",
+            )
         if self.user and not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", self.user):
             raise ConfigError(f"{self.user[:60]!r} is no user name")
 
@@ -159,6 +174,8 @@ def unit_text(settings: UnitSettings, *, python: str = sys.executable) -> str:
     # The driver of an accelerator is a device file.
     only_cpu = not settings.providers or provider_names(settings.providers) == (CPU,)
     lines.append(f"PrivateDevices={'yes' if only_cpu else 'no'}")
+    if settings.log_file is not None:
+        lines += _log_lines(_log_folder(settings.log_file))
     if settings.password_file is not None:
         lines.append(f"LoadCredential=password:{unit_path(settings.password_file).replace('%', '%%')}")
     if settings.key is not None:
@@ -179,10 +196,13 @@ def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
         ("--ca", settings.ca and unit_path(settings.ca)),
         ("--cert", settings.cert and unit_path(settings.cert)),
         ("--provider", ",".join(settings.providers)),
+        ("--log-format", settings.log_format if settings.log_format != "text" else ""),
+        ("--log-file", settings.log_file and unit_path(settings.log_file)),
     ):
         if value:
             words += [option, value]
     words += ["--strict-providers"] if settings.strict_providers else []
+    words += ["--verbose"] if settings.verbose else []
     command = [quoted(word) for word in (*words, *settings.extra)]
     command += ["--state", f"/var/lib/{state}"]
     if settings.password_file is not None:
@@ -192,6 +212,25 @@ def _command(settings: UnitSettings, python: str, state: str) -> list[str]:
     if settings.credentials is not None:
         command += ["--credentials", "${CREDENTIALS_DIRECTORY}"]
     return command
+
+
+def _log_folder(file: Path) -> Path:
+    return Path(os.path.normpath(unit_path(file))).parent
+
+
+def _own_logs(settings: UnitSettings) -> Path | None:
+    """The folder of the log file, if systemd does not make it."""
+    folder = None if settings.log_file is None else _log_folder(settings.log_file)
+    return None if folder is None or _LOGS in folder.parents else folder
+
+
+def _log_lines(folder: Path) -> list[str]:
+    """What lets the service write there; systemd makes what lies below its folder of logs."""
+    if not re.fullmatch(r"[A-Za-z0-9_@:,./+-]+", str(folder)):
+        raise ConfigError(f"the folder of logs {folder} holds a space or another character that a unit cannot")
+    if _LOGS in folder.parents:
+        return [f"LogsDirectory={folder.relative_to(_LOGS)}", "LogsDirectoryMode=0700"]
+    return [f"ReadWritePaths={folder}"]
 
 
 def install(settings: UnitSettings, *, folder: Path = UNIT_FOLDER, overwrite: bool = False) -> tuple[Path, list[str]]:
@@ -210,7 +249,8 @@ def install(settings: UnitSettings, *, folder: Path = UNIT_FOLDER, overwrite: bo
     """
     for role, path in (("data", settings.data), ("password file", settings.password_file), ("CA", settings.ca),
                        ("certificate", settings.cert), ("key", settings.key),
-                       ("credentials folder", settings.credentials)):  # fmt: skip
+                       ("credentials folder", settings.credentials),
+                       ("folder of logs", _own_logs(settings))):  # fmt: skip
         if path is not None and not path.expanduser().exists():
             raise ConfigError(f"the {role} {path} does not exist", hint="the service would fail at its first start")
     text, path = unit_text(settings), folder / unit_name(settings)

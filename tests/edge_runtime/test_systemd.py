@@ -74,6 +74,37 @@ def test_a_budget_and_a_user_of_ones_own(data: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("logging", "user", "line"),
+    [
+        ({"log_format": "json"}, "", None),
+        ({"verbose": True}, "", None),
+        ({"log_file": Path("/var/log/fedzo/home/device.log")}, "", ("LogsDirectory", "fedzo/home")),
+        ({"log_file": Path("/var/log/fedzo/d.log"), "log_format": "json"}, "pi", ("LogsDirectory", "fedzo")),
+        ({"log_file": Path("/srv/logs/d.log")}, "pi", ("ReadWritePaths", "/srv/logs")),
+    ],
+)
+def test_the_service_logs_as_it_was_told(
+    data: Path, logging: dict[str, Any], user: str, line: tuple[str, str] | None
+) -> None:
+    unit = values(unit_text(UnitSettings(URL, data, "rpi-zero-2w", user=user, **logging)))
+    words = [word.replace("%%", "%") for word in shlex.split(unit["ExecStart"])]
+    options = _parser().parse_args(words[3:])
+    found = {"log_format": options.log_format or "text", "log_file": options.log_file, "verbose": options.verbose}
+    assert found == {"log_format": "text", "log_file": None, "verbose": False, **logging}
+    folders = {name: value for name, value in unit.items() if name in ("LogsDirectory", "ReadWritePaths")}
+    assert folders == ({} if line is None else dict([line]))
+
+
+@pytest.mark.parametrize(
+    ("file", "user"),
+    [("/srv/d.log", ""), ("/var/log/d.log", ""), ("/var/log/../lib/d.log", ""), ("/s r v/d.log", "pi")],
+)
+def test_a_log_that_the_service_could_not_write_is_refused(data: Path, file: str, user: str) -> None:
+    with pytest.raises(ConfigError, match=r"may not write to|holds a space"):
+        unit_text(UnitSettings(URL, data, "rpi-zero-2w", log_file=Path(file), user=user))
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"url": "mqtt://user:secret@broker"},
@@ -110,7 +141,8 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_systemd_understands_it(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "fedzo-device.service"
-    path.write_text(unit_text(UnitSettings(URL, data, "rpi-zero-2w", password_file=data)))
+    log = Path("/var/log/fedzo/home/d.log")
+    path.write_text(unit_text(UnitSettings(URL, data, "rpi-zero-2w", password_file=data, log_file=log)))
     done = analyze("verify", path)
     assert "fedzo-device.service" not in done.stderr, done.stderr
     path.write_text(path.read_text().replace("WatchdogSec", "WatchDogSec"))
@@ -144,6 +176,10 @@ def test_installing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         install(settings, folder=tmp_path / "none")
     with pytest.raises(ConfigError, match="does not exist"):
         install(UnitSettings(URL, tmp_path / "none", "rpi-zero-2w"), folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"folder of logs .* does not exist"):
+        install(
+            UnitSettings(URL, data, "rpi-zero-2w", log_file=tmp_path / "none" / "d.log", user="pi"), folder=tmp_path
+        )
 
 
 def test_the_command(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,5 +189,8 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert text == unit_text(UnitSettings(URL, data, "rpi-zero-2w"))
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"unit": "fedzo-device.service", "text": text}
+    assert main([*arguments, "--log-format", "json", "--log-file", "/var/log/fedzo/d.log", "--verbose"]) == 0
+    logging = {"log_format": "json", "log_file": Path("/var/log/fedzo/d.log"), "verbose": True}
+    assert capsys.readouterr().out == unit_text(UnitSettings(URL, data, "rpi-zero-2w", **logging))
     monkeypatch.setattr(systemd, "UNIT_FOLDER", data.parent)
     assert main([*arguments[:-1], "--federation", "B"]) == 3
