@@ -19,11 +19,19 @@ from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.edge_runtime.transport import MqttTransport, TransportEvent
 
-__all__ = ["Client", "Proxy", "RunningBroker", "broker", "connect", "mosquitto", "proxy"]
+__all__ = ["Client", "Proxy", "RunningBroker", "broker", "connect", "mosquitto", "proxy", "wait_until"]
 
 Event = TypeVar("Event")
 
 needs_mosquitto = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Poll until a condition holds; a busy machine may take long."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
 
 
 class Client:
@@ -34,7 +42,7 @@ class Client:
         self.seen: list[TransportEvent] = []
         self.transport = MqttTransport(url, client_id, on_event=self._arrived.put, **settings)
 
-    def wait(self, kind: type[Event], timeout_s: float = 15.0, **wanted: object) -> Event:
+    def wait(self, kind: type[Event], timeout_s: float = 60.0, **wanted: object) -> Event:
         """The next event of a kind whose attributes are as wanted; earlier others are kept in ``seen``."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from fedzo.protocol.coordinator_events import DeviceSaid
 from fedzo.protocol.documents import Hello
 from fedzo.protocol.errors import BrokerError
 from fedzo.protocol.topics import Channel, topic
+from tests.broker_fixtures import wait_until
 
 HELLO = Hello(1, "", 64.0, 10, 5, "none", "none").encode()
 
@@ -48,13 +48,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CredentialFolder:
     made = CredentialFolder.create(tmp_path / "credentials", federation="farm", hosts=["x"])
     made.issue(["dev-1", "dev-2"])
     return made
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_only_who_is_admitted_is_heard(folder: CredentialFolder) -> None:

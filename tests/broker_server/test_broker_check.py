@@ -44,7 +44,7 @@ def mosquitto_with(*lines: str) -> Iterator[str]:
             [str(find_mosquitto()), "-c", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while True:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                     break

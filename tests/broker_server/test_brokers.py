@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -41,17 +40,10 @@ from fedzo.edge_runtime.transport import (
 )
 from fedzo.protocol.errors import BrokerError, ConfigError, FedzoError
 from fedzo.protocol.wire import MAX_PAYLOAD_BYTES
-from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto
+from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto, wait_until
 
 Connect = Callable[..., Client]
 OWN = [pytest.param(MosquittoBroker, marks=needs_mosquitto), EmbeddedBroker]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------- what the protocol needs
@@ -95,7 +87,7 @@ def test_a_silent_client_is_given_up_and_its_will_published(
     listener = connect(broker.url, "listener", subscriptions=["f/state"])
     connect(proxy.url, "dev", will=Will("f/state", b"lost"), keepalive_s=1)
     proxy.frozen = True  # no packet, no FIN: a board without power
-    assert listener.wait(Arrived, timeout_s=10.0).payload == b"lost"
+    assert listener.wait(Arrived, timeout_s=60.0).payload == b"lost"
 
 
 def test_a_graceful_end_publishes_the_last_message_and_no_will(broker: RunningBroker, connect: Connect) -> None:
@@ -159,6 +151,18 @@ def test_mosquitto_takes_the_largest_message_and_no_larger_ones(connect: Connect
         # Announced to MQTT 5 clients, so that theirs is refused at once; others are disconnected.
         with suppress(FedzoError, ValueError):
             stranger.transport.publish("f/x", bytes(MAX_PAYLOAD_BYTES + 4096))
+        assert not [event for event in listener.idle() if isinstance(event, Arrived)]
+
+
+def test_the_embedded_broker_takes_the_same_packets_as_mosquitto(connect: Connect) -> None:
+    with EmbeddedBroker(port=0) as broker:
+        listener = connect(broker.url, "listener", subscriptions=["f/x"])
+        speaker = connect(broker.url, "speaker")
+        speaker.transport.publish("f/x", bytes(MAX_PAYLOAD_BYTES))
+        assert len(listener.wait(Arrived).payload) == MAX_PAYLOAD_BYTES
+        stranger = connect(broker.url, "stranger")
+        stranger.transport.publish("f/x", bytes(MAX_PAYLOAD_BYTES + 8192))
+        stranger.wait(Disconnected)
         assert not [event for event in listener.idle() if isinstance(event, Arrived)]
 
 

@@ -157,11 +157,11 @@ class FakeServer:
         self._log.append(record)
         self.send(Channel.LOG, record)
 
-    def expect(self, kind: type[_T], timeout_s: float = 20.0, **wanted: object) -> _T:
+    def expect(self, kind: type[_T], timeout_s: float = 60.0, **wanted: object) -> _T:
         """The next message of a kind whose fields are as wanted."""
         return self.expect_bytes(kind, timeout_s, **wanted)[0]
 
-    def expect_bytes(self, kind: type[_T], timeout_s: float = 20.0, **wanted: object) -> tuple[_T, bytes]:
+    def expect_bytes(self, kind: type[_T], timeout_s: float = 60.0, **wanted: object) -> tuple[_T, bytes]:
         """The same with its payload."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -233,7 +233,7 @@ class RunningAgent:
     lines: list[str]
     error: FedzoError | None = None
 
-    def wait(self, timeout_s: float = 30.0) -> None:
+    def wait(self, timeout_s: float = 60.0) -> None:
         self.thread.join(timeout_s)
         assert not self.thread.is_alive(), self.lines
 

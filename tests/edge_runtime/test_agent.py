@@ -252,7 +252,7 @@ def test_a_report_is_sent_until_its_receipt_comes(
     server.send(Channel.ACK, Receipt(first.run_tag, first.round + 7, Verdict.ACCEPTED), "dev-a")  # for another round
     assert server.expect_bytes(Report)[1] == payload
     server.send(Channel.ACK, Receipt(first.run_tag, first.round, Verdict.DUPLICATE), "dev-a")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while agent.state.outbox.load() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -411,10 +411,12 @@ def test_a_flood_waits_in_the_broker_and_the_device_goes_on(
 ) -> None:  # fmt: skip
     agent = start()
     server.expect(Presence, status="ready")
-    read = agent.agent._read
+    read, inbox = agent.agent._read, agent.agent._events
+    deadline = time.monotonic() + 30
 
     def slow(arrived: Arrived) -> Any:
-        time.sleep(0.003)
+        while not inbox.pauses and time.monotonic() < deadline:  # however slowly the flood comes
+            time.sleep(0.003)
         return read(arrived)
 
     monkeypatch.setattr(agent.agent, "_read", slow)
@@ -423,7 +425,6 @@ def test_a_flood_waits_in_the_broker_and_the_device_goes_on(
     announce_training(server, dense_replica(run, manifest), 10)
     assert server.expect(Report).round == 10
     assert agent.agent.summary.dropped == 800
-    inbox = agent.agent._events
     assert inbox.pauses >= 1
     assert inbox.peak < 2 * INBOX_MESSAGES
 
@@ -598,9 +599,9 @@ def test_a_broker_that_restarts_is_found_again(
     mosquitto.stop()
     time.sleep(0.5)
     mosquitto.start()  # it keeps nothing
-    server.expect(Presence, status="ready", timeout_s=30)
+    server.expect(Presence, status="ready", timeout_s=60)
     announce_training(server, replica, 2)
-    assert server.expect(Report, round=2, timeout_s=30).weights_digest == replica.digest
+    assert server.expect(Report, round=2, timeout_s=60).weights_digest == replica.digest
     assert [line.split()[0] for line in agent.lines if "link" in line or "again" in line] == ["no", "connected"]
 
 
@@ -616,8 +617,9 @@ def test_waiting_costs_no_work(
 
     monkeypatch.setattr(Agent, "_next", count)
     agent = start(retry_s=0.05)  # no server, no run
+    started = time.monotonic()
     time.sleep(1.5)
-    assert len(turns) < 60
+    assert len(turns) < 40 * (time.monotonic() - started)
     assert agent.thread.is_alive()
 
 
@@ -630,6 +632,10 @@ def test_without_a_broker_the_agent_gives_up_when_told_so(start: Callable[..., R
 
 def test_without_a_broker_the_agent_waits_and_can_be_stopped(start: Callable[..., RunningAgent]) -> None:
     agent = start(url="mqtt://127.0.0.1:1")
+    deadline = time.monotonic() + 20
+    while not agent.lines:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     time.sleep(1.0)
     assert agent.thread.is_alive()
     assert len(agent.lines) == 1  # an outage is one line
@@ -647,7 +653,7 @@ def test_stop_in_the_middle_of_a_round_leaves_at_once(
     agent = start()
     server.expect(Presence, status="ready")
     announce_training(server, dense_replica(run, manifest), 1)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not any("training" in line for line in agent.lines):
         assert time.monotonic() < deadline
         time.sleep(0.02)

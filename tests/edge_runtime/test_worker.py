@@ -98,7 +98,7 @@ class Desk:
 
     def ask(self, command: Plan | Prepare | Compute, kind: type[_T]) -> _T:
         self.worker.submit(command)
-        answer = self.answers.get(timeout=30)
+        answer = self.answers.get(timeout=60)
         assert isinstance(answer, kind), answer
         return answer
 
@@ -162,7 +162,7 @@ def test_a_probe_is_the_estimators(
     assert block.tobytes() == expected.values.tobytes()
     assert (outcome.samples, outcome.queries) == (8, 7)
     assert outcome.mean_loss == expected.mean_loss
-    assert 0 < outcome.peak_rss_kib <= 1024 * peak_rss_mib()
+    assert 0 < outcome.peak_rss_kib <= 1024 * (peak_rss_mib() + 2)  # the kernel keeps batched counters
     assert outcome.decline is Decline.NONE
     as_report(outcome, ReportKind.PROBE)
 
@@ -500,7 +500,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], threading.Event]:
             count[0] += 1
             if count[0] == stop_at:
                 reached.set()
-                assert goes_on.wait(20)
+                assert goes_on.wait(60)
             return original(engine, *args)
 
         monkeypatch.setattr(Engine, "losses", losses)
@@ -516,10 +516,10 @@ def test_cancel_ends_a_task_between_two_queries(
     reached = gate(3)
     task = desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=500)
     desk.worker.submit(Compute(task))
-    assert reached.wait(20)
+    assert reached.wait(60)
     desk.worker.cancel()
     gate.goes_on.set()
-    assert desk.answers.get(timeout=20) == Computed(task.number, None)
+    assert desk.answers.get(timeout=60) == Computed(task.number, None)
     assert gate.count[0] == 3
     assert desk.compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask))) is not None
 
@@ -533,13 +533,13 @@ def test_a_task_cancelled_while_it_waits_never_starts(
     first = desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=8)
     second = desk.task(kind, weights_of(manifest, mask))
     desk.worker.submit(Compute(first))
-    assert reached.wait(20)
+    assert reached.wait(60)
     desk.worker.submit(Compute(second))
     desk.worker.cancel()
     third = desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=1)
     desk.worker.submit(Compute(third))
     gate.goes_on.set()
-    answers = [desk.answers.get(timeout=20) for _ in range(3)]
+    answers = [desk.answers.get(timeout=60) for _ in range(3)]
     assert answers[:2] == [Computed(first.number, None), Computed(second.number, None)]
     assert isinstance(answers[2], Computed)
     assert answers[2].outcome is not None
@@ -549,7 +549,7 @@ def test_close_cancels_what_runs(desk: Desk, run: RunDocument, manifest: Manifes
     desk.ready(run, manifest, mask)
     reached = gate(2)
     desk.worker.submit(Compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=5000)))
-    assert reached.wait(20)
+    assert reached.wait(60)
     desk.worker.submit(Compute(desk.task(ReportKind.PROBE, weights_of(manifest, mask), k=5000)))
     threading.Timer(0.1, gate.goes_on.set).start()
     started = time.monotonic()

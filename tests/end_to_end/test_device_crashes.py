@@ -12,6 +12,7 @@ from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import Fleet, agree, wait_for
 
 RIGS = ("computing:2", "saved:4", "received:5")
+DEADLINE_S = 200.0
 LONG = ("--rounds", 100, "--k", 24, "--evaluate-every", 0)
 
 
@@ -41,7 +42,7 @@ def test_a_round_waits_for_killed_devices_and_ends_as_if_nothing_had_happened(
 
 def test_the_run_goes_on_without_a_killed_device_which_catches_up(fleets: MakeFleet) -> None:
     fleet = fleets()
-    server = fleet.serve("--quorum", 2, *LONG)
+    server = fleet.serve("--quorum", 2, "--deadline", DEADLINE_S, *LONG)
     others = [fleet.device(1), fleet.device(2)]
     dying = fleet.device(0, rig="computing:5")
     assert dying.wait() == -signal.SIGKILL
@@ -61,7 +62,7 @@ def test_the_run_goes_on_without_a_killed_device_which_catches_up(fleets: MakeFl
     assert any(max(before) < number < first for number in every)
     # From its return on it took part in every round.
     assert after == {number for number in every if number >= first}
-    assert answer["wall_s"] < 60  # no deadline was waited for: the broker told of the death at once
+    assert answer["wall_s"] < DEADLINE_S  # no deadline was waited for: the broker told of the death at once
 
 
 def test_a_round_closes_at_its_deadline_without_a_frozen_device(fleets: MakeFleet) -> None:
@@ -93,10 +94,10 @@ def quiet(entries: list[Entry]) -> float:
 
 def test_a_run_ends_without_a_device_that_never_returns(fleets: MakeFleet) -> None:
     fleet = fleets()
-    server = fleet.serve("--quorum", 2)
+    server = fleet.serve("--quorum", 2, "--deadline", DEADLINE_S)
     others = [fleet.device(1), fleet.device(2)]
     assert fleet.device(0, rig="computing:3").wait() == -signal.SIGKILL
-    answer = server.answer(40.0)  # less than the deadline
+    answer = server.answer()  # in less time than the deadline
     assert {device.answer()["weights_digest"] for device in others} == {answer["weights_digest"]}
     assert answer["phase"] == "done"
     assert answer["rounds"] == 6
@@ -105,13 +106,13 @@ def test_a_run_ends_without_a_device_that_never_returns(fleets: MakeFleet) -> No
 
 def test_a_device_that_leaves_is_not_waited_for(fleets: MakeFleet) -> None:
     fleet = fleets()
-    server = fleet.serve("--quorum", 2, *LONG)
+    server = fleet.serve("--quorum", 2, "--deadline", DEADLINE_S, *LONG)
     fleet.devices()
     fleet.await_entries("update", 5)
     leaving = fleet.boards[0]
     leaving.signal(signal.SIGTERM)
-    left = leaving.answer(20.0)
+    left = leaving.answer()
     assert left["status"] == "left"
-    answer = server.answer(40.0)
+    answer = server.answer()  # in less time than the deadline
     assert (answer["phase"], answer["rounds"]) == ("done", 100)
     assert json.loads(leaving.stdout)["log_length"] < 100
