@@ -17,7 +17,7 @@ pytest.importorskip("torch", reason="fedzo[server] is not installed")
 pytest.importorskip("sklearn", reason="fedzo[demo] is not installed")
 
 from benchmarks.learning import settings as settings_module
-from benchmarks.learning.__main__ import COMMITTED
+from benchmarks.learning.__main__ import COMMITTED, _compact
 from benchmarks.learning.build import run_settings
 from benchmarks.learning.cells import Cell, selected, table
 from benchmarks.learning.data import Parts, cifar, digits, fashion_mnist, prepare
@@ -241,6 +241,15 @@ def test_figures() -> None:
     assert found["dirichlet01_minus_iid_digits"] == pytest.approx(-30)
     short = [rows[0], row("ours", 0.7, curve=[[100, 0.7]])]
     assert "sf_ratio_digits" not in figures(short)  # never reached
+
+
+def test_the_same_accuracy_is_reached_though_curves_are_rounded() -> None:
+    """340 of 360 right are 0.94444 on a curve."""
+    rows = [
+        row("baseline", 340 / 360, curve=[[50, 340 / 360], [100, 340 / 360]]),
+        row("ours", 0.95, curve=[[10, 340 / 360], [100, 0.95]]),
+    ]
+    assert figures([_compact(each) for each in rows])["sf_ratio_digits"] == pytest.approx(10 / 50)
 
 
 def test_rows_of_other_settings_do_not_count() -> None:

@@ -37,7 +37,7 @@ from fedzo.protocol.errors import FedzoError
 from ..report import Report
 from .cells import selected, table
 from .data import FILES, find
-from .figures import absent, figures, newest
+from .figures import CURVE_DIGITS, absent, figures, newest
 from .jobs import read_rows, run_cells
 from .options import add_options, changes, numbers
 from .picture import draw
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
 def _compact(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with shorter numbers."""
     short = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
-    return {**short, "curve": [[round(sf), round(accuracy, 5)] for sf, accuracy in row["curve"]]}
+    return {**short, "curve": [[round(sf), round(accuracy, CURVE_DIGITS)] for sf, accuracy in row["curve"]]}
 
 
 if __name__ == "__main__":
