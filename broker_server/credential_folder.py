@@ -33,8 +33,9 @@ from pathlib import Path
 from ..edge_runtime.device_bundle import BUNDLE_NAMES, DeviceBundle
 from ..protocol.errors import ConfigError
 from ..protocol.topics import check_name
+from .brokers.base import MAX_PACKET_BYTES
 from .brokers.credentials import SERVER_NAME, hash_password
-from .brokers.mosquitto import MAX_PACKET_BYTES, MAX_QUEUED_BYTES
+from .brokers.mosquitto import MAX_QUEUED_BYTES
 from .brokers.private_files import read_private, write_private
 from .brokers.server_tls import ServerTls
 from .certificates import Authority, check_host

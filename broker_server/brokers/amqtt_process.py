@@ -1,13 +1,14 @@
 """The process of the embedded broker: HOST PORT, and on standard input lines of JSON with credentials and TLS files.
 
-The first line says how to start. A later one brings other credentials: who has none any more is cut off.
+The first line says how to start. A later one brings other credentials: who has none any more is cut off, and the TLS
+files, the revocation list among them, are read again for the connections that follow.
 
 amqtt does the work. In front of it this module reads the CONNECT packet, because amqtt 0.12 takes an MQTT 5 CONNECT
 with properties for 3.1.1 and waits for bytes that never come, and because it never notices a client that went silent:
 
 - another version than 3.1.1 is refused as MQTT 3.1.1, section 3.1.2.2, says, so that clients can fall back;
 - a link without CONNECT within 10 s, or silent for 1.5 times its keep-alive, is closed, and its will is published;
-- a CONNECT above 128 KiB, or any packet above 4 MiB, is not read;
+- a CONNECT above 128 KiB, or any packet above what Mosquitto is allowed (`base.MAX_PACKET_BYTES`), is not read;
 - with client certificates, the client id, which has to be the user name, must be the certificate's common name.
 """
 
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import ssl
 import sys
 from typing import Any
@@ -25,6 +27,7 @@ from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 from amqtt.broker import Broker as AmqttBroker
 
 from . import amqtt_rights
+from .base import MAX_PACKET_BYTES
 from .credentials import Credentials
 
 __all__ = ["main"]
@@ -33,7 +36,6 @@ _log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_CONNECT_BYTES = 128 << 10
-_MAX_PACKET_BYTES = 4 << 20
 _CONNECT = 0x10
 _REFUSED_VERSION = b"\x20\x02\x00\x01"
 _REFUSED_IDENTITY = b"\x20\x02\x00\x05"
@@ -43,6 +45,10 @@ _LISTENER = "default"
 
 class _Refused(Exception):  # noqa: N818 (a way out, not an error)
     """The client is told, or not worth telling, why it is cut off."""
+
+
+class _TooLong(Exception):  # noqa: N818 (as above)
+    """A packet that is not read; amqtt ends a link whose reading fails in a way that it does not know."""
 
 
 class _TimedReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no types
@@ -58,8 +64,8 @@ class _TimedReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no
         if self._again and n >= 0:
             data, self._again = self._again[:n], self._again[n:]
             return data
-        if n > _MAX_PACKET_BYTES:
-            raise asyncio.IncompleteReadError(b"", n)
+        if n > MAX_PACKET_BYTES:
+            raise _TooLong  # After an end of the stream amqtt would read on, and take the payload for packets.
         try:
             data = await asyncio.wait_for(super().read(n), self._silence_s)
         except asyncio.TimeoutError:
@@ -158,7 +164,38 @@ def _context(files: dict[str, str]) -> ssl.SSLContext:
     if files["ca"]:
         context.load_verify_locations(files["ca"])
         context.verify_mode = ssl.CERT_REQUIRED
+    if files["revoked"]:
+        context.load_verify_locations(files["revoked"])
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
+
+
+class _Door:
+    """Where clients connect: opened again, with the TLS files as they are then, without a moment at which it is shut.
+
+    A context is not changed but replaced. It would keep the old list beside the new one, and take clients that come
+    back with a ticket of it without looking at their certificates.
+    """
+
+    def __init__(self, listener: _Listener, sockets: list[socket.socket], files: dict[str, str] | None) -> None:
+        self._listener, self._sockets, self._files = listener, sockets, files
+        self._servers: list[asyncio.Server] = []
+
+    async def open(self) -> None:
+        """Take connections."""
+        context = _context(self._files) if self._files else None
+        before, accept = self._servers, self._listener.accept
+        self._servers = [await asyncio.start_server(accept, sock=s.dup(), ssl=context) for s in self._sockets]
+        for server in before:
+            server.close()
+
+    async def open_again(self) -> None:
+        """After a change of the files; those that cannot be read leave everything as it is."""
+        try:
+            if self._files:
+                await self.open()
+        except OSError as error:  # ssl.SSLError is one
+            _log.error("the changed TLS files are not in force: %s", error)
 
 
 async def _serve(host: str, port: int, settings: dict[str, Any]) -> None:
@@ -170,13 +207,20 @@ async def _serve(host: str, port: int, settings: dict[str, Any]) -> None:
     await broker.start()
     files = settings["tls"]
     listener = _Listener(broker, bool(files and files["ca"]))
-    server = await asyncio.start_server(listener.accept, host, port, ssl=_context(files) if files else None)
-    async with server:
-        # The input ends when the parent is gone, on every system.
-        while line := await asyncio.to_thread(sys.stdin.buffer.readline):
-            amqtt_rights.CREDENTIALS = _credentials(json.loads(line))
-            if amqtt_rights.CREDENTIALS is not None:
-                listener.cut(amqtt_rights.CREDENTIALS)
+    door = _Door(listener, _bind(host, port), files)
+    await door.open()
+    # The input ends when the parent is gone, on every system.
+    while line := await asyncio.to_thread(sys.stdin.buffer.readline):
+        amqtt_rights.CREDENTIALS = _credentials(json.loads(line))
+        await door.open_again()
+        if amqtt_rights.CREDENTIALS is not None:
+            listener.cut(amqtt_rights.CREDENTIALS)
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """One socket for each address of the host."""
+    found = dict.fromkeys((i[0], i[4]) for i in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    return [socket.create_server(address[:2], family=family) for family, address in found]
 
 
 def _credentials(settings: dict[str, Any]) -> Credentials | None:

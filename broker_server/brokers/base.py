@@ -7,12 +7,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ...edge_runtime.endpoint import TlsConfig
+from ...protocol.wire import MAX_PAYLOAD_BYTES
 from .credentials import Credentials, Login
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self came with Python 3.11
 
-__all__ = ["Broker"]
+__all__ = ["MAX_PACKET_BYTES", "Broker"]
+
+MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4096  # topic and properties come on top
 
 
 class Broker(ABC):

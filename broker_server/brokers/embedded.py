@@ -98,7 +98,7 @@ class EmbeddedBroker(Broker):
         return self._child.failure() if self._child else None
 
     def update_credentials(self, credentials: Credentials) -> bool:
-        """Take over new logins, no revocation list; see `Broker.update_credentials`."""
+        """Take over new logins and the revocation list; see `Broker.update_credentials`."""
         if self.credentials is None:
             raise ConfigError("this broker was started without credentials; restart it with them")
         self.credentials = credentials
@@ -111,6 +111,12 @@ class EmbeddedBroker(Broker):
         tls = self._server_tls
         document = {
             "credentials": self.credentials.to_document() if self.credentials else None,
-            "tls": tls and {"certificate": str(tls.certificate), "key": str(tls.key), "ca": str(tls.client_ca or "")},
+            "tls": tls
+            and {
+                "certificate": str(tls.certificate),
+                "key": str(tls.key),
+                "ca": str(tls.client_ca or ""),
+                "revoked": str(tls.revoked or ""),
+            },
         }
         return json.dumps(document).encode() + b"\n"

@@ -9,16 +9,14 @@ import signal
 from pathlib import Path
 
 from ...protocol.errors import BrokerError, ConfigError
-from ...protocol.wire import MAX_PAYLOAD_BYTES
-from .base import Broker
+from .base import MAX_PACKET_BYTES, Broker
 from .child import ChildBroker, choose_port, client_host
 from .credentials import Credentials
 from .private_files import PrivateFolder, read_private, write_private
 from .server_tls import ServerTls
 
-__all__ = ["MAX_PACKET_BYTES", "MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto", "place_of_files"]
+__all__ = ["MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto", "place_of_files"]
 
-MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 4096  # topic and properties come on top
 MAX_QUEUED_BYTES = 256 << 20  # for each absent or slow client: 64,000 reports of 4 kB
 
 _log = logging.getLogger(__name__)
