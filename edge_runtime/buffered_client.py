@@ -2,6 +2,9 @@
 
 paho reads a packet in three or four calls and writes each in one. Every call gives up Python's global lock, and a busy
 server waits for it each time. Packets that are written together also share an IP packet, whose headers are 52 bytes.
+
+What paho itself would collect without end has a limit here: answers to a peer that sends and does not read, and
+messages of QoS 2, which are kept until they are released. Nobody subscribes at QoS 2, so they end the link.
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 from paho.mqtt.client import Client
+from paho.mqtt.enums import MQTTErrorCode
 
 __all__ = ["BufferedClient"]
 
 _READ_BYTES = 32 << 10
 _WRITE_BYTES = 64 << 10
 _DISCONNECT = 0xE0
+_ANSWERS = frozenset({0x40, 0x50, 0x70, 0xD0})  # PUBACK, PUBREC, PUBCOMP, PINGRESP
+_MAX_ANSWERS = 1000
+_QOS_2, _QOS_2_MASK = 0x34, 0xF4  # PUBLISH with the upper bit of its QoS
 
 
 class BufferedClient(Client):
@@ -22,7 +29,7 @@ class BufferedClient(Client):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._received, self._place, self._may_receive = b"", 0, False
-        self._unsent = bytearray()
+        self._unsent, self._answers = bytearray(), 0
         super().__init__(*arguments, **options)
 
     def refill(self) -> None:
@@ -38,6 +45,11 @@ class BufferedClient(Client):
     def has_unsent(self) -> bool:
         """Whether something is left to be written."""
         return bool(self._unsent) or self.want_write()
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether so many answers wait behind the buffer that nothing should be read that asks for more."""
+        return self._answers >= _MAX_ANSWERS
 
     def flush(self) -> None:
         """Write what was collected, as far as the socket takes it.
@@ -73,4 +85,14 @@ class BufferedClient(Client):
         if buf[0] == _DISCONNECT:
             return super()._sock_send(buf)
         self._unsent += buf
+        self._answers -= buf[0] & 0xF0 in _ANSWERS
         return len(buf)
+
+    def _packet_queue(self, command: int, *arguments: Any, **options: Any) -> MQTTErrorCode:
+        self._answers += command & 0xF0 in _ANSWERS
+        return super()._packet_queue(command, *arguments, **options)
+
+    def _packet_handle(self) -> MQTTErrorCode:
+        if self._in_packet["command"] & _QOS_2_MASK == _QOS_2:
+            return MQTTErrorCode.MQTT_ERR_PROTOCOL
+        return super()._packet_handle()

@@ -165,8 +165,8 @@ class Link:
     def step(self, wake: Wake, timeout_s: float) -> None:
         """Wait for the network, for `wake` or for the time-out, then do the reading and writing that is due.
 
-        While nothing may be read, what the broker sends stays in the socket. A pause of more than two keep-alives ends
-        the link, and the broker sends again what was not acknowledged.
+        While nothing may be read, or the broker reads no answers, what it sends stays in the socket. A pause of more
+        than two keep-alives ends the link, and the broker sends again what was not acknowledged.
         """
         if self.loss is not None:
             return
@@ -176,8 +176,12 @@ class Link:
             return
         if wake.receiver not in self._selector.get_map():
             self._selector.register(wake.receiver, selectors.EVENT_READ)
+        if self._client.is_clogged:
+            self._write()
+            if self.loss is not None:
+                return
         self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.has_unsent else 0))
-        if self._settings.may_read():
+        if self._may_read():
             # A pause may have left bytes, and OpenSSL may hold some that the socket no longer shows as readable.
             pending = self._client.has_unread or (
                 self._settings.tls is not None and cast("ssl.SSLSocket", sock).pending() > 0
@@ -193,7 +197,7 @@ class Link:
             if not self._client.has_unread:
                 self._client.refill()
             self._check(self._client.loop_read())
-            while self.loss is None and self._client.has_unread and self._settings.may_read():
+            while self.loss is None and self._client.has_unread and self._may_read():
                 self._check(self._client.loop_read())
         if self.loss is None and (mask & selectors.EVENT_WRITE or self._client.has_unsent):
             self._write()
@@ -202,6 +206,9 @@ class Link:
         if self.loss is None and not self.ready and time.monotonic() > self._deadline:
             missing = f"no SUBACK for {_SUBACK_TIMEOUT_S:g} s"
             self._lose(missing if self._accepted else f"{self._connack_timeout_s:g} s passed")
+
+    def _may_read(self) -> bool:
+        return self._settings.may_read() and not self._client.is_clogged
 
     def _write(self) -> None:
         self._check(self._client.loop_write())
