@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ...edge_runtime.durable import write_durably
 from ...protocol.errors import ConfigError
 
 __all__ = ["PrivateFolder", "read_private", "write_private"]
@@ -23,30 +24,11 @@ def write_private(path: Path, data: bytes) -> None:
         ConfigError: The folder is missing, read-only or full.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp makes files 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
-            _sync_folder(path.parent)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_durably(path, data)  # by a temporary file, which is 0600
     except OSError as error:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}", hint="check the folder and its free space"
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let a rename in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_private(path: Path, limit_bytes: int) -> bytes:
