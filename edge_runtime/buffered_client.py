@@ -21,6 +21,7 @@ _WRITE_BYTES = 64 << 10
 _DISCONNECT = 0xE0
 _ANSWERS = frozenset({0x40, 0x50, 0x70, 0xD0})  # PUBACK, PUBREC, PUBCOMP, PINGRESP
 _MAX_ANSWERS = 1000
+_MAX_WAITING = 1000
 _QOS_2, _QOS_2_MASK = 0x34, 0xF4  # PUBLISH with the upper bit of its QoS
 
 
@@ -50,6 +51,10 @@ class BufferedClient(Client):
     def is_clogged(self) -> bool:
         """Whether so many answers wait behind the buffer that nothing should be read that asks for more."""
         return self._answers >= _MAX_ANSWERS
+
+    def is_behind(self) -> bool:
+        """Whether so many packets wait that those of somebody who has a queue of his own should stay there."""
+        return len(self._out_packet) >= _MAX_WAITING
 
     def flush(self) -> None:
         """Write what was collected, as far as the socket takes it.

@@ -132,6 +132,7 @@ class Link:
         self._deadline = 0.0
         self._selector = selectors.DefaultSelector()
         self._client = self._new_client()
+        self.is_behind = self._client.is_behind
 
     def open(self) -> None:
         """Connect TCP and TLS (blocking, at most some 8 s each) and send CONNECT; failures end up in `loss`."""

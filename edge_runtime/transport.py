@@ -327,9 +327,9 @@ class MqttTransport:
                 link.drop(f"the broker acknowledged nothing for {_PUBACK_TIMEOUT_S:g} s")
 
     def _send_waiting(self, link: Link) -> None:
-        """Fill the window; the next step of the link writes it."""
+        """Fill the window; the next step of the link writes it. QoS 0 has no window, but waits for the socket too."""
         window = min(self._max_inflight, link.peer_max_inflight)
-        while len(self._inflight) < window and (entry := self.queue.take()) is not None:
+        while len(self._inflight) < window and not link.is_behind() and (entry := self.queue.take()) is not None:
             publication, left_s = entry.publication, entry.seconds_left()
             if left_s is not None and left_s <= 0.0:
                 self._finish(entry.message_id, publication.qos, "expired before it could be sent")

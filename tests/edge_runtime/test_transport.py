@@ -344,6 +344,31 @@ def test_the_window_is_the_smaller_of_both_sides(connect: Connect) -> None:
             assert client.wait(Delivered).message_id == message_id
 
 
+def test_what_needs_no_answer_waits_in_the_queue_for_a_broker_that_does_not_read(connect: Connect) -> None:
+    """Receipts are such messages: the queue has a limit, what is behind it in the library has none."""
+    arrived: list[int] = []
+    go_on = threading.Event()
+
+    def slow(link: FakeLink) -> None:
+        link.connack()
+        assert go_on.wait(60)
+        while True:
+            kind, _, body = link.read()
+            assert kind == PUBLISH
+            arrived.append(int.from_bytes(body[4:8], "big"))
+
+    with FakeBroker(slow) as broker:
+        client = connect(broker.url, "client", max_queued=10_000, max_queued_bytes=64 << 20)
+        for number in range(5_000):
+            client.transport.publish("a", number.to_bytes(4, "big") + bytes(8_000), qos=0)
+        time.sleep(1.0)
+        assert len(client.transport.queue) > 1_000
+        go_on.set()
+        wait_until(lambda: len(arrived) == 5_000, 60.0)
+        assert arrived == list(range(5_000))
+        assert len(client.transport.queue) == 0
+
+
 def test_a_message_over_the_brokers_limit_is_rejected_not_lost_in_silence(connect: Connect) -> None:
     def small(link: FakeLink) -> None:
         link.connack(properties=b"\x27\x00\x00\x00\x64")  # Maximum Packet Size 100
