@@ -6,7 +6,9 @@ texts quote, by name).
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -16,7 +18,25 @@ from typing import Any
 
 from fedzo.experiments.machine import machine
 
-__all__ = ["Report", "machine", "median_s"]
+__all__ = ["Report", "machine", "median_s", "positive", "whole"]
+
+
+def whole(text: str) -> int:
+    """A number of things, 1 or more, for :mod:`argparse`."""
+    if text.strip().isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, for :mod:`argparse`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if 0.0 < value < math.inf:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
 def median_s(call: Callable[[int], object], repeats: int, *, number: int = 1) -> float:

@@ -92,7 +92,6 @@ def test_a_cell_spends_its_budget(work: Path, method: str, mask: str, world: str
     assert row["sparsity"] == pytest.approx(0.8 if mask == "pruned80" else 0.0, abs=1e-3)
     if method not in settings_module.TORCH:
         assert row["bytes_up_per_device_round"] <= 4096
-        assert row["bytes_up_per_device_round"] <= 4096
         assert row["planned_mib"] > 10
         assert (row["pruning_sample_forwards"] > 0) == (mask != "dense")
     elif method == "fedavg":
@@ -154,6 +153,13 @@ def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
     found = command("benchmarks.learning", *arguments)
     assert found.returncode == ConfigError.exit_code
     assert said in found.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--jobs", "0"), ("--budget-scale", "nan"), ("--budget-scale", "-1")])
+def test_numbers_that_cannot_be_are_wrong_usage(arguments: tuple[str, ...]) -> None:
+    found = command("benchmarks.learning", *arguments, "--list")
+    assert found.returncode == 2
+    assert arguments[1] in found.stderr.splitlines()[-1]
 
 
 def test_wrong_settings() -> None:

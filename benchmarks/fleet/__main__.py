@@ -37,8 +37,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
+from fedzo.protocol.errors import FedzoError
 
-from ..report import Report
+from ..report import Report, whole
 from .recovery import measure_recovery
 from .rounds import measure_rounds
 from .traffic import Bytes, measure_device, measure_weights
@@ -50,7 +51,7 @@ BATCHES = {"lenet5": 16, "resnet20": 2}  # what is sent does not depend on it
 SPARSITY = 0.8
 
 
-def main() -> None:
+def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -58,18 +59,23 @@ def main() -> None:
     add = parser.add_argument
     add("--json", action="store_true", help="print one JSON object")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    add("--devices", type=int, default=10_000, help="boards of the fleet")
-    add("--small", type=int, default=100, help="boards of the small fleet")
-    add("--k", type=int, default=100, help="directions of a report")
-    add("--rounds", type=int, default=5, help="rounds of the fleet")
-    add("--small-rounds", type=int, default=40, help="rounds of the small fleet")
+    add("--devices", type=whole, default=10_000, help="boards of the fleet")
+    add("--small", type=whole, default=100, help="boards of the small fleet")
+    add("--k", type=whole, default=100, help="directions of a report")
+    add("--rounds", type=whole, default=5, help="rounds of the fleet")
+    add("--small-rounds", type=whole, default=40, help="rounds of the small fleet")
     add("--models", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="whose bytes are counted")
-    add("--traffic-rounds", type=int, default=20, help="rounds that bytes are averaged over")
-    add("--recovery-devices", type=int, default=1_000, help="boards of the run whose server is killed")
-    add("--recovery-rounds", type=int, default=1_000, help="rounds in its journal")
-    add("--kills", type=int, default=5, help="times that it is killed")
-    found = measure(parser.parse_args())
-    found.write(as_json=parser.parse_args().json)
+    add("--traffic-rounds", type=whole, default=20, help="rounds that bytes are averaged over")
+    add("--recovery-devices", type=whole, default=1_000, help="boards of the run whose server is killed")
+    add("--recovery-rounds", type=whole, default=1_000, help="rounds in its journal")
+    add("--kills", type=whole, default=5, help="times that it is killed")
+    asked = parser.parse_args()
+    try:
+        measure(asked).write(as_json=asked.json)
+    except FedzoError as error:
+        print(f"error: {error.message}" + (f" ({error.hint})" if error.hint else ""), file=sys.stderr)
+        return error.exit_code
+    return 0
 
 
 def measure(asked: argparse.Namespace) -> Report:
@@ -147,4 +153,4 @@ def _traffic(asked: argparse.Namespace, folder: Path, rows: list[dict[str, Any]]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

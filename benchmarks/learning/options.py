@@ -9,6 +9,8 @@ from typing import Any
 
 from fedzo.protocol.errors import ConfigError
 
+from ..report import positive, whole
+
 __all__ = ["add_options", "changes", "numbers"]
 
 
@@ -17,9 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="as fashion*/ours/dense/*/3m/0")
     parser.add_argument("--seeds", default="0,1,2", help="of the cells (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells side by side (default %(default)s)")
+    parser.add_argument("--jobs", type=whole, default=1, help="cells side by side (default %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="rows, one a line: read, and appended to")
-    parser.add_argument("--budget-scale", type=float, default=1.0, help="part of each budget (default %(default)s)")
+    parser.add_argument("--budget-scale", type=positive, default=1.0, help="part of each budget (default %(default)s)")
     parser.add_argument("--data-folder", type=Path, default=Path("data"), help="with the .npz files, see data.py")
     parser.add_argument("--work", type=Path, help="folder for artifacts and unpacked data (default: a temporary one)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="as k=16, or ours.k=16")
