@@ -8,7 +8,9 @@ Only the share ``q = |g|^2 / (|g|^2 + |e|^2)`` of a scalar's square is signal, a
 weights along ``g`` as well as ``n q`` directions without noise would. So the next round gets ``k / q`` of them, at
 most ``k_max``. The share is what two independent halves of the estimate agree on:
 
-- ``shared`` directions: the products of the scalars of two halves of the devices;
+- ``shared`` directions: the products of the scalars of two halves of the devices. Where a robust rule or clipping says
+  that some may lie, of every device's scalars with the medians of the others', and of that the median over the devices:
+  a minority moves it no further than the honest devices spread;
 - ``dealt`` directions, which are orthogonal within a round: the inner product of the decoded estimate of a round with
   the average of those before it. Chance alone gives about ``sqrt(d / 20) / n`` for ``d`` weights and ``n`` directions,
   so small fleets with large models learn it slowly.
@@ -56,20 +58,23 @@ ROUNDED: Final = 100 * 2.0**-24
 LEAST_SCALARS: Final = 16
 """Scalars from which on their mean says something about curvature."""
 
+_Rows = NDArray[np.float64]
+
 
 class Adaptation:
     """What the next round is announced with.
 
     Args:
         training: Whether ``k`` and sigma are adapted at all, and from where.
+        is_robust: Whether devices may lie.
 
     Attributes:
         k: Directions per device of the first block; 0 for the settings' number.
         sigma: Length scale, a float32 value; 0 for the settings'.
     """
 
-    def __init__(self, training: TrainingSettings) -> None:
-        self._training = training
+    def __init__(self, training: TrainingSettings, *, is_robust: bool = False) -> None:
+        self._training, self._is_robust = training, is_robust
         self.k, self.sigma = 0, 0.0
         self._agreed = self._energy = 0.0
         self._before: NDArray[np.float64] | None = None
@@ -122,7 +127,9 @@ class Adaptation:
         self, deals: Sequence[Deal], reports: Sequence[tuple[int, Report]], record: UpdateRecord, replica: Replica
     ) -> None:
         if deals[0].n_slots == 1 and len(reports) > 1:
-            agreed, energy = _halves_of_devices(deals, [report for _, report in sorted(reports, key=lambda r: r[0])])
+            answers = [report for _, report in sorted(reports, key=lambda r: r[0])]
+            compare = _devices_with_the_others if self._is_robust else _halves_of_devices
+            agreed, energy = compare(deals, answers)
         else:
             found = replica.gradient(record).astype(np.float64)
             agreed, energy = _successive_rounds(deals, found, self._before, record)
@@ -146,6 +153,28 @@ def _halves_of_devices(deals: Sequence[Deal], reports: Sequence[Report]) -> tupl
         agreed += common
         noise += max(0.0, float(np.mean(rows**2)) - common) / len(rows)
     return agreed, max(0.0, agreed) + noise
+
+
+def _devices_with_the_others(deals: Sequence[Deal], reports: Sequence[Report]) -> tuple[float, float]:
+    """As :func:`_halves_of_devices`, with medians in place of means; more than half of the devices must be honest."""
+    agreed, squares = np.zeros(len(reports)), np.zeros(len(reports))
+    for deal in deals:
+        rows = np.array([report.blocks[deal.block.number] for report in reports], dtype=np.float64)
+        agreed += np.mean(rows * _medians_of_the_others(rows), axis=1)
+        squares += np.mean(rows**2, axis=1)
+    common = float(np.median(agreed))
+    return common, max(0.0, common) + max(0.0, float(np.median(squares)) - common) / len(reports)
+
+
+def _medians_of_the_others(rows: _Rows) -> _Rows:
+    """For every scalar of every row the median over all rows but its own, ``float64[n, size]``; ``n`` of 2 or more."""
+    ordered = np.sort(rows, axis=0)
+    ranks = np.argsort(np.argsort(rows, axis=0, kind="stable"), axis=0, kind="stable")
+
+    def without_own(place: int) -> _Rows:
+        return np.where(place < ranks, ordered[place], ordered[place + 1])
+
+    return (without_own((len(rows) - 2) // 2) + without_own((len(rows) - 1) // 2)) / 2.0
 
 
 def _successive_rounds(

@@ -71,7 +71,7 @@ class RunProgress:
         self.mask, self._mask_size = mask, len(encoded)
         self.mask_sha256 = hashlib.sha256(encoded).hexdigest() if encoded else ""
         self.replica = start_replica(self._run, self._manifest, mask)
-        self._adaptation = Adaptation(self._run.training)
+        self._adaptation = Adaptation(self._run.training, is_robust=not self._run.settings.aggregation.is_plain)
 
     @property
     def room(self) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.protocol.adaptation import TARGET, Adaptation, next_sigma
+from fedzo.protocol.adaptation import TARGET, Adaptation, _medians_of_the_others, next_sigma
 from fedzo.protocol.aggregation import combine_probes
+from fedzo.protocol.aggregation_rules import AggregationSettings
 from fedzo.protocol.blocks import Block, Deal, deal, directions_of, whole_block
 from fedzo.protocol.documents import Announcement
 from fedzo.protocol.layout import Initialiser, Layout, Parameter
@@ -21,6 +23,8 @@ from fedzo.protocol.ranking import CoordinateRanking
 from fedzo.protocol.settings import Assignment, TrainingSettings
 from fedzo.protocol.update import Replica
 
+Lie = Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]
+PLAIN = AggregationSettings()
 SIZE, SEED, K, K_MAX = 200, 3, 8, 40
 
 
@@ -30,7 +34,15 @@ def report(*blocks: Any, loss: float = 2.0) -> Report:
 
 
 def rounds(
-    assignment: Assignment, noise: float, *, devices: int = 16, updates: int = 30, blocks: tuple[Block, ...] = ()
+    assignment: Assignment,
+    noise: float,
+    *,
+    devices: int = 16,
+    updates: int = 30,
+    blocks: tuple[Block, ...] = (),
+    liars: Sequence[int] = (),
+    lie: Lie = lambda row, _: row,
+    rule: AggregationSettings = PLAIN,
 ) -> list[int]:
     """What is announced after each round, for a constant gradient and batches that add noise of a relative size."""
     rng = np.random.default_rng(5)
@@ -38,7 +50,7 @@ def rounds(
     blocks = blocks or whole_block("hadamard", SIZE, K)
     training = TrainingSettings(assignment=assignment, k=K, k_max=K_MAX)
     replica = Replica(layout, Mask.dense(layout), 1, SEED, blocks, OptimiserConfig("sgd"))
-    directions, adaptation, found = directions_of(blocks, SEED), Adaptation(training), []
+    directions, adaptation, found = directions_of(blocks, SEED), Adaptation(training, is_robust=not rule.is_plain), []
     gradient = rng.standard_normal(SIZE) / np.sqrt(SIZE)
     for index in range(updates):
         head = Announcement("run", index + 1, "train", log_length=index, k=adaptation.k)
@@ -53,8 +65,8 @@ def rounds(
                     parts.append(part[replica.coordinates(one.block.number, one.k)].astype(np.float64))
                 else:
                     parts.append(basis.project(head.round, one.positions(one.slot(rank)), part))
-            reports.append((rank, report(*parts)))
-        segments, coefficients = combine_probes(deals, reports)
+            reports.append((rank, report(*(lie(part, rng) for part in parts) if rank in liars else parts)))
+        segments, coefficients = combine_probes(deals, reports, rule)
         record = replica.prepare(index, head.round, 2.0**-10, segments, coefficients)
         adaptation.learn(head, deals, reports, record, replica)
         found.append(adaptation.k)
@@ -76,6 +88,52 @@ def test_directions_make_up_for_noise(assignment: Assignment, noise: float, low:
     found = rounds(assignment, noise)
     assert all(K <= k <= K_MAX for k in found if k)
     assert low <= np.median(found[10:]) <= high, found
+
+
+LIES: dict[str, Lie] = {
+    "large noise": lambda row, rng: 30.0 * rng.standard_normal(row.size),
+    "large and alike": lambda row, _: np.full(row.size, 1e3),
+    "sign flip": lambda row, _: -4.0 * row,
+}
+
+
+@pytest.mark.parametrize("liars", [(0, 2, 4), (3, 7, 11)])  # all in one half, and in both
+@pytest.mark.parametrize("name", LIES)
+@pytest.mark.parametrize(
+    ("noise", "low", "high"),
+    [
+        (0.5, K, 11),  # q = 0.98: nothing to ask for
+        (8.0, 15, K_MAX),  # q = 0.2; liars on one side move medians by a quarter of the honest spread
+    ],
+)
+def test_a_minority_of_liars_does_not_choose_the_directions(
+    name: str, liars: tuple[int, ...], noise: float, low: int, high: int
+) -> None:
+    for rule in (AggregationSettings("trimmed-mean", hostile=3), AggregationSettings("mean", clip="norm")):
+        found = rounds("shared", noise, liars=liars, lie=LIES[name], rule=rule)
+        assert low <= np.median(found[10:]) <= high, found
+
+
+def test_robust_directions_are_those_of_honest_devices() -> None:
+    rule = AggregationSettings("median")
+    for noise in (0.0, 2.0, 8.0):
+        plain, robust = (np.median(rounds("shared", noise, rule=r)[10:]) for r in (PLAIN, rule))
+        assert robust == pytest.approx(plain, rel=0.25), noise
+    assert np.median(rounds("shared", 0.0, devices=2, rule=rule)[10:]) == K
+
+
+def test_clipping_bounds_what_liars_do_to_dealt_directions() -> None:
+    liars, lie = (0, 2, 4), LIES["large noise"]
+    assert np.median(rounds("dealt", 0.0, liars=liars, lie=lie)[10:]) == K_MAX
+    found = rounds("dealt", 0.0, liars=liars, lie=lie, rule=AggregationSettings("mean", clip="norm"))
+    assert K <= np.median(found[10:]) <= 2 * K, found
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4, 7])
+def test_medians_of_the_others(devices: int) -> None:
+    rows = np.random.default_rng(2).integers(0, 4, (devices, 50)).astype(np.float64)  # with ties
+    wanted = [np.median(np.delete(rows, i, axis=0), axis=0) for i in range(devices)]
+    assert np.array_equal(_medians_of_the_others(rows), wanted)
 
 
 def test_one_device_learns_from_its_own_rounds() -> None:
