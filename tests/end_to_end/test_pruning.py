@@ -44,9 +44,9 @@ def test_removed_weights_keep_their_values_to_the_deployed_model(
     evaluation = coordinator.evaluations[-1]
     powers = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     losses = np.log(np.exp(powers).sum(axis=1)) - powers[np.arange(len(x)), labels]
-    if evaluation["server_samples"] == len(x):
-        assert evaluation["server_loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
-        assert evaluation["server_accuracy"] == pytest.approx(float((logits.argmax(axis=1) == labels).mean()))
+    assert evaluation["server_samples"] == len(x)
+    assert evaluation["server_loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert evaluation["server_accuracy"] == pytest.approx(float((logits.argmax(axis=1) == labels).mean()))
 
 
 @pytest.mark.parametrize(

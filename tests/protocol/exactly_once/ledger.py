@@ -165,6 +165,7 @@ class Ledger:
             deals = deals_of(self.settings, self._progress.replica.blocks, self._heads[round_])
             groups.append(Group(age, deals, tuple(mine)))
         power = self.settings.staleness_power
-        segments, coefficients, _ = combine_groups(groups, self.settings.aggregation, power)
+        segments, coefficients, ages = combine_groups(groups, self.settings.aggregation, power)
         assert record.segments == segments, f"update {record.index} has scalars of others than those who reported"
+        assert record.ages == ages, f"update {record.index} takes scalars for those of other rounds"
         assert record.coefficients.tobytes() == coefficients.tobytes(), f"update {record.index} counts them otherwise"
