@@ -294,7 +294,7 @@ def test_a_revoked_certificate_fails_the_handshake(
         broker.update_credentials(folder.registry.credentials())
         wait_until(lambda: not shakes_hands("dev-2"))
     with kind(port=0, credentials=folder.registry.credentials(), tls=folder.server_tls) as broker:
-        assert not shakes_hands("dev-1"), "revoked before the broker's start"
+        wait_until(lambda: not shakes_hands("dev-1"))  # revoked before the broker's start
 
 
 @pytest.mark.parametrize("farm", ["embedded"], indirect=True)  # for Mosquitto fedzo reads it, and says so itself
@@ -303,7 +303,8 @@ def test_a_list_that_cannot_be_read_leaves_the_embedded_broker_as_it_is(farm: Fa
     (farm.folder.path / "revoked.pem").write_text("no list")
     farm.broker.update_credentials(farm.folder.registry.credentials())
     time.sleep(0.5)
-    assert not farm.is_refused(farm.url, "dev-2", username="dev-2", password=farm.two.password, tls=farm.two.tls)
+    login: dict[str, object] = {"username": "dev-2", "password": farm.two.password, "tls": farm.two.tls}
+    wait_until(lambda: not farm.is_refused(farm.url, "dev-2", **login))  # a busy machine takes longer than one try
 
 
 @needs_mosquitto

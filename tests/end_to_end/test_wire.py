@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import hashlib
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from fedzo.protocol.topics import BROADCAST, Channel, parse_topic
 from fedzo.protocol.transfers import BlobBlock
 from fedzo.protocol.update import estimate_gradient
 from tests.end_to_end.conftest import DEVICES, Finished, MakeFleet
-from tests.end_to_end.fleet import Fleet, agree
+from tests.end_to_end.fleet import Fleet, agree, wait_for
 
+MARK = "end-of-recording"
 WINDOW = 16  # bytes that nothing sent may have in common with a secret
 ALLOWED = {
     Channel.SERVER: {"ServerPresence"},
@@ -62,6 +62,9 @@ def recording(url: str, name: str) -> Iterator[list[Arrived]]:
     recorder.connect(15.0)
     try:
         yield found
+        recorder.publish(MARK, b"")  # behind everything that the broker has taken so far
+        wait_for(lambda: found and found[-1].topic == MARK, "the end of the recording")
+        found.pop()
     finally:
         recorder.close(timeout_s=2.0)
 
@@ -86,9 +89,8 @@ def recorded(make_fleet: MakeFleet, module_mosquitto_url: str) -> Iterator[Recor
             server, boards = fleet.serve(), fleet.devices()
             answer, answers = server.answer(), [board.answer() for board in boards]
             agree(answer, answers)
-            time.sleep(0.5)
         with recording(url, "late-recorder") as left:
-            time.sleep(0.5)
+            pass
         assert not any(event.retain for event in live)
         assert all(event.retain for event in left)
         yield Recorded(
