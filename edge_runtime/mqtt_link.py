@@ -169,6 +169,8 @@ class Link:
         While nothing may be read, or the broker reads no answers, what it sends stays in the socket. A pause of more
         than two keep-alives ends the link, and the broker sends again what was not acknowledged.
         """
+        if self._client.is_clogged:
+            self._write()
         if self.loss is not None:
             return
         sock = self._socket()
@@ -177,10 +179,6 @@ class Link:
             return
         if wake.receiver not in self._selector.get_map():
             self._selector.register(wake.receiver, selectors.EVENT_READ)
-        if self._client.is_clogged:
-            self._write()
-            if self.loss is not None:
-                return
         self._selector.modify(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.has_unsent else 0))
         if self._may_read():
             # A pause may have left bytes, and OpenSSL may hold some that the socket no longer shows as readable.

@@ -172,7 +172,8 @@ def _medians_of_the_others(rows: _Rows) -> _Rows:
     ranks = np.argsort(np.argsort(rows, axis=0, kind="stable"), axis=0, kind="stable")
 
     def without_own(place: int) -> _Rows:
-        return np.where(place < ranks, ordered[place], ordered[place + 1])
+        found: _Rows = np.where(place < ranks, ordered[place], ordered[place + 1])
+        return found
 
     return (without_own((len(rows) - 2) // 2) + without_own((len(rows) - 1) // 2)) / 2.0
 

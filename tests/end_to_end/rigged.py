@@ -113,11 +113,12 @@ def stop_at(place: str, name: str) -> None:
     from fedzo.broker_server.brokers.child import ChildBroker
     from fedzo.cli import serve_run
 
-    owner, method = {
+    places: dict[str, tuple[type | ModuleType, str]] = {
         "data": (serve_run, "load_dataset"),
         "broker": (ChildBroker, "_supervise"),  # on a thread of its own, so that the program is about to start
         "folder": (run_folder, "_flush"),
-    }[place]
+    }
+    owner, method = places[place]
     first = Countdown(1)
 
     def stop(*_: object, **__: object) -> None:
