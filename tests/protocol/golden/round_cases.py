@@ -45,7 +45,7 @@ from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 Json = Any
 ROUNDS = Path(__file__).with_name("rounds.json")
 SPLIT, NODE = BLOCK_REPLAYS[0][1], BLOCK_REPLAYS[1][1]
-UPDATES = 150
+UPDATES = 60
 STALENESS = 3
 # (name, blocks, optimiser, its constants).
 LATE_REPLAYS: tuple[tuple[str, tuple[Block, ...], OptimiserName, dict[str, float]], ...] = (
