@@ -31,6 +31,9 @@ _Fill = Annotated[str | None, typer.Option(help="Of the run: zero, or init, whic
 _Pruning = Annotated[
     str | None, typer.Option(help="Of the run: boards score only for diagonal and ntk-sap, not for the others.")
 ]
+_Estimator = Annotated[
+    str | None, typer.Option(help="Of the run: those with several graphs keep them loaded where there is room.")
+]
 _MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples of one forward pass; what fits by default.")]
 
 
@@ -52,6 +55,7 @@ def plan_boards(
     sparsity: _Sparsity = None,
     fill: _Fill = None,
     pruning: _Pruning = None,
+    estimator: _Estimator = None,
     micro_batch: _MicroBatch = None,
 ) -> None:
     """Say whether an artifact fits on a board, with which micro-batch, and what stays free. Nothing is loaded or run.
@@ -67,6 +71,7 @@ def plan_boards(
         $ fedzo plan artifact --profile all
         $ fedzo plan artifact --profile rpi-zero-2w --batch 64
         $ fedzo plan artifact --profile rpi-zero-2w --budget-mib 70 --pruning magnitude
+        $ fedzo plan artifact --profile rpi-zero-2w --estimator node
     """
     from ..edge_runtime.artifact import load_artifact
     from ..edge_runtime.board_plan import plan_board
@@ -76,7 +81,7 @@ def plan_boards(
     boards = list_profiles() if profile == _ALL else [load_profile(profile)]
     plans: list[tuple[Profile, BoardPlan]] = []
     for board in boards:
-        sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning)
+        sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning, estimator)
         plans.append((board, plan_board(manifest, budget_mib or board.ram_budget_mib, sizes)))
     times = [_query_s(manifest, board, plan, batch) for board, plan in plans]
     saved = [_saved_mib(manifest, board, batch, samples, sparsity, fill, pruning) for board in boards]
@@ -89,6 +94,7 @@ def plan_boards(
         "slack scoring",
         "slack training",
         "query ms",
+        "graphs",
     )
     if manifest.structure is not None:
         columns = (*columns, "RAM saved MiB")
@@ -98,7 +104,9 @@ def plan_boards(
         peak = f"{plan.peak.memory.planned_peak_mib:.1f}"
         micro = min(phase.memory.micro_batch for phase in plan.phases) if plan.fits else ""
         shown = "" if seconds is None or not plan.fits else f"{1e3 * seconds:.3g}"
-        cells: tuple[object, ...] = (slack.get("scoring", ""), slack["training"], shown)
+        stays = any(phase.memory.keeps_graphs for phase in plan.phases)
+        graphs = ("stay loaded" if stays else "one at a time") if plan.fits else ""
+        cells: tuple[object, ...] = (slack.get("scoring", ""), slack["training"], shown, graphs)
         cells = cells if less is None else (*cells, f"{less:.1f}")
         rows.append((board.name, plan.budget_mib, "yes" if plan.fits else "no", micro, peak, *cells))
     output.table(columns, rows)
@@ -204,9 +212,10 @@ def _sizes(
     manifest: Manifest,
     fill: str | None,
     pruning: str | None,
+    estimator: str | None = None,
 ) -> RunSizes:
     from ..edge_runtime.board_plan import RunSizes
-    from ..protocol.settings import RunSettings, SaliencySettings
+    from ..protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
     usual = RunSizes()
     removed = manifest.sparsity if sparsity is None else sparsity
@@ -214,6 +223,7 @@ def _sizes(
         sparsity=removed,
         fill=fill or usual.fill,  # type: ignore[arg-type]  # any text, until it is checked
         saliency=SaliencySettings(method=pruning or usual.pruning),  # type: ignore[arg-type]  # likewise
+        training=TrainingSettings(estimator=estimator or usual.estimator),  # type: ignore[arg-type]  # likewise
     )
     # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
     own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}
@@ -229,6 +239,7 @@ def _sizes(
         variants=variants,
         fill=settings.fill,
         pruning=settings.saliency.method,
+        estimator=settings.training.estimator,
     )
 
 
@@ -309,4 +320,5 @@ def _phase(phase: PhasePlan) -> dict[str, Any]:
         "feeds_mib": memory.feeds_mib,
         "live_mib": memory.live_mib,
         "margin_mib": memory.margin_mib,
+        "kept_mib": memory.kept_mib,
     }

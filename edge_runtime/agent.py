@@ -272,7 +272,7 @@ class Agent:
             budget = self._limits.ram_budget_mib
             self._say(
                 f"run {item.run} fits: planned peak {item.peak_mib:.1f} MiB, budget {budget:g} MiB,"
-                f" micro-batch {item.micro_batch}"
+                f" micro-batch {item.micro_batch}, {self._worker.loading}"
             )
         if isinstance(item, machine.OverBudget):
             _log.warning("this device cannot compute as planned: %s", item.detail)

@@ -10,8 +10,11 @@ from typing import Final, Literal
 from ..protocol.errors import MemoryBudgetError
 from ..protocol.manifest import GraphVariant, Manifest
 from ..protocol.mask import Fill
-from ..protocol.settings import PruningMethod, RunSettings, SaliencySettings
-from .memory import SCORING_GRAPHS, TRAINING_GRAPHS, MemoryPlan, plan
+from ..protocol.run_files import needed_graphs
+from ..protocol.settings import EstimatorName, PruningMethod, RunSettings, SaliencySettings, TrainingSettings
+from .block_estimators import estimator_bytes
+from .kept_graphs import with_kept_graphs
+from .memory import SCORING_GRAPHS, MemoryPlan, plan
 from .variant_plan import best_plan
 
 __all__ = ["BoardPlan", "Phase", "PhasePlan", "RunSizes", "plan_board"]
@@ -35,6 +38,7 @@ class RunSizes:
             :func:`~.variants.wanted_variants` gives them.
         fill: What removed weights are: with ``init`` the graphs read all weights, as many as there are.
         pruning: The method; where the server alone makes the mask, boards score nothing.
+        estimator: Of training; it decides which graphs are loaded, and whether they stay.
     """
 
     batch: int = RunSettings().training.batch
@@ -46,6 +50,7 @@ class RunSizes:
     variants: tuple[GraphVariant, ...] = ()
     fill: Fill = RunSettings().fill
     pruning: PruningMethod = RunSettings().saliency.method
+    estimator: EstimatorName = RunSettings().training.estimator
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardP
 
     Raises:
         ConfigError: A number is out of range.
+        ArtifactError: The artifact lacks a graph that the estimator needs.
     """
     layout = manifest.layout
     sparsity = manifest.sparsity if sizes.sparsity is None else sizes.sparsity
@@ -133,7 +139,12 @@ def _phase(
     batch: int,
     resident_bytes: int,
 ) -> PhasePlan:
-    graphs = SCORING_GRAPHS if phase == "scoring" else TRAINING_GRAPHS
+    graphs: tuple[str, ...] = SCORING_GRAPHS
+    n_fed = manifest.layout.size if sizes.fill == "init" else None
+    if phase == "training":
+        training = TrainingSettings(estimator=sizes.estimator, batch=batch)
+        graphs = tuple(file.name for file in needed_graphs(manifest, RunSettings(training=training, sparsity=0.0)))
+        resident_bytes += estimator_bytes(training, manifest, n_survivors)
 
     def under(limit_mib: float, micro_batch: int | None, more: tuple[str, ...] = ()) -> MemoryPlan:
         return plan(
@@ -145,12 +156,15 @@ def _phase(
             micro_batch=micro_batch,
             threads=sizes.threads,
             dataset_bytes=resident_bytes,
-            n_fed=manifest.layout.size if sizes.fill == "init" else None,
+            n_fed=n_fed,
         )
 
     try:
         wanted = sizes.variants if phase == "training" else ()
-        memory, _ = best_plan(wanted, lambda variants: under(budget_mib, sizes.micro_batch, variants))
+        memory, taken = best_plan(wanted, lambda variants: under(budget_mib, sizes.micro_batch, variants))
+        if phase == "training" and sizes.estimator != "stein":
+            names = (*graphs, *(variant.file.name for variant in taken))
+            memory = with_kept_graphs(memory, manifest, names, n_survivors, n_fed=n_fed, threads=sizes.threads)
         return PhasePlan(phase, memory, n_survivors)
     except MemoryBudgetError as error:
         needed = under(_NO_LIMIT_MIB, sizes.micro_batch or 1)

@@ -291,6 +291,7 @@ class Engine:
 
     def close(self) -> None:
         """Unload the graph and give its memory back; the engine stays usable and loads it again when needed."""
+        self._kept = self._kept if sessions_stay() else {}
         if self._graph is not None:
             self._graph = None
             release_arena()

@@ -6,11 +6,12 @@ The plan adds what was measured to what can be computed:
 process   Python, numpy, ONNX Runtime, the MQTT client and this package at work, without their code. Measured.
 code      What of their code is resident at the peak. Measured; it depends on the kernel and its page cache.
 session   Structures of one loaded graph. Measured. At most one is loaded at a time, but for ``node`` with several
-          noisy stages, which counts the others itself (:func:`further_session_bytes`).
+          noisy stages, which counts the others itself (:func:`further_session_bytes`), and for ``kept``.
 feeds     Weights, indices, one batch, the state of optimiser and directions, the data set if it is in memory.
 live      Largest set of tensors alive at once (manifest), the copies of weights and indices that the graph splits
           off, and the workspace of further threads.
 margin    What the arena loses to fragmentation, and to older releases of ONNX Runtime.
+kept      Graphs that stay loaded between rounds, each with an arena of its own, see :mod:`.kept_graphs`.
 ========  =====================================================================================================
 
 The limit of the arena (:attr:`MemoryPlan.arena_bytes`) makes ONNX Runtime fail cleanly instead of growing over the
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Final
 
 from ..protocol.errors import ConfigError, MemoryBudgetError
+from ..protocol.graph_files import GraphVariant
 from ..protocol.manifest import Manifest
 from .weight_feeds import fed_bytes
 
@@ -46,6 +48,7 @@ __all__ = [
     "reset_peak",
     "tls_bytes",
     "total_mib",
+    "variant_bytes",
 ]
 
 SCORING_GRAPHS: Final = ("moments.onnx", "saliency.onnx")
@@ -103,6 +106,7 @@ class MemoryPlan:
         micro_batch: Samples of one run of a graph.
         budget_mib: What the profile allows.
         code_mib: Resident code of libraries.
+        kept_mib: Graphs that stay loaded beside the one that runs; 0 if one is loaded at a time.
     """
 
     process_mib: float
@@ -113,11 +117,17 @@ class MemoryPlan:
     micro_batch: int
     budget_mib: float
     code_mib: float = 0.0
+    kept_mib: float = 0.0
 
     @property
     def anonymous_mib(self) -> float:
         """Sum of all parts but the code: what does not depend on the kernel and its page cache."""
-        return self.process_mib + self.session_mib + self.feeds_mib + self.live_mib + self.margin_mib
+        return self.process_mib + self.session_mib + self.feeds_mib + self.live_mib + self.margin_mib + self.kept_mib
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether all graphs of the phase stay loaded."""
+        return self.kept_mib > 0.0
 
     @property
     def planned_peak_mib(self) -> float:
@@ -218,15 +228,9 @@ def _planned(
     n_survivors, n_fed = sizes
     tensors, spare = _arena(manifest, graphs, n_fed or n_survivors, min(micro_batch, batch), threads)
     variants = [variant for variant in manifest.variants if variant.file.name in graphs]
-    files = [*manifest.graphs, *(variant.file for variant in variants)]
-    graph_bytes = max(file.size for file in files if file.name in graphs)
     feeds = _batch_bytes(manifest, batch)
     if variants:
-        # The weight tensors of a variant, the place of each survivor there, and the weights of several queries.
-        filling = 12 * (n_fed or 0)  # places and values, while the tensors are made
-        feeds += max(
-            v.weight_bytes + v.queries * ((8 if v.queries == 1 else 12) * n_survivors + filling) for v in variants
-        )
+        feeds += max(variant_bytes(variant, n_survivors, n_fed) for variant in variants)
     if "probe.onnx" in graphs:
         feeds += _training_state_bytes(n_survivors)
     else:
@@ -242,13 +246,19 @@ def _planned(
     return MemoryPlan(
         process_mib=PROCESS_MIB,
         code_mib=code_mib,
-        session_mib=SESSION_MIB + SESSION_BYTES_PER_GRAPH_BYTE * graph_bytes / _MIB,
+        session_mib=max(_session_bytes(manifest, name) for name in graphs) / _MIB,
         feeds_mib=feeds / _MIB,
         live_mib=tensors / _MIB,
         margin_mib=spare / _MIB,
         micro_batch=micro_batch,
         budget_mib=budget_mib,
     )
+
+
+def variant_bytes(variant: GraphVariant, n_survivors: int, n_fed: int | None) -> int:
+    """Weight tensors of a variant, the place of each survivor there, and the weights of several queries."""
+    filling = 12 * (n_fed or 0)  # places and values, while the tensors are made
+    return variant.weight_bytes + variant.queries * ((8 if variant.queries == 1 else 12) * n_survivors + filling)
 
 
 def _batch_bytes(manifest: Manifest, batch: int) -> int:
@@ -282,8 +292,14 @@ def further_session_bytes(manifest: Manifest, name: str, batch: int) -> int:
         batch: Samples held at once; the micro-batch is at most that, and not known yet.
     """
     live = manifest.live_bytes(name, min(batch, _LARGEST_MICRO_BATCH))
-    structures = SESSION_MIB * _MIB + SESSION_BYTES_PER_GRAPH_BYTE * manifest.graph(name).size
-    return math.ceil(structures + (1.0 + FRAGMENTATION) * live + ARENA_SLACK_BYTES)
+    return math.ceil(_session_bytes(manifest, name) + (1.0 + FRAGMENTATION) * live + ARENA_SLACK_BYTES)
+
+
+def _session_bytes(manifest: Manifest, name: str) -> int:
+    """Structures of a loaded graph, or variant of one, without tensors and code."""
+    files = [*manifest.graphs, *(variant.file for variant in manifest.variants)]
+    size = next(file.size for file in files if file.name == name)
+    return math.ceil(SESSION_MIB * _MIB + SESSION_BYTES_PER_GRAPH_BYTE * size)
 
 
 def _arena(

@@ -15,6 +15,7 @@ from ..protocol.settings import RunSettings
 from ..protocol.update import largest_snapshot
 from .block_estimators import estimator_bytes
 from .data import Dataset
+from .kept_graphs import with_kept_graphs
 from .memory import SCORING_GRAPHS, MemoryPlan, plan, tls_bytes
 from .providers import CPU
 from .variant_plan import best_plan
@@ -53,6 +54,8 @@ def plan_run(
 ) -> tuple[tuple[MemoryPlan, ...], tuple[GraphFile, ...]]:
     """The plans of a run's phases, training first, and the files of the variants that they count.
 
+    Graphs stay loaded between the rounds of training where the budget has room for that, see :mod:`.kept_graphs`.
+
     Args:
         manifest: Of the artifact.
         settings: Of the run.
@@ -90,6 +93,9 @@ def plan_run(
     planned, files = plan_with_variants(
         manifest, lambda variants: phase((*graphs, *variants), survivors, training.batch, resident + own)
     )
+    if training.estimator != "stein":  # that one changes graphs at an evaluation only
+        names, n_fed = (*graphs, *(file.name for file in files)), layout.size if settings.fill == "init" else None
+        planned = with_kept_graphs(planned, manifest, names, survivors, n_fed=n_fed, threads=limits.threads)
     plans = [planned]
     if settings.sparsity > 0 and settings.saliency.is_federated:
         plans.append(phase(SCORING_GRAPHS, layout.size, settings.saliency.samples, resident))

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from ..protocol.device_events import (
     Compute,
@@ -36,7 +37,7 @@ from .engine import Engine
 from .estimators import Cancelled
 from .fence import Fence
 from .memory import MemoryPlan, peak_rss_mib
-from .ort import release_arena, runtime
+from .ort import release_arena, runtime, sessions_kept
 from .providers import CPU
 from .residual_file import Residual, ResidualFile
 from .round_work import Measured, RoundWork, as_over_budget, decline_of
@@ -85,10 +86,16 @@ class Worker:
         self._work: RoundWork | None = None
         self._residual: Residual | None = None
         self._lost_round = -1
+        self._kept, self._keeps = ExitStack(), False
         self._arena_bytes = 0
         self._is_lowered = False
         self._has_batches = False
         self._tested: set[bytes] = set()
+
+    @property
+    def loading(self) -> str:
+        """How the latest plan treats graphs, in words."""
+        return "graphs stay loaded" if self._keeps else "one graph at a time"
 
     def start(self) -> None:
         """Start the thread."""
@@ -148,8 +155,15 @@ class Worker:
 
     def _release(self) -> None:
         if self._work is not None:
-            self._work.engine.close()
+            self._unload()
             self._work = None
+            release_arena()
+
+    def _unload(self) -> None:
+        """Give back what graphs take; from now on one is loaded at a time."""
+        self._kept.close()
+        if self._work is not None:
+            self._work.engine.close()
 
     def _data(self, input_shape: tuple[int, ...], n_classes: int) -> Dataset:
         if self._dataset is None or self._dataset[:2] != (input_shape, n_classes):
@@ -172,6 +186,7 @@ class Worker:
             # portable graph, which needs less of it.
             plans, files = plan_run(manifest, settings, dataset, self._limits, command.micro_batch)[0], ()
         self.plans = plans
+        self._keeps = plans[0].keeps_graphs and not self._is_lowered
         self._has_batches = any(v.queries > 1 and v.file in files for v in command.manifest.variants)
         return Planned(command.run.run, peak_mib, min(p.micro_batch for p in plans), files)
 
@@ -198,9 +213,12 @@ class Worker:
             providers=self._limits.providers,
             strict_providers=self._limits.strict_providers,
         )
-        if artifact.digest not in self._tested:
-            engine.check_golden()
+        keeps = self._keeps and bool(command.mask_sha256 or not run.settings.sparsity)  # of training, not of scoring
+        if keeps or artifact.digest not in self._tested:
+            engine.check_golden()  # with graphs of its own, which shall not stay
             self._tested.add(artifact.digest)
+        if keeps:
+            self._kept.enter_context(sessions_kept())
         self._work = RoundWork(run, engine, command.mask_sha256)
         if self._residual is None or self._residual.key != self._work.key:
             self._residual = self._residuals.load(self._work.key, run.run) if self._residuals is not None else None
@@ -225,8 +243,7 @@ class Worker:
         except Exception as error:  # noqa: BLE001 (whatever it is, the server has to learn of it)
             decline, detail = decline_of(error, task.round)
             if decline is Decline.OVER_BUDGET:
-                if self._work is not None:
-                    self._work.engine.close()
+                self._unload()
                 release_arena()  # also of a graph that no engine holds
         elapsed_ms = min(round(1e3 * (time.monotonic() - started)), 0xFFFFFFFF)
         peak_rss_kib = round(1024 * peak_rss_mib())

@@ -18,11 +18,14 @@ from fedzo.edge_runtime.board_plan import RunSizes, plan_board
 from fedzo.edge_runtime.child import answer_of
 from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
 from fedzo.edge_runtime.ort import arena_limit_holds, runtime_version
+from fedzo.edge_runtime.run_plan import Limits, plan_run
+from fedzo.edge_runtime.variants import wanted_variants
 from fedzo.hardware_profiles import list_profiles, load_profile
 from fedzo.protocol.errors import FedzoError, MemoryBudgetError, SelfTestError
 from fedzo.protocol.manifest import GraphMemory
-from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.settings import RunSettings, TrainingSettings
 
+PARTS = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib", "kept_mib")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc")
 
 
@@ -132,8 +135,8 @@ def test_one_board(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (board,) = fits["boards"]
     assert board["budget_mib"] == load_profile("rpi-zero-2w").ram_budget_mib
     for phase in board["phases"].values():
-        parts = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib")
-        assert sum(phase[part] for part in parts) == pytest.approx(phase["planned_peak_mib"])
+        assert sum(phase[part] for part in PARTS) == pytest.approx(phase["planned_peak_mib"])
+        assert phase["kept_mib"] == 0
     assert board["phases"]["training"]["micro_batch"] == 32
     assert 1e-4 < board["predicted_query_s"] < 10
     code, refused = answer(capsys, "plan", artifact, "--profile", "rpi-zero-2w", "--budget-mib", 40)
@@ -141,9 +144,40 @@ def test_one_board(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused["boards"][0]["fits"] is False
 
 
+@pytest.mark.parametrize("estimator", ["node", "split"])
+def test_the_graphs_of_an_estimator_are_planned_as_a_device_does(
+    artifact: Path, capsys: pytest.CaptureFixture[str], estimator: Any
+) -> None:
+    manifest = load_artifact(artifact).manifest
+    settings = RunSettings(sparsity=0.8, training=TrainingSettings(estimator=estimator))
+
+    class Streamed:
+        resident_bytes = 0
+
+    limits = Limits(load_profile("rpi-5-8gb").ram_budget_mib, threads=load_profile("rpi-5-8gb").threads)
+    device = plan_run(manifest, settings, Streamed(), limits, None)[0][0]  # type: ignore[arg-type]
+    assert device.keeps_graphs
+    sizes = RunSizes(threads=limits.threads, estimator=estimator, variants=wanted_variants(manifest))
+    assert plan_board(manifest, limits.ram_budget_mib, sizes).phases[-1].memory == device
+    options = ["plan", str(artifact), "--profile", "rpi-5-8gb", "--estimator", estimator]
+    budget_mib = 400.0
+    for words in ("stay loaded", "one at a time"):
+        code, found = answer(capsys, *options, "--budget-mib", budget_mib)
+        phase = found["boards"][0]["phases"]["training"]
+        assert code == 0
+        assert (phase["kept_mib"] > 0) is (words == "stay loaded")
+        assert sum(phase[part] for part in PARTS) == pytest.approx(phase["planned_peak_mib"])
+        assert main([*options, "--budget-mib", str(budget_mib)]) == 0
+        heading, row = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert row[heading.index("graphs")] == words
+        budget_mib = phase["planned_peak_mib"] - 0.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
+        (["--estimator", "none"], 3),
+        (["--estimator", "local"], 6),
         (["--profile", "rpi-9"], 3),
         (["--sparsity", "1"], 3),
         (["--fill", "ones"], 3),
