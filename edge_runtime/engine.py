@@ -40,8 +40,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """Evaluates one artifact under one mask.
 
-    At most one graph is loaded at a time: asking for another one closes the first, so the memory of a phase is that of
-    its own graph. Making a session takes milliseconds. Not safe for use from two threads at once.
+    One graph is loaded at a time unless sessions stay: asking for another one closes the first, so the memory of a
+    phase is that of its own graph. Making a session takes milliseconds. Not safe for use from two threads at once.
 
     Attributes:
         artifact: What is evaluated.

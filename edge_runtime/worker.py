@@ -217,12 +217,12 @@ class Worker:
         if keeps or artifact.digest not in self._tested:
             engine.check_golden()  # with graphs of its own, which shall not stay
             self._tested.add(artifact.digest)
-        if keeps:
-            self._kept.enter_context(sessions_kept())
         self._work = RoundWork(run, engine, command.mask_sha256)
         if self._residual is None or self._residual.key != self._work.key:
             self._residual = self._residuals.load(self._work.key, run.run) if self._residuals is not None else None
             self._give_back()  # The receipt of an earlier session's report may have come before.
+        if keeps:  # last, as nothing after it can fail
+            self._kept.enter_context(sessions_kept())
         return Prepared(run.run, command.mask_sha256)
 
     def _give_back(self) -> None:

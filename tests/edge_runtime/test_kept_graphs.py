@@ -214,6 +214,7 @@ def test_a_device_says_whether_its_graphs_stay(artifact: Path, tmp_path: Path) -
         for estimator in ("node", "stein"):
             run = run_document(artifact, sparsity=0.0, training=training(estimator))
             agent._translate(agent._worker._plan(Plan(run, load_artifact(artifact).manifest)))
+        agent._transport.close()
     assert [line.rpartition(", ")[2] for line in lines] == ["graphs stay loaded", "one graph at a time"]
 
 
