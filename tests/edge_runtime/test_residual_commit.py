@@ -121,7 +121,8 @@ def test_wherever_a_device_dies_what_it_carried_counts_once_or_comes_back(
     """Residual and carried scalars together are what the round before and the gradient were, as far as it was kept."""
     board = Board(tmp_path, 3, order)
     earlier_round(board)
-    board.writes_left, seen = writes, []
+    seen: list[str] = []
+    board.writes_left = writes
     with contextlib.suppress(_KilledError):
         seen += live(board, fate)
     is_measured = writes > 0

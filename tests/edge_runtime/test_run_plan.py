@@ -14,7 +14,7 @@ import pytest
 from fedzo.edge_runtime.artifact import load_artifact
 from fedzo.edge_runtime.run_plan import Limits, past_rounds_bytes, plan_run
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.blocks import MAX_POSITION
+from fedzo.protocol.directions import MAX_POSITION
 from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.manifest import Manifest
 from fedzo.protocol.mask import Mask

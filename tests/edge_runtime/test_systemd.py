@@ -190,7 +190,7 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"unit": "fedzo-device.service", "text": text}
     assert main([*arguments, "--log-format", "json", "--log-file", "/var/log/fedzo/d.log", "--verbose"]) == 0
-    logging = {"log_format": "json", "log_file": Path("/var/log/fedzo/d.log"), "verbose": True}
+    logging: dict[str, Any] = {"log_format": "json", "log_file": Path("/var/log/fedzo/d.log"), "verbose": True}
     assert capsys.readouterr().out == unit_text(UnitSettings(URL, data, "rpi-zero-2w", **logging))
     monkeypatch.setattr(systemd, "UNIT_FOLDER", data.parent)
     assert main([*arguments[:-1], "--federation", "B"]) == 3
