@@ -139,9 +139,14 @@ def test_a_wheel_that_does_not_load(onnxruntime: Callable[[str], None], text: st
 
 
 def test_a_wheel_that_hangs(onnxruntime: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    onnxruntime("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", 1.5)
-    assert findings()["onnxruntime"].detail == "importing it took more than 1.5 s"
+    onnxruntime("import time\ntime.sleep(300)\n")
+    for seconds in (1.5, 10.0, 60.0):  # a busy machine needs longer until it imports anything
+        monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", seconds)
+        found = findings().get("onnxruntime")
+        if found is not None and found.detail.startswith("importing it"):
+            break
+    assert found is not None
+    assert found.detail == f"importing it took more than {seconds:g} s"
 
 
 def test_a_wheel_that_computes_wrong_is_found(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
