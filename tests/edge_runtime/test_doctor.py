@@ -140,13 +140,12 @@ def test_a_wheel_that_does_not_load(onnxruntime: Callable[[str], None], text: st
 
 def test_a_wheel_that_hangs(onnxruntime: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime("import time\ntime.sleep(300)\n")
-    for seconds in (1.5, 10.0, 60.0):  # a busy machine needs longer until it imports anything
+    seconds, detail = 1.5, "starting Python"
+    while detail.startswith("starting") and seconds < 100:  # a busy machine takes longer until it imports anything
         monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", seconds)
-        found = findings().get("onnxruntime")
-        if found is not None and found.detail.startswith("importing it"):
-            break
-    assert found is not None
-    assert found.detail == f"importing it took more than {seconds:g} s"
+        detail = findings()["onnxruntime"].detail
+        seconds *= 4
+    assert detail == f"importing it took more than {seconds / 4:g} s"
 
 
 def test_a_wheel_that_computes_wrong_is_found(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
