@@ -38,24 +38,24 @@ import onnx
 import torch
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import SteinEstimator
-from fedzo.edge_runtime.layout_choice import LayoutChoice
-from fedzo.edge_runtime.ort import runtime, runtime_version
-from fedzo.edge_runtime.query_batches import QueriesChoice
-from fedzo.edge_runtime.variants import block_size, wanted_variants
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.estimators import SteinEstimator
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.layout_choice import LayoutChoice
+from fedzo.edge_runtime.inference.ort import runtime, runtime_version
+from fedzo.edge_runtime.inference.query_batches import QueriesChoice
+from fedzo.edge_runtime.inference.variants import block_size, wanted_variants
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.blocked_layout import optimised_by_runtime
 from fedzo.exporter.blocked_rewrites import stay_blocked
 from fedzo.exporter.passes.fold_weights import FoldWeights
 from fedzo.exporter.reference import network
-from fedzo.protocol.buffers import aligned_zeros
-from fedzo.protocol.directions import FAMILIES, Directions, Family
-from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.artifact.layout import Layout, initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.perturbation.buffers import aligned_zeros
+from fedzo.protocol.perturbation.directions import FAMILIES, Directions, Family
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 from .report import Report
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedzo.broker_server.history.recovery import keep_last_snapshot
 from fedzo.broker_server.journal import Entry, Journal
-from fedzo.broker_server.recovery import keep_last_snapshot
-from fedzo.protocol.coordinator_events import Record
-from fedzo.protocol.documents import Announcement, Hello, RunDocument
-from fedzo.protocol.journaled_run import JournaledRun
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.server_side.coordinator_events import Record
+from fedzo.protocol.server_side.journaled_run import JournaledRun
+from fedzo.protocol.wire.documents import Announcement, Hello, RunDocument
+from fedzo.protocol.wire.messages import Report, ReportKind
 
 __all__ = ["write_journal"]
 

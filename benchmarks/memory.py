@@ -2,13 +2,13 @@
 
 ``python -m benchmarks.memory [--json] [--runs none|quick|all]``
 
-Every row is a phase of a process of its own (:mod:`fedzo.edge_runtime.measure`) that does what a device does, but for
-the connection, which is without TLS: it scores, makes a mask, probes, updates and evaluates under the plan's limits.
-Peaks are ``VmHWM`` of the whole process, Python and libraries included, reset between the phases; ``anonymous`` is the
-peak of what is not the code of libraries, ``code`` that of the code. ``growth`` is the peak over that of the same
-process before it loads a graph; ``tensors`` are ONNX Runtime's alone: the smallest limit under which the phase runs.
-The plan chooses the micro-batch under the row's budget: that of the smallest 64-bit board, and for the rows of the
-figures the target in :data:`TARGETS_MIB`.
+Every row is a phase of a process of its own (:mod:`fedzo.edge_runtime.planning.measure`) that does what a device does,
+but for the connection, which is without TLS: it scores, makes a mask, probes, updates and evaluates under the plan's
+limits. Peaks are ``VmHWM`` of the whole process, Python and libraries included, reset between the phases; ``anonymous``
+is the peak of what is not the code of libraries, ``code`` that of the code. ``growth`` is the peak over that of the
+same process before it loads a graph; ``tensors`` are ONNX Runtime's alone: the smallest limit under which the phase
+runs. The plan chooses the micro-batch under the row's budget: that of the smallest 64-bit board, and for the rows of
+the figures the target in :data:`TARGETS_MIB`.
 
 How much code is resident depends on the kernel's page cache: Linux 6.18 on ext4 keeps a library that was just
 installed in pieces of up to 2 MiB, and maps them whole. So the libraries are taken out of the page cache first, as
@@ -40,8 +40,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedzo.edge_runtime.child import answer_of
-from fedzo.edge_runtime.versions import installed_versions
+from fedzo.edge_runtime.installation.versions import installed_versions
+from fedzo.edge_runtime.planning.child import answer_of
 from fedzo.exporter.artifact import export_artifact
 
 from .device_run import device_summary, write_samples
@@ -58,7 +58,7 @@ LIBRARIES = ("numpy", "onnxruntime")
 def phases_of(artifact: Path, batch: int, sparsity: float, budget_mib: float, *more: str) -> dict[str, Any]:
     """One device process; as many inputs are scored as a loss has samples."""
     arguments = [str(artifact), "--budget-mib", str(budget_mib), "--batch", str(batch), "--samples", str(batch)]
-    return answer_of("fedzo.edge_runtime.measure", [*arguments, "--sparsity", str(sparsity), *more])
+    return answer_of("fedzo.edge_runtime.planning.measure", [*arguments, "--sparsity", str(sparsity), *more])
 
 
 def time_over_full(artifact: Path, batch: int, sparsity: float, micro_batch: int) -> float:

@@ -22,15 +22,15 @@ import time
 from pathlib import Path
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
+from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.journal import SqliteJournal
-from fedzo.broker_server.run_folder import RunFolder
-from fedzo.edge_runtime.transport import Arrived, MqttTransport, TransportEvent
+from fedzo.edge_runtime.connection.transport import Arrived, MqttTransport, TransportEvent
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.documents import Announcement, ServerPresence, parse
 from fedzo.protocol.errors import FedzoError
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.signed import detach
-from fedzo.protocol.topics import Channel, topic
+from fedzo.protocol.wire.documents import Announcement, ServerPresence, parse
+from fedzo.protocol.wire.signed import detach
+from fedzo.protocol.wire.topics import Channel, topic
 
 from .fleet.server import ServerProcess
 from .long_journal import write_journal

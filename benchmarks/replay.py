@@ -13,14 +13,14 @@ import argparse
 
 import numpy as np
 
-from fedzo.protocol.blocks import whole_block
-from fedzo.protocol.directions import FAMILIES, Directions, round_coefficients
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.optimisers import OptimiserConfig
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.streams import Purpose, uint16s
-from fedzo.protocol.update import Replica
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.perturbation.blocks import whole_block
+from fedzo.protocol.perturbation.directions import FAMILIES, Directions, round_coefficients
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, uint16s
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.replay.update import Replica
 
 from .report import Report, median_s
 

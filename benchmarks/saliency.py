@@ -19,16 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.ort import runtime_version
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.ort import runtime_version
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.experiments.metrics import overlap, spearman
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import exact_scores
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import diagonal_scores, gaussian_inputs
 
 from .report import Report
 

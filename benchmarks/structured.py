@@ -30,16 +30,16 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.board_plan import RunSizes, plan_board
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.ort import runtime_version
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.inference.ort import runtime_version
+from fedzo.edge_runtime.planning.board_plan import RunSizes, plan_board
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.narrow import ChannelSelection
 from fedzo.exporter.reference import network
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest, golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest, golden_batch
+from fedzo.protocol.pruning.mask import Mask
 
 from .engine import SHAPES, Ours, interleaved_s, ratio, timed
 from .report import Report

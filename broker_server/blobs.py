@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..edge_runtime.artifact import Artifact
-from ..protocol.transfers import MAX_BLOCK_BYTES, BlobBlock, BlobRequest
+from ..edge_runtime.storage.artifact import Artifact
+from ..protocol.wire.transfers import MAX_BLOCK_BYTES, BlobBlock, BlobRequest
 
 __all__ = ["BlobServer"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from ..edge_runtime.transport import Arrived, Connected, Disconnected, Rejected, TransportEvent
-from ..protocol import coordinator_events as machine
-from ..protocol.codec import decode
-from ..protocol.documents import Hello, Presence, parse
+from ..edge_runtime.connection.transport import Arrived, Connected, Disconnected, Rejected, TransportEvent
 from ..protocol.errors import ProtocolError
-from ..protocol.topics import Channel, parse_topic
-from .access import Access
+from ..protocol.server_side import coordinator_events as machine
+from ..protocol.wire.codec import decode
+from ..protocol.wire.documents import Hello, Presence, parse
+from ..protocol.wire.topics import Channel, parse_topic
+from .security.access import Access
 
 __all__ = ["Drops", "Intake"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..protocol.codec import decode
-from ..protocol.messages import UpdateRecord
-from ..protocol.transfers import LogRequest, LogSlice
+from ..protocol.wire.codec import decode
+from ..protocol.wire.messages import UpdateRecord
+from ..protocol.wire.transfers import LogRequest, LogSlice
 
 __all__ = ["SLICE_BYTES", "log_slice"]
 

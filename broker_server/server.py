@@ -1,4 +1,4 @@
-"""The coordinator's shell: MQTT, journal, clock and test set around ``protocol.coordinator``.
+"""The coordinator's shell: MQTT, journal, clock and test set around ``protocol.server_side.coordinator``.
 
 One thread takes events from a queue. What arrives within a few milliseconds is one batch: the machine sees every event
 of it, all that it records is committed in one transaction, and only then is anything sent or acknowledged to the
@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..edge_runtime.data import Samples
-from ..edge_runtime.inbox import Inbox
-from ..edge_runtime.transport import (
+from ..edge_runtime.connection.inbox import Inbox
+from ..edge_runtime.connection.transport import (
     Arrived,
     MqttTransport,
     Publication,
@@ -25,24 +24,25 @@ from ..edge_runtime.transport import (
     TransportEvent,
     Will,
 )
-from ..protocol import coordinator_events as machine
-from ..protocol.coordinator import Coordinator
-from ..protocol.documents import Order, Presence, RunDocument, ServerPresence
+from ..edge_runtime.datasets.data import Samples
 from ..protocol.errors import BrokerError, FedzoError
-from ..protocol.topics import RETAINED, Channel, server_subscriptions, topic
-from .access import REVOKED, Access
+from ..protocol.server_side import coordinator_events as machine
+from ..protocol.server_side.coordinator import Coordinator
+from ..protocol.wire.documents import Order, Presence, RunDocument, ServerPresence
+from ..protocol.wire.topics import RETAINED, Channel, server_subscriptions, topic
 from .blobs import BlobServer
 from .brokers.base import Broker
 from .group_commit import gather
+from .history.recovery import keep_last_snapshot, resume
+from .history.run_folder import RunFolder
+from .history.summary import held_out_accuracy
 from .intake import Drops, Intake
 from .journal import Entry, Journal
 from .log_slices import log_slice
-from .recovery import keep_last_snapshot, resume
-from .run_folder import RunFolder
+from .security.access import REVOKED, Access
 from .server_passes import ServerPasses
 from .server_state import server_state
-from .summary import held_out_accuracy
-from .telemetry import ServerState, Telemetry, Turn
+from .telemetry.observer import ServerState, Telemetry, Turn
 
 __all__ = ["Progress", "Server"]
 
@@ -92,7 +92,7 @@ class Server:
         test_set: The server's own test samples.
         observer: Called on the server's thread; what it raises ends the run.
         threads: Threads of the server's own passes.
-        telemetry: Sees every turn; what it raises ends the run, see :class:`~.telemetry.Watchers`.
+        telemetry: Sees every turn; what it raises ends the run, see :class:`~.telemetry.observer.Watchers`.
         access: Whose messages count, and the key that signs; without it everybody's, and nothing is signed.
 
     Attributes:

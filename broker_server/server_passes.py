@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..edge_runtime.artifact import Artifact
-from ..edge_runtime.data import Samples
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.estimators import Cancelled
-from ..edge_runtime.saliency import UnitShiftScorer
-from ..protocol.coordinator_events import CheckScores, Evaluate, MakeMask, MaskMade, ScoresChecked, ServerEvaluated
-from ..protocol.documents import RunDocument
-from ..protocol.saliency import gaussian_inputs
-from ..protocol.score_checks import largest_difference
+from ..edge_runtime.datasets.data import Samples
+from ..edge_runtime.estimation.estimators import Cancelled
+from ..edge_runtime.estimation.saliency import UnitShiftScorer
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.storage.artifact import Artifact
+from ..protocol.pruning.saliency import gaussian_inputs
+from ..protocol.pruning.score_checks import largest_difference
+from ..protocol.server_side.coordinator_events import (
+    CheckScores,
+    Evaluate,
+    MakeMask,
+    MaskMade,
+    ScoresChecked,
+    ServerEvaluated,
+)
+from ..protocol.wire.documents import RunDocument
 from .synflow import synflow_mask
 
 __all__ = ["ServerPasses"]

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..edge_runtime.inbox import Inbox
-from ..edge_runtime.transport import MqttTransport
-from ..protocol.coordinator import Coordinator
-from ..protocol.roster import Member
-from .telemetry import Queue, ServerState
+from ..edge_runtime.connection.inbox import Inbox
+from ..edge_runtime.connection.transport import MqttTransport
+from ..protocol.server_side.coordinator import Coordinator
+from ..protocol.server_side.roster import Member
+from .telemetry.observer import Queue, ServerState
 
 __all__ = ["DEVICE_STATES", "device_state", "server_state"]
 

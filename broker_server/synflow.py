@@ -17,11 +17,11 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.artifact import Artifact
-from ..edge_runtime.engine import Engine
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.storage.artifact import Artifact
+from ..protocol.artifact.layout import initial_weights
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.mask import Mask, threshold
+from ..protocol.pruning.mask import Mask, threshold
 from ..protocol.settings import RunSettings
 
 __all__ = ["check_synflow", "path_scores", "synflow_mask"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..edge_runtime.durable import write_durably
-from ..protocol.coordinator import Coordinator
-from ..protocol.documents import RunDocument, parse
+from ..edge_runtime.storage.durable import write_durably
 from ..protocol.errors import ConfigError
-from ..protocol.rate_finder import range_test_settings, with_found_rate
+from ..protocol.server_side.coordinator import Coordinator
+from ..protocol.server_side.rate_finder import range_test_settings, with_found_rate
 from ..protocol.settings import RunSettings
-from .run_folder import NEXT_NAME, RunFolder
+from ..protocol.wire.documents import RunDocument, parse
+from .history.run_folder import NEXT_NAME, RunFolder
 
 __all__ = ["SUFFIX", "follow_up", "plan_follow_up"]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..edge_runtime.versions import installed_versions
+from ..edge_runtime.installation.versions import installed_versions
 from . import (
     broker,
     bundle,

@@ -70,8 +70,8 @@ def register(app: typer.Typer) -> None:
             $ fedzo broker check mqtts://broker:8883 --credentials credentials --json
         """
         from ..broker_server.brokers.check import BrokerCheck, Finding, verdict
-        from ..edge_runtime.broker_check import BrokerAccess, describe
-        from ..edge_runtime.device_bundle import DeviceBundle
+        from ..edge_runtime.connection.broker_check import BrokerAccess, describe
+        from ..edge_runtime.installation.device_bundle import DeviceBundle
         from ..protocol.errors import BrokerError, ConfigError
 
         if device_credentials is not None and (device is not None or device_password_file is not None):
@@ -84,7 +84,7 @@ def register(app: typer.Typer) -> None:
             )
         password = None
         if credentials is not None:
-            from ..broker_server.credential_folder import CredentialFolder
+            from ..broker_server.security.credential_folder import CredentialFolder
 
             if username or password_file or ca or cert or key:
                 raise ConfigError("--credentials stands for user, password and certificates; give one or the other")

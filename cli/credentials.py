@@ -11,7 +11,7 @@ from .command import command, group
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..broker_server.credential_folder import CredentialFolder
+    from ..broker_server.security.credential_folder import CredentialFolder
 
 __all__ = ["register"]
 
@@ -65,7 +65,7 @@ def init(
     Example:
         $ fedzo credentials init --host server.local --host 192.168.1.10
     """
-    from ..broker_server.credential_folder import REGISTRY_NAME, CredentialFolder
+    from ..broker_server.security.credential_folder import REGISTRY_NAME, CredentialFolder
 
     if (folder / REGISTRY_NAME).is_file():
         made = CredentialFolder(folder)
@@ -149,6 +149,6 @@ def show(output: Output, folder: FolderOption = Path("credentials")) -> None:
 
 
 def _open(folder: Path) -> CredentialFolder:
-    from ..broker_server.credential_folder import CredentialFolder
+    from ..broker_server.security.credential_folder import CredentialFolder
 
     return CredentialFolder(folder)

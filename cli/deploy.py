@@ -43,8 +43,8 @@ def register(app: typer.Typer) -> None:
             $ fedzo deploy runs/lenet5-20260101-120000-1 -o model.onnx
             $ fedzo deploy runs/lenet5-20260101-120000-1 --kind softmax -o model.onnx --json
         """
-        from ..broker_server.replay import replay_run
-        from ..broker_server.summary import held_out_accuracy
+        from ..broker_server.history.replay import replay_run
+        from ..broker_server.history.summary import held_out_accuracy
         from ..exporter.deploy import deploy as write_model
 
         with output.progress("replaying the journal"):

@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
             $ fedzo doctor --artifact artifact
             $ fedzo doctor --url mqtts://broker:8883 --ca ca.pem --id pi-kitchen --password-file password
         """
-        from ..edge_runtime.doctor import Check, DoctorSettings, diagnose, verdict
+        from ..edge_runtime.installation.doctor import Check, DoctorSettings, diagnose, verdict
 
         settings = DoctorSettings(
             artifact=artifact,

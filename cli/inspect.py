@@ -12,7 +12,7 @@ from .command import command
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..broker_server.inspection import RoundInspection
+    from ..broker_server.history.inspection import RoundInspection
     from ..broker_server.journal import Journal
 
 __all__ = ["register"]
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
             $ fedzo inspect runs/lenet5-20260101-120000-1
             $ fedzo inspect runs/lenet5-20260101-120000-1 --round 40
         """
-        from ..broker_server.replay import open_run
+        from ..broker_server.history.replay import open_run
 
         with open_run(run) as (_, journal, document):
             if round_ is not None:
@@ -52,7 +52,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _show_run(output: Output, journal: Journal, run: str, last: int) -> None:
-    from ..broker_server.inspection import inspect_run
+    from ..broker_server.history.inspection import inspect_run
 
     found = inspect_run(journal)
     output.table(
@@ -76,7 +76,7 @@ def _show_run(output: Output, journal: Journal, run: str, last: int) -> None:
 
 
 def _show_round(output: Output, journal: Journal, run: str, round_: int) -> None:
-    from ..broker_server.inspection import inspect_round
+    from ..broker_server.history.inspection import inspect_round
 
     found, devices = inspect_round(journal, round_)
     rows: list[tuple[str, object]] = [

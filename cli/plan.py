@@ -13,10 +13,10 @@ from .output import Output
 from .profiles import names
 
 if TYPE_CHECKING:
-    from ..edge_runtime.board_plan import BoardPlan, PhasePlan, RunSizes
+    from ..edge_runtime.planning.board_plan import BoardPlan, PhasePlan, RunSizes
     from ..hardware_profiles import Profile
-    from ..protocol.manifest import Manifest
-    from ..protocol.structure import Structure
+    from ..protocol.artifact.manifest import Manifest
+    from ..protocol.artifact.structure import Structure
 
 __all__ = ["register"]
 
@@ -73,8 +73,8 @@ def plan_boards(
         $ fedzo plan artifact --profile rpi-zero-2w --budget-mib 70 --pruning magnitude
         $ fedzo plan artifact --profile rpi-zero-2w --estimator node
     """
-    from ..edge_runtime.artifact import load_artifact
-    from ..edge_runtime.board_plan import plan_board
+    from ..edge_runtime.planning.board_plan import plan_board
+    from ..edge_runtime.storage.artifact import load_artifact
     from ..hardware_profiles import list_profiles, load_profile
 
     manifest = load_artifact(artifact).manifest
@@ -149,9 +149,9 @@ def profile_board(
     """
     import importlib.util
 
-    from ..edge_runtime.artifact import load_artifact
-    from ..edge_runtime.board_plan import plan_board
-    from ..edge_runtime.child import answer_of
+    from ..edge_runtime.planning.board_plan import plan_board
+    from ..edge_runtime.planning.child import answer_of
+    from ..edge_runtime.storage.artifact import load_artifact
     from ..hardware_profiles import load_profile
     from ..protocol.errors import FedzoError
 
@@ -165,7 +165,7 @@ def profile_board(
     given = (("--sparsity", sparsity), ("--micro-batch", micro_batch), ("--fill", fill), ("--pruning", pruning))
     for name, value in given:
         arguments += [] if value is None else [name, str(value)]
-    measured = answer_of("fedzo.edge_runtime.measure", arguments)
+    measured = answer_of("fedzo.edge_runtime.planning.measure", arguments)
     torch: dict[str, Any] | None = None
     if importlib.util.find_spec("torch") is None:
         output.say("torch is not installed, so there is no step of backpropagation to compare with")
@@ -214,7 +214,7 @@ def _sizes(
     pruning: str | None,
     estimator: str | None = None,
 ) -> RunSizes:
-    from ..edge_runtime.board_plan import RunSizes
+    from ..edge_runtime.planning.board_plan import RunSizes
     from ..protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
     usual = RunSizes()
@@ -253,8 +253,8 @@ def _saved_mib(
     pruning: str | None,
 ) -> float | None:
     """What the removed channels save at the peak; None if none were removed."""
-    from ..edge_runtime.board_plan import plan_board
-    from ..protocol.whole_network import whole_network
+    from ..edge_runtime.planning.board_plan import plan_board
+    from ..protocol.artifact.whole_network import whole_network
 
     if manifest.structure is None:
         return None
@@ -278,8 +278,8 @@ def _structure(structure: Structure, manifest: Manifest) -> dict[str, Any]:
 
 
 def _query_s(manifest: Manifest, board: Profile, plan: BoardPlan, batch: int | None) -> float | None:
-    from ..edge_runtime.board_plan import RunSizes
-    from ..edge_runtime.calibration import board_rates, predicted_query_s
+    from ..edge_runtime.planning.board_plan import RunSizes
+    from ..edge_runtime.planning.calibration import board_rates, predicted_query_s
 
     rates, training = board_rates(board), plan.phases[-1].memory
     if manifest.work is None or rates is None:

@@ -37,7 +37,7 @@ def register(app: typer.Typer) -> None:
             $ fedzo replay runs/lenet5-20260101-120000-1
             $ fedzo replay runs/lenet5-20260101-120000-1 --round 40 --recount --json
         """
-        from ..broker_server.replay import open_run, replay_weights
+        from ..broker_server.history.replay import open_run, replay_weights
 
         with output.progress("replaying the journal"), open_run(run) as (folder, journal, document):
             journal.check()

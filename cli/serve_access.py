@@ -7,14 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from ..broker_server.access import Access, AccessWatch
 from ..broker_server.brokers.base import Broker
 from ..broker_server.brokers.choose import open_broker
 from ..broker_server.brokers.credentials import Login
-from ..broker_server.credential_folder import TLS_PORT, CredentialFolder
+from ..broker_server.security.access import Access, AccessWatch
+from ..broker_server.security.credential_folder import TLS_PORT, CredentialFolder
+from ..broker_server.security.signing import RUN_KEY_NAME, RunSigner
 from ..broker_server.server import Server
-from ..broker_server.signing import RUN_KEY_NAME, RunSigner
-from ..edge_runtime.endpoint import Endpoint, TlsConfig, read_password
+from ..edge_runtime.connection.endpoint import Endpoint, TlsConfig, read_password
 from ..protocol.errors import ConfigError
 from .output import Output
 

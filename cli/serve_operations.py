@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from ..broker_server.event_log import EventLog
-from ..broker_server.health import Health
-from ..broker_server.http_endpoint import HttpEndpoint, is_loopback, parse_address
-from ..broker_server.live_file import noted
-from ..broker_server.run_folder import RunFolder
+from ..broker_server.history.run_folder import RunFolder
 from ..broker_server.server import Server
-from ..broker_server.telemetry import Telemetry, Turn, Watchers
-from ..edge_runtime.service import ServiceManager
+from ..broker_server.telemetry.event_log import EventLog
+from ..broker_server.telemetry.health import Health
+from ..broker_server.telemetry.http_endpoint import HttpEndpoint, is_loopback, parse_address
+from ..broker_server.telemetry.live_file import noted
+from ..broker_server.telemetry.observer import Telemetry, Turn, Watchers
+from ..edge_runtime.installation.service import ServiceManager
 from ..protocol.errors import ConfigError
 from .output import Output
 
@@ -53,7 +53,7 @@ class Operations:
         self.url, self._metrics = "", None
         if metrics is not None:
             try:
-                from ..broker_server.metrics import ServerMetrics
+                from ..broker_server.telemetry.metrics import ServerMetrics
             except ImportError:
                 raise ConfigError(
                     "--metrics needs prometheus-client, which is not installed", hint="pip install 'fedzo[server]'"

@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ..broker_server.brokers.external import ExternalBroker
+from ..broker_server.history.replay import begin_run, run_document
+from ..broker_server.history.run_folder import PLACE_NAME, RunFolder, default_name, has_begun
+from ..broker_server.history.summary import Summary, summarise
 from ..broker_server.journal import SqliteJournal
-from ..broker_server.replay import begin_run, run_document
-from ..broker_server.run_folder import PLACE_NAME, RunFolder, default_name, has_begun
 from ..broker_server.server import Progress, Server
-from ..broker_server.summary import Summary, summarise
 from ..broker_server.synflow import check_synflow
 from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
-from ..edge_runtime.artifact import load_artifact
-from ..edge_runtime.data import Samples, load_dataset
-from ..protocol.blocks import blocks_of
-from ..protocol.documents import RunDocument
+from ..edge_runtime.datasets.data import Samples, load_dataset
+from ..edge_runtime.storage.artifact import load_artifact
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import BrokerError, ConfigError, QuorumError
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask
-from ..protocol.mask_choice import check_pruning
+from ..protocol.perturbation.blocks import blocks_of
+from ..protocol.pruning.mask import Mask
+from ..protocol.pruning.mask_choice import check_pruning
 from ..protocol.settings import RunSettings
+from ..protocol.wire.documents import RunDocument
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output

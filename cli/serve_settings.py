@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..broker_server.http_endpoint import parse_address
+from ..broker_server.telemetry.http_endpoint import parse_address
 from ..edge_runtime.logs import LogFormat, LogLevel
 from ..protocol.errors import ConfigError
 from ..protocol.settings import RunSettings
-from ..protocol.topics import check_name
+from ..protocol.wire.topics import check_name
 
 __all__ = ["PATHS", "PLACE", "ServeSettings"]
 

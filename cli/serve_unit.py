@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..edge_runtime.unit_file import HARDENING, quoted, unit_path
+from ..edge_runtime.installation.unit_file import HARDENING, quoted, unit_path
 from ..protocol.errors import ConfigError
 from .broker_url import has_password
 from .output import Output

@@ -19,7 +19,7 @@ from .output import Output
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: many small products, one core each
 
-from ..edge_runtime.artifact import load_artifact
+from ..edge_runtime.storage.artifact import load_artifact
 from ..simulation.pools import InlinePool, WorkPool
 from ..simulation.process_pool import ProcessPool
 from ..simulation.result import Progress, SimulationResult

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..broker_server.live_file import live_url
-from ..broker_server.run_status import DeviceRow, RunFollower, RunStatus
-from ..broker_server.scrape import LiveState, scrape
+from ..broker_server.history.run_status import DeviceRow, RunFollower, RunStatus
+from ..broker_server.telemetry.live_file import live_url
+from ..broker_server.telemetry.scrape import LiveState, scrape
 from ..edge_runtime.logs import CONTROL
 from ..protocol.errors import ConfigError
 from .output import Output

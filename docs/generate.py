@@ -158,7 +158,7 @@ def boards_table() -> str:
 
 def metrics_table() -> str:
     """What a server tells Prometheus, out of its registry."""
-    from fedzo.broker_server.metrics import ServerMetrics
+    from fedzo.broker_server.telemetry.metrics import ServerMetrics
 
     rows = [f"| `{name}` | {kind} | {label} | {text} |" for name, kind, label, text in ServerMetrics().described()]
     return "\n".join(["| metric | kind | label | |", "|---|---|---|---|", *rows])

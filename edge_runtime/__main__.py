@@ -101,7 +101,7 @@ def _failed(
 
 
 def _version(options: argparse.Namespace) -> int:
-    from .versions import installed_versions
+    from .installation.versions import installed_versions
 
     versions = installed_versions()
     print(json.dumps(versions) if options.json else "\n".join(f"{name} {text}" for name, text in versions.items()))
@@ -132,8 +132,8 @@ def _profiles(options: argparse.Namespace, result: dict[str, Any]) -> int:
 
 
 def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
-    from .light_imports import hashlib_without_openssl
-    from .resident import keep_small, release_code, trim_heap
+    from .connection.light_imports import hashlib_without_openssl
+    from .planning.resident import keep_small, release_code, trim_heap
 
     keep_small()
     hashlib_without_openssl()
@@ -163,7 +163,7 @@ def _join(options: argparse.Namespace, result: dict[str, Any]) -> int:
 
 def _doctor(options: argparse.Namespace, result: dict[str, Any]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from .doctor import Check, DoctorSettings, diagnose, verdict
+    from .installation.doctor import Check, DoctorSettings, diagnose, verdict
 
     names = [field.name for field in dataclasses.fields(DoctorSettings)]
     given = {name: getattr(options, name) for name in names}
@@ -180,7 +180,7 @@ def _doctor(options: argparse.Namespace, result: dict[str, Any]) -> int:
 
 
 def _install(options: argparse.Namespace, result: dict[str, Any]) -> int:
-    from .systemd import UnitSettings, install, unit_name, unit_text
+    from .installation.systemd import UnitSettings, install, unit_name, unit_text
 
     names = [field.name for field in dataclasses.fields(UnitSettings)]
     given = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
@@ -217,7 +217,7 @@ def _settings(options: argparse.Namespace) -> Resolved[JoinSettings]:
 
 
 def _show(resolved: Resolved[JoinSettings], options: argparse.Namespace, result: dict[str, Any]) -> None:
-    from .endpoint import Endpoint
+    from .connection.endpoint import Endpoint
 
     for name, value, origin in resolved.rows():
         shown = str(Endpoint.parse(value)) if name == "url" else value  # without the password

@@ -1,4 +1,4 @@
-"""The device's shell: MQTT, files, clock and a computing thread around the state machine of ``protocol.device``.
+"""The device's shell: MQTT, files, clock and a computing thread around the machine of ``protocol.device_side.device``.
 
 One thread takes events from a queue, gives them to the machine and carries out its commands. It never waits for
 anything but that queue: the network and the computations have threads of their own.
@@ -14,23 +14,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..protocol import device_events as machine
-from ..protocol.device import RETRY_S, Device
-from ..protocol.documents import Hello, Presence, RunDocument
+from ..protocol.device_side import device_events as machine
+from ..protocol.device_side.device import RETRY_S, Device
 from ..protocol.errors import ArtifactError, BrokerError, ConfigError, FedzoError, ProtocolError
-from ..protocol.messages import ReportKind
-from ..protocol.topics import RETAINED, Channel, device_subscriptions, topic
-from ..protocol.wire import MAX_PAYLOAD_BYTES
-from .data import Dataset
-from .endpoint import TlsConfig
-from .inbound import read_message
-from .inbox import Inbox
-from .memory import peak_rss_mib
-from .ort import provider_in_use
-from .run_key import RunKey
-from .service import ServiceManager
-from .state import DeviceState
-from .transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
+from ..protocol.wire.documents import Hello, Presence, RunDocument
+from ..protocol.wire.framing import MAX_PAYLOAD_BYTES
+from ..protocol.wire.messages import ReportKind
+from ..protocol.wire.topics import RETAINED, Channel, device_subscriptions, topic
+from .connection.endpoint import TlsConfig
+from .connection.inbound import read_message
+from .connection.inbox import Inbox
+from .connection.transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
+from .datasets.data import Dataset
+from .inference.ort import provider_in_use
+from .installation.service import ServiceManager
+from .planning.memory import peak_rss_mib
+from .storage.run_key import RunKey
+from .storage.state import DeviceState
 from .worker import Limits, Worker
 
 __all__ = ["Agent", "Connection", "Summary"]

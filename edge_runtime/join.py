@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..protocol.documents import Hello
 from ..protocol.errors import ConfigError
-from ..protocol.topics import check_name
+from ..protocol.wire.documents import Hello
+from ..protocol.wire.topics import check_name
 from .agent import Agent, Connection, Summary
-from .data import Dataset, count_samples, load_dataset
-from .device_bundle import DeviceBundle
-from .endpoint import Endpoint, TlsConfig, read_password
+from .connection.endpoint import Endpoint, TlsConfig, read_password
+from .datasets.data import Dataset, count_samples, load_dataset
+from .inference.providers import CPU, provider_names
+from .installation.device_bundle import DeviceBundle
+from .installation.service import ServiceManager
+from .installation.versions import installed_versions
 from .logs import LogFormat
-from .memory import total_mib
-from .providers import CPU, provider_names
-from .run_key import RunKey, parse_run_key
-from .service import ServiceManager
-from .state import DeviceState
-from .versions import installed_versions
+from .planning.memory import total_mib
+from .storage.run_key import RunKey, parse_run_key
+from .storage.state import DeviceState
 from .worker import Limits
 
 __all__ = ["JoinSettings", "Stopped", "join"]
@@ -43,13 +43,13 @@ class JoinSettings:
 
     Attributes:
         url: The broker, ``mqtt://HOST[:1883]`` or ``mqtts://HOST[:8883]``.
-        data: Training data, see :func:`~.data.load_dataset`.
+        data: Training data, see :func:`~.datasets.data.load_dataset`.
         federation: Name of the federation.
         id: Device id; made once and kept when None.
         ram_budget_mib: What the whole process may use; the machine's memory when None.
         threads: Threads within an operator.
         micro_batch: Samples of one run of a graph; chosen to fit when None.
-        state: State folder; see :func:`~.state.default_folder`.
+        state: State folder; see :func:`~.storage.state.default_folder`.
         holdout: Fraction of the training samples to keep for evaluation, when the data have no test part.
         mean: Subtracted from every input, one number or one a channel.
         std: What inputs are divided by, one number or one a channel.

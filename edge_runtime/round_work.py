@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.blocks import blocks_of
-from ..protocol.device_events import Task
-from ..protocol.documents import RunDocument
+from ..protocol.device_side.device_events import Task
 from ..protocol.errors import DataError, FedzoError, MemoryBudgetError, ProtocolError
-from ..protocol.messages import Decline, ReportKind
-from ..protocol.saliency import gaussian_inputs
-from .block_estimators import ProbeRequest, make_estimator
-from .data import Batch, Dataset, batch_indices
-from .engine import Engine
-from .estimators import Cancelled
-from .loss import NonFiniteLossError
-from .residual_file import Residual, carried_by, residual_key
-from .saliency import UnitShiftScorer
+from ..protocol.perturbation.blocks import blocks_of
+from ..protocol.pruning.saliency import gaussian_inputs
+from ..protocol.wire.documents import RunDocument
+from ..protocol.wire.messages import Decline, ReportKind
+from .datasets.data import Batch, Dataset, batch_indices
+from .estimation.block_estimators import ProbeRequest, make_estimator
+from .estimation.estimators import Cancelled
+from .estimation.saliency import UnitShiftScorer
+from .inference.engine import Engine
+from .inference.loss import NonFiniteLossError
+from .storage.residual_file import Residual, carried_by, residual_key
 
 __all__ = ["Measured", "NoSamplesError", "RoundWork", "as_over_budget", "decline_of"]
 
@@ -175,7 +175,7 @@ def decline_of(error: Exception, round_: int) -> tuple[Decline, str]:
     """Why a device does not answer, for the report and in one line for people.
 
     Args:
-        error: What ended the task; not :class:`~.estimators.Cancelled`.
+        error: What ended the task; not :class:`~.estimation.estimators.Cancelled`.
         round_: Of the task.
     """
     if isinstance(error, NonFiniteLossError):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ..protocol.device_events import (
+from ..protocol.device_side.device_events import (
     Compute,
     Computed,
     DeviceEvent,
@@ -28,20 +28,20 @@ from ..protocol.device_events import (
     Prepared,
     Task,
 )
+from ..protocol.device_side.run_files import needed_graphs
 from ..protocol.errors import FedzoError
-from ..protocol.messages import Decline, ReportKind
-from ..protocol.run_files import needed_graphs
-from .artifact import Artifact, BlobStore
-from .data import Dataset
-from .engine import Engine
-from .estimators import Cancelled
-from .fence import Fence
-from .memory import MemoryPlan, peak_rss_mib
-from .ort import release_arena, runtime, sessions_kept
-from .providers import CPU
-from .residual_file import Residual, ResidualFile
+from ..protocol.wire.messages import Decline, ReportKind
+from .datasets.data import Dataset
+from .estimation.estimators import Cancelled
+from .inference.engine import Engine
+from .inference.ort import release_arena, runtime, sessions_kept
+from .inference.providers import CPU
+from .planning.fence import Fence
+from .planning.memory import MemoryPlan, peak_rss_mib
+from .planning.run_plan import Limits, plan_run
 from .round_work import Measured, RoundWork, as_over_budget, decline_of
-from .run_plan import Limits, plan_run
+from .storage.artifact import Artifact, BlobStore
+from .storage.residual_file import Residual, ResidualFile
 
 __all__ = ["Limits", "Worker"]
 
@@ -60,7 +60,7 @@ class Worker:
 
     Attributes:
         plans: The memory plans of the latest run's phases, once it was planned; replaced, never changed.
-        layout: What the latest losses were computed with, see :class:`~.engine.Engine`; empty before the first.
+        layout: What the latest losses were computed with, see :class:`~.inference.engine.Engine`; empty at first.
     """
 
     def __init__(

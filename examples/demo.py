@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from fedzo.cli.output import Output
-from fedzo.edge_runtime.partition import partition_dirichlet
+from fedzo.edge_runtime.datasets.partition import partition_dirichlet
 from fedzo.protocol.errors import FedzoError
 
 TEST_SAMPLES = 360

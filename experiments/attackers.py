@@ -13,10 +13,10 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.device_events import Task
-from ..protocol.messages import ReportKind
-from ..protocol.quantiles import gaussian_table
-from ..protocol.streams import Purpose, uint64s
+from ..protocol.device_side.device_events import Task
+from ..protocol.perturbation.quantiles import gaussian_table
+from ..protocol.perturbation.streams import Purpose, uint64s
+from ..protocol.wire.messages import ReportKind
 from ..simulation.pools import InlinePool
 from ..simulation.work import Job, WorkResult
 

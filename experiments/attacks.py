@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.aggregation_rules import AggregationSettings
 from ..protocol.errors import ConfigError, FedzoError
+from ..protocol.server_side.aggregation_rules import AggregationSettings
 from ..protocol.settings import RunSettings, TrainingSettings
 from ..simulation.settings import SimulationSettings
 from ..simulation.simulate import simulate

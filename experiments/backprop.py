@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..exporter.reference import network
-from ..protocol.layout import Layout
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.manifest import Manifest
+from ..protocol.pruning.mask import Mask
 
 __all__ = ["accuracy", "directional_derivative", "exact_gradient", "trained"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.arrays import member_names, read_npz
+from ..edge_runtime.datasets.arrays import member_names, read_npz
 from ..protocol.errors import ConfigError, DataError
-from ..protocol.streams import Purpose, permutation
+from ..protocol.perturbation.streams import Purpose, permutation
 
 __all__ = ["DIGITS", "Images", "digits", "load_images"]
 

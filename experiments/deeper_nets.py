@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..edge_runtime.artifact import Artifact
-from ..edge_runtime.board_plan import RunSizes, plan_board
-from ..edge_runtime.data import Batch
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.estimators import SteinEstimator
-from ..edge_runtime.saliency import UnitShiftScorer
+from ..edge_runtime.datasets.data import Batch
+from ..edge_runtime.estimation.estimators import SteinEstimator
+from ..edge_runtime.estimation.saliency import UnitShiftScorer
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.planning.board_plan import RunSizes, plan_board
+from ..edge_runtime.storage.artifact import Artifact
 from ..hardware_profiles import list_profiles
-from ..protocol.directions import Directions
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.artifact.manifest import Manifest, golden_batch
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.manifest import Manifest, golden_batch
-from ..protocol.mask import Mask, threshold
+from ..protocol.perturbation.directions import Directions
+from ..protocol.pruning.mask import Mask, threshold
 from .experiment import Experiment
 from .lab import exported
 from .pictures import COLOURS

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..edge_runtime.data import Batch, batch_indices
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.estimators import SteinEstimator
-from ..protocol.directions import Directions
+from ..edge_runtime.datasets.data import Batch, batch_indices
+from ..edge_runtime.estimation.estimators import SteinEstimator
+from ..edge_runtime.inference.engine import Engine
+from ..protocol.artifact.layout import initial_weights
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.streams import Purpose, permutation
+from ..protocol.perturbation.directions import Directions
+from ..protocol.perturbation.streams import Purpose, permutation
 from .data import Images, load_images
 from .experiment import Experiment
 from .lab import check_splits, combined, dealt, exported, gaussian_mask

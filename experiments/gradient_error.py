@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.artifact import Artifact
-from ..edge_runtime.data import Batch
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.estimators import SteinEstimator
-from ..protocol.directions import Directions
+from ..edge_runtime.datasets.data import Batch
+from ..edge_runtime.estimation.estimators import SteinEstimator
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.storage.artifact import Artifact
+from ..protocol.artifact.layout import initial_weights
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.mask import Mask
-from ..protocol.streams import Purpose, permutation
+from ..protocol.perturbation.directions import Directions
+from ..protocol.perturbation.streams import Purpose, permutation
+from ..protocol.pruning.mask import Mask
 from .data import Images, load_images
 from .experiment import Experiment
 from .lab import combined, exported, gaussian_mask

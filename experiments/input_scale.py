@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.engine import Engine
+from ..edge_runtime.inference.engine import Engine
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import FedzoError
-from ..protocol.layout import initial_weights
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask, threshold
-from ..protocol.saliency import gaussian_inputs
+from ..protocol.perturbation.streams import Purpose, permutation, uint16s
+from ..protocol.pruning.mask import Mask, threshold
+from ..protocol.pruning.saliency import gaussian_inputs
 from ..protocol.settings import TrainingSettings
-from ..protocol.streams import Purpose, permutation, uint16s
 from .best_k import run
 from .data import Images, load_images
 from .experiment import Experiment

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.artifact import Artifact, load_artifact
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.partition import partition_dirichlet, partition_iid
-from ..edge_runtime.saliency import SaliencyResult, UnitShiftScorer
+from ..edge_runtime.datasets.partition import partition_dirichlet, partition_iid
+from ..edge_runtime.estimation.saliency import SaliencyResult, UnitShiftScorer
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.storage.artifact import Artifact, load_artifact
 from ..exporter.artifact import export_artifact
-from ..protocol.aggregation import average_blocks
-from ..protocol.directions import Directions, round_coefficients
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import ConfigError
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask, threshold
-from ..protocol.messages import Report, ReportKind
-from ..protocol.saliency import diagonal_scores, gaussian_inputs
+from ..protocol.perturbation.directions import Directions, round_coefficients
+from ..protocol.pruning.mask import Mask, threshold
+from ..protocol.pruning.saliency import diagonal_scores, gaussian_inputs
+from ..protocol.server_side.aggregation import average_blocks
+from ..protocol.wire.messages import Report, ReportKind
 from ..simulation.settings import parse_split
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.mask import Mask
+from ..protocol.pruning.mask import Mask
 
 __all__ = ["cosine_squared", "overlap", "relative_error", "slope", "spearman"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..edge_runtime.ort import runtime_version
+from ..edge_runtime.inference.ort import runtime_version
 from ..protocol.errors import DataError
 from .machine import machine
 

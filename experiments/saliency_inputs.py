@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.engine import Engine
+from ..edge_runtime.inference.engine import Engine
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask, threshold
-from ..protocol.saliency import gaussian_inputs
-from ..protocol.streams import Purpose, permutation
+from ..protocol.perturbation.streams import Purpose, permutation
+from ..protocol.pruning.mask import Mask, threshold
+from ..protocol.pruning.saliency import gaussian_inputs
 from .data import Images, load_images
 from .experiment import Experiment
 from .lab import Scored, check_splits, dealt, exported, pooled_scores, score_inputs

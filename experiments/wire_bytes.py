@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.directions import round_coefficients
-from ..protocol.layout import initial_weights
-from ..protocol.mask import threshold
-from ..protocol.messages import Report as Message
-from ..protocol.messages import ReportKind, UpdateRecord
-from ..protocol.quantiles import gaussian_table
-from ..protocol.streams import Purpose, uint16s
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.perturbation.directions import round_coefficients
+from ..protocol.perturbation.quantiles import gaussian_table
+from ..protocol.perturbation.streams import Purpose, uint16s
+from ..protocol.pruning.mask import threshold
+from ..protocol.wire.messages import Report as Message
+from ..protocol.wire.messages import ReportKind, UpdateRecord
 from .experiment import Experiment
 from .lab import DIGEST, exported
 from .pictures import COLOURS

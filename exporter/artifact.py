@@ -21,16 +21,16 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
+from ..protocol.artifact.golden_answer import GoldenPredictions
+from ..protocol.artifact.graph_files import GraphFile, GraphVariant
+from ..protocol.artifact.graph_work import GraphWork
+from ..protocol.artifact.layout import Layout, initial_weights
+from ..protocol.artifact.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
+from ..protocol.artifact.placement import PLACEMENTS_KEY, encode_placements
+from ..protocol.artifact.sections import is_section_graph
+from ..protocol.artifact.stages import is_stage_graph
+from ..protocol.artifact.structure import Structure
 from ..protocol.errors import ArtifactError, ConfigError
-from ..protocol.golden_answer import GoldenPredictions
-from ..protocol.graph_files import GraphFile, GraphVariant
-from ..protocol.graph_work import GraphWork
-from ..protocol.layout import Layout, initial_weights
-from ..protocol.manifest import FORMAT, GRAPH_NAMES, Golden, GraphMemory, Manifest, UnitLayer, golden_batch
-from ..protocol.placement import PLACEMENTS_KEY, encode_placements
-from ..protocol.sections import is_section_graph
-from ..protocol.stages import is_stage_graph
-from ..protocol.structure import Structure
 from .blocked_layout import BlockedProbe
 from .channel_scores import parameter_gains
 from .folder_replacement import flush_folder, replace_folder

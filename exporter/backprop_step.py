@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.artifact.manifest import Manifest, golden_batch
 from ..protocol.errors import FedzoError
-from ..protocol.layout import initial_weights
-from ..protocol.manifest import Manifest, golden_batch
 
 __all__ = ["main", "step"]
 

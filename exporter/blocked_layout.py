@@ -8,7 +8,7 @@ losses are those of the same graph with constant weights, bit for bit (without p
 which cuts long sums in other places).
 
 The saved graph holds private operators: it is good for one release of ONNX Runtime and one block size, and only
-machines of that kind load it (:class:`~fedzo.protocol.manifest.GraphVariant`).
+machines of that kind load it (:class:`~fedzo.protocol.artifact.manifest.GraphVariant`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ..protocol.artifact.layout import Layout, Parameter
+from ..protocol.artifact.placement import BlockedAxis, Placement
 from ..protocol.errors import FedzoError
-from ..protocol.layout import Layout, Parameter
-from ..protocol.placement import BlockedAxis, Placement
 from .blocked_rewrites import BLOCKED_DOMAIN, stay_blocked
 from .passes.editing import new_node, replace_nodes
 from .passes.fold_weights import FoldWeights

@@ -8,12 +8,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.artifact.layout import initial_weights
+from ..protocol.artifact.manifest import Manifest
+from ..protocol.artifact.structure import ChannelScores
 from ..protocol.errors import ConfigError
-from ..protocol.layout import initial_weights
-from ..protocol.manifest import Manifest
-from ..protocol.saliency import diagonal_scores, gaussian_inputs
-from ..protocol.streams import Purpose, uint16s
-from ..protocol.structure import ChannelScores
+from ..protocol.perturbation.streams import Purpose, uint16s
+from ..protocol.pruning.saliency import diagonal_scores, gaussian_inputs
 from .sessions import dense_feeds, open_graph
 
 __all__ = ["SCORING_SAMPLES", "channel_scores", "parameter_gains"]
@@ -27,9 +27,9 @@ def channel_scores(
 ) -> dict[str, NDArray[np.float64]] | None:
     """A score of every unit of every unit layer, at the network's initial weights.
 
-    ``diagonal``: the sum of :func:`~fedzo.protocol.saliency.diagonal_scores` over the unit's weights, what a device
-    would measure on Gaussian inputs. ``magnitude``: the sum of their absolute values. ``random``: uniform numbers of
-    the manifest's seed. ``uniform``: None, as no unit is better than another.
+    ``diagonal``: the sum of :func:`~fedzo.protocol.pruning.saliency.diagonal_scores` over the unit's weights, what a
+    device would measure on Gaussian inputs. ``magnitude``: the sum of their absolute values. ``random``: uniform
+    numbers of the manifest's seed. ``uniform``: None, as no unit is better than another.
 
     Args:
         scores: Which.

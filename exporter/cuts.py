@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from ..protocol.cut import Cut
-from ..protocol.layout import Layout
+from ..protocol.artifact.cut import Cut
+from ..protocol.artifact.layout import Layout
 from .forward import BATCH
 from .passes.editing import value_shapes
 from .units import UnitNode

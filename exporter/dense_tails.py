@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from ..protocol.dense_tail import DenseLayer, DenseTail
-from ..protocol.layout import Layout
+from ..protocol.artifact.dense_tail import DenseLayer, DenseTail
+from ..protocol.artifact.layout import Layout
 from .cuts import cut_points
 from .units import UnitNode
 

@@ -21,9 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
+from ..protocol.artifact.manifest import Manifest, golden_batch
 from ..protocol.errors import ArtifactError, ConfigError
-from ..protocol.manifest import Manifest, golden_batch
-from ..protocol.mask import Mask
+from ..protocol.pruning.mask import Mask
 from .forward import BATCH, float_value
 from .passes.fold_constants import FoldConstants
 from .passes.fold_weights import FoldWeights

@@ -7,7 +7,7 @@ from typing import cast
 
 from onnx import ModelProto, NodeProto
 
-from ..protocol.layout import Layout
+from ..protocol.artifact.layout import Layout
 from .passes.editing import attribute
 
 __all__ = ["fan_in_axes"]

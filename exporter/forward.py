@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from ..protocol.artifact.layout import Initialiser, Layout, Parameter
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Initialiser, Layout, Parameter
 
 __all__ = ["BATCH", "IR_VERSION", "OPSET", "RESERVED_NAMES", "ForwardGraph", "GraphBuilder", "Tensor", "he_normal"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from onnx import ModelProto
 
-from ..protocol.graph_work import GraphWork
-from ..protocol.layout import Layout
+from ..protocol.artifact.graph_work import GraphWork
+from ..protocol.artifact.layout import Layout
 from .cuts import multiply_accumulates
 from .live_set import ALIASES, Linear
 from .units import UnitNode

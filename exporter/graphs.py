@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from ..protocol.cut import Cut
-from ..protocol.dense_tail import DenseTail
+from ..protocol.artifact.cut import Cut
+from ..protocol.artifact.dense_tail import DenseTail
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.manifest import CUT_GRAPHS, TAIL_GRAPHS
+from ..protocol.artifact.sections import Sections, section_graphs
+from ..protocol.artifact.stages import Stage, model_layout
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Layout
-from ..protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS
-from ..protocol.sections import Sections, section_graphs
-from ..protocol.stages import Stage, model_layout
 from .cuts import CutPoint, find_cut
 from .dense_tails import TailPoint, find_dense_tail
 from .forward import ForwardGraph

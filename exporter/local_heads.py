@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..protocol.artifact.layout import Initialiser, Layout, Parameter
+from ..protocol.artifact.stages import StageHead
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Initialiser, Layout, Parameter
-from ..protocol.stages import StageHead
 from .forward import he_normal
 from .stages import StagePoint
 

@@ -15,10 +15,10 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ..protocol.artifact.layout import Initialiser, Layout, Parameter
+from ..protocol.artifact.manifest import GRAPHS, Manifest
+from ..protocol.artifact.structure import ChannelScores, NarrowedLayer, Structure
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Initialiser, Layout, Parameter
-from ..protocol.manifest import GRAPHS, Manifest
-from ..protocol.structure import ChannelScores, NarrowedLayer, Structure
 from .channel_families import ChannelFamily, choose_channels, find_families
 from .channel_labels import ChannelLabels, trace_channels
 from .channel_scores import channel_scores

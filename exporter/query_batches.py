@@ -17,8 +17,8 @@ from typing import Final
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from ..protocol.layout import Layout
-from ..protocol.query_layout import query_layout, query_name
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.query_layout import query_layout, query_name
 from .cuts import multiply_accumulates
 from .forward import BATCH, ForwardGraph, float_value, new_model
 from .passes.editing import add_constant, attribute, new_node

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ..protocol.artifact.layout import Layout
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Layout
 from .models.resnet import GROUPS
 
 __all__ = ["exact_kernel_scores", "exact_scores", "forward", "network"]

@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.cut import Cut
+from ..protocol.artifact.cut import Cut
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.sections import MAX_SECTIONS, Sections, section_graph, suffix_graph
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Layout
-from ..protocol.sections import MAX_SECTIONS, Sections, section_graph, suffix_graph
 from .cuts import CutPoint, cut_points
 from .forward import ForwardGraph
 from .passes.float64_loss import Float64Loss
@@ -34,7 +34,7 @@ def find_sections(
     Args:
         forward: The network.
         units: Its unit layers.
-        gains: ``float64[n_parameters]``, see :class:`~fedzo.protocol.sections.Sections`.
+        gains: ``float64[n_parameters]``, see :class:`~fedzo.protocol.artifact.sections.Sections`.
         most: Sections at most; where the network has more places to be cut, the best are taken.
 
     Raises:
@@ -60,7 +60,7 @@ def choose_sections(cuts: Sequence[Cut], sizes: Sequence[int], gains: Sequence[f
     """Which cuts make the best sections: the smallest sum of the roots of weights times gain times cost of a probe.
 
     That sum, squared, is the error of the estimated gradient for one pass, with directions dealt as
-    :meth:`~fedzo.protocol.sections.Sections.dealt` does. Cutting once more never makes it larger.
+    :meth:`~fedzo.protocol.artifact.sections.Sections.dealt` does. Cutting once more never makes it larger.
 
     Args:
         cuts: Front to back.

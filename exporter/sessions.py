@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
+from ..protocol.artifact.layout import Layout
 from ..protocol.errors import ConfigError
-from ..protocol.layout import Layout
 
 __all__ = ["dense_feeds", "open_graph", "run_every_value", "run_graph"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..protocol.layout import Layout
-from ..protocol.stages import Stage, local_stages, stage_graph
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.stages import Stage, local_stages, stage_graph
 from .local_heads import head_plan
 from .passes.infrastructure import GraphPass
 from .passes.keep_stage import KeepStage

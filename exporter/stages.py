@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from ..protocol.layout import Layout
-from ..protocol.stages import MAX_STAGES, Stage
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.stages import MAX_STAGES, Stage
 from .cuts import multiply_accumulates
 from .forward import BATCH
 from .passes.chain_rules import CHAIN_OPERATORS, follows

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, helper
 from torch import Tensor, nn
 
+from ..protocol.artifact.layout import Initialiser, Layout, Parameter
 from ..protocol.errors import ArtifactError, ConfigError
-from ..protocol.layout import Initialiser, Layout, Parameter
 from .forward import BATCH, OPSET, RESERVED_NAMES, ForwardGraph, float_value, new_model
 from .passes.fold_constants import FoldConstants
 from .passes.static_reshapes import StaticReshapes

@@ -10,8 +10,8 @@ from typing import Literal, cast
 
 from onnx import ModelProto, NodeProto
 
-from ..protocol.layout import Layout
-from ..protocol.manifest import UnitLayer
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.manifest import UnitLayer
 from .forward import BATCH
 from .passes.editing import attribute, value_shapes
 

@@ -7,13 +7,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from .aggregation_rules import AggregationSettings
-from .directions import Family
 from .errors import ConfigError
-from .mask import Fill
-from .optimisers import OptimiserConfig
-from .schedules import SCHEDULES, Schedule, rate_factor
-from .wire import MAX_AGE
+from .perturbation.directions import Family
+from .pruning.mask import Fill
+from .replay.optimisers import OptimiserConfig
+from .replay.schedules import SCHEDULES, Schedule, rate_factor
+from .server_side.aggregation_rules import AggregationSettings
+from .wire.framing import MAX_AGE
 
 __all__ = [
     "AggregationSettings",
@@ -135,17 +135,18 @@ class TrainingSettings:
         local_rate: Learning rate of these steps, plain descent; above 0 where there are several.
         optimiser: Server optimiser, replayed on every device.
         learning_rate: Peak learning rate.
-        schedule: How the rate changes over the rounds, see ``schedules.py``; ``range`` makes the run a range test.
+        schedule: How the rate changes over the rounds, see ``replay/schedules.py``; ``range`` makes the run a range
+            test.
         warmup: Updates in front of the first one at the peak rate.
         decay_every: Updates between two steps of the schedule ``step``.
         decay_factor: What each of them multiplies the rate with.
         final_rate: Rate at the end of ``cosine`` and ``linear``, at least of ``step``, and at the beginning of
             ``range``, relative to the peak.
         k_max: Where above ``k``, the most directions that the server may ask for in place of ``k``, as the reports
-            agree, see ``adaptation.py``; 0 for always ``k``.
+            agree, see ``server_side/adaptation.py``; 0 for always ``k``.
         adapt_sigma: Whether the server chooses sigma for each round, starting from ``sigma``.
         k_min: Least directions of a slow device, which gets half of ``k``, a quarter and so on by its measured speed,
-            see ``pace.py``; 0 for as many as the others.
+            see ``server_side/pace.py``; 0 for as many as the others.
     """
 
     rounds: int = 500
@@ -261,18 +262,18 @@ class RunSettings:
         quorum: Reports that a round needs.
         close_at: Usable reports that close a round of scoring or training at once, without a wait for the others it
             asked; 0 to wait for all that may still come.
-        staleness: Updates that a report of training may be late by and still count, see ``staleness.py``.
+        staleness: Updates that a report of training may be late by and still count, see ``server_side/staleness.py``.
         staleness_power: A report that is late by ``a`` updates is scaled by ``(1 + a) ** -staleness_power``; 0 to count
             it like the others.
         snapshots: Whether a device that is far behind may get the weights themselves where they are fewer bytes than
-            the scalars that it misses, see ``catch_up.py``.
+            the scalars that it misses, see ``server_side/catch_up.py``.
         deadline_s: Time that a round may take.
         enrol_deadline_s: Time to wait for ``devices``; then ``quorum`` devices are enough.
         patience: Deadlines without quorum in a row after which the run stops (and can be resumed).
         evaluate_every: Updates between evaluations; 0 evaluates at the end only.
         scalar_limit: A report with a larger absolute value is refused.
         tune_rounds: Updates of a range test, a run of its own before this one that finds its learning rate, see
-            ``rate_finder.py``; 0 for the learning rate that is set.
+            ``server_side/rate_finder.py``; 0 for the learning rate that is set.
     """
 
     seed: int = 1

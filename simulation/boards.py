@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..edge_runtime.calibration import board_rates, predicted_query_s
-from ..edge_runtime.data import Dataset
-from ..edge_runtime.run_plan import Limits, plan_run
+from ..edge_runtime.datasets.data import Dataset
+from ..edge_runtime.planning.calibration import board_rates, predicted_query_s
+from ..edge_runtime.planning.run_plan import Limits, plan_run
 from ..hardware_profiles import load_profile
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import ConfigError, FedzoError
-from ..protocol.manifest import Manifest
+from ..protocol.perturbation.streams import Purpose, uint64s
 from ..protocol.settings import RunSettings
-from ..protocol.streams import Purpose, uint64s
 from .settings import SimulationSettings, parse_boards
 
 __all__ = ["Board", "choose_boards"]

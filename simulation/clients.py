@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.arrays import member_names, read_npy, read_npz
-from ..edge_runtime.data import Dataset, Samples, as_samples, load_dataset
-from ..edge_runtime.partition import partition_dirichlet, partition_iid, partition_shards
-from ..edge_runtime.samples import Conversion
+from ..edge_runtime.datasets.arrays import member_names, read_npy, read_npz
+from ..edge_runtime.datasets.data import Dataset, Samples, as_samples, load_dataset
+from ..edge_runtime.datasets.partition import partition_dirichlet, partition_iid, partition_shards
+from ..edge_runtime.datasets.samples import Conversion
+from ..protocol.artifact.manifest import Manifest
 from ..protocol.errors import ConfigError, DataError
-from ..protocol.manifest import Manifest
-from ..protocol.streams import Purpose, permutation
+from ..protocol.perturbation.streams import Purpose, permutation
 from .settings import SimulationSettings, parse_split
 
 __all__ = ["Clients", "Source", "StoredSamples", "load_clients", "load_test_set"]
 
 Source = str | Path | tuple[NDArray[Any], ...]
-"""A file or folder of :func:`~fedzo.edge_runtime.data.load_dataset`, arrays ``(x, y)``, or ``(x, y, client)``."""
+"""What :func:`~fedzo.edge_runtime.datasets.data.load_dataset` reads, or arrays ``(x, y)`` or ``(x, y, client)``."""
 
 _LIMIT_MIB = 8192
 
@@ -174,7 +174,7 @@ class StoredSamples:
         dtype: Of the values, as text.
         shape: Of the array.
         labels: ``int64[n]``.
-        conversion: See :class:`~fedzo.edge_runtime.samples.Samples`.
+        conversion: See :class:`~fedzo.edge_runtime.datasets.samples.Samples`.
         rows: ``int64[m]``.
     """
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.device_events import Outcome, Task
-from ..protocol.mask import Mask
-from ..protocol.messages import ReportKind
-from ..protocol.update import weights_digest
+from ..protocol.device_side.device_events import Outcome, Task
+from ..protocol.pruning.mask import Mask
+from ..protocol.replay.update import weights_digest
+from ..protocol.wire.messages import ReportKind
 from .boards import Board
 from .clock import Clock
 from .pools import WorkPool

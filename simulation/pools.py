@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.device_events import Task
-from ..protocol.mask import Mask
+from ..protocol.device_side.device_events import Task
+from ..protocol.pruning.mask import Mask
 from .work import Executor, Job, Usage, WorkResult, batches_of
 
 __all__ = ["InlinePool", "WorkPool"]

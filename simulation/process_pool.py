@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.device_events import Task
+from ..protocol.device_side.device_events import Task
 from ..protocol.errors import ConfigError, FedzoError
-from ..protocol.mask import Mask
+from ..protocol.pruning.mask import Mask
 from .pools import added
 from .work import Executor, Job, StoredJob, Usage, WorkResult, batches_of, run_error
 

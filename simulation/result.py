@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.mask import Mask
+from ..protocol.pruning.mask import Mask
 
 __all__ = ["CurveRow", "Progress", "RoundRow", "SimulationResult"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..protocol.device import RETRY_S
+from ..protocol.device_side.device import RETRY_S
 from ..protocol.errors import ConfigError
 
 __all__ = ["SimulationSettings", "parse_boards", "parse_split"]
@@ -39,7 +39,7 @@ class SimulationSettings:
         micro_batch: Samples of one run of a graph; 0 for what the boards' plans say.
         many_queries: Evaluate several sets of weights in one run where the artifact has a graph for it.
         retry_s: Virtual time after which a device repeats an unanswered request.
-        mean: Subtracted from inputs, see :func:`~fedzo.edge_runtime.data.load_dataset`.
+        mean: Subtracted from inputs, see :func:`~fedzo.edge_runtime.datasets.data.load_dataset`.
         std: Inputs are divided by it.
         pad: Center smaller images in zeros.
     """

@@ -9,14 +9,14 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from ..protocol.documents import RunDocument
+from ..protocol.artifact.layout import Layout
+from ..protocol.artifact.manifest import Manifest
+from ..protocol.device_side.parts import Parts
 from ..protocol.errors import ProtocolError
-from ..protocol.layout import Layout
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask
-from ..protocol.messages import UpdateRecord
-from ..protocol.parts import Parts
-from ..protocol.update import Replica, chain_digest, snapshot_place
+from ..protocol.pruning.mask import Mask
+from ..protocol.replay.update import Replica, chain_digest, snapshot_place
+from ..protocol.wire.documents import RunDocument
+from ..protocol.wire.messages import UpdateRecord
 
 __all__ = ["SharedLog", "SharedParts", "SharedReplica"]
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from ..broker_server.blobs import BlobServer
 from ..broker_server.synflow import check_synflow
-from ..edge_runtime.artifact import load_artifact
-from ..edge_runtime.memory import peak_rss_mib
-from ..protocol.blocks import blocks_of
-from ..protocol.coordinator import Coordinator
-from ..protocol.coordinator_events import Connected
-from ..protocol.documents import RunDocument
+from ..edge_runtime.planning.memory import peak_rss_mib
+from ..edge_runtime.storage.artifact import load_artifact
 from ..protocol.errors import ConfigError, FedzoError, QuorumError
-from ..protocol.mask import Mask
-from ..protocol.rate_finder import RangeTest, range_test_settings, with_found_rate
+from ..protocol.perturbation.blocks import blocks_of
+from ..protocol.perturbation.streams import Purpose, uint64s
+from ..protocol.pruning.mask import Mask
+from ..protocol.server_side.coordinator import Coordinator
+from ..protocol.server_side.coordinator_events import Connected
+from ..protocol.server_side.rate_finder import RangeTest, range_test_settings, with_found_rate
 from ..protocol.settings import RunSettings
-from ..protocol.streams import Purpose, uint64s
+from ..protocol.wire.documents import RunDocument
 from .boards import choose_boards
 from .clients import Clients, Source, load_clients, load_test_set
 from .clock import Clock

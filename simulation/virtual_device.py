@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..protocol import device_events as machine
-from ..protocol.device import Device
-from ..protocol.documents import Hello, Presence
+from ..protocol.device_side import device_events as machine
+from ..protocol.device_side.device import Device
+from ..protocol.device_side.parts import Parts
 from ..protocol.errors import FedzoError
-from ..protocol.mask import Mask
-from ..protocol.parts import Parts
-from ..protocol.streams import Purpose, uint64s
-from ..protocol.topics import Channel
+from ..protocol.perturbation.streams import Purpose, uint64s
+from ..protocol.pruning.mask import Mask
+from ..protocol.wire.documents import Hello, Presence
+from ..protocol.wire.topics import Channel
 from .boards import Board
 from .clock import Clock
 from .labour import Labour

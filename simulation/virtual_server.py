@@ -7,13 +7,13 @@ from collections.abc import Callable
 from ..broker_server.blobs import BlobServer
 from ..broker_server.log_slices import log_slice
 from ..broker_server.server_passes import ServerPasses
-from ..edge_runtime.artifact import Artifact
-from ..protocol import coordinator_events as machine
-from ..protocol.coordinator import Coordinator
+from ..edge_runtime.storage.artifact import Artifact
 from ..protocol.errors import FedzoError
-from ..protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
-from ..protocol.participants import unpack_participants
-from ..protocol.topics import Channel
+from ..protocol.server_side import coordinator_events as machine
+from ..protocol.server_side.coordinator import Coordinator
+from ..protocol.wire.messages import Decline, Receipt, Report, ReportKind, Verdict
+from ..protocol.wire.participants import unpack_participants
+from ..protocol.wire.topics import Channel
 from .clock import Clock
 from .labour import Labour
 from .result import CurveRow, Progress, RoundRow

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..edge_runtime.inbound import read_message
-from ..edge_runtime.traffic import publish_packet_bytes
-from ..protocol.codec import BinaryMessage, decode
-from ..protocol.coordinator_events import DeviceSaid
-from ..protocol.device_events import Received
-from ..protocol.documents import Document, Hello, Presence, parse
-from ..protocol.topics import RETAINED, Channel, topic
+from ..edge_runtime.connection.inbound import read_message
+from ..edge_runtime.connection.traffic import publish_packet_bytes
+from ..protocol.device_side.device_events import Received
+from ..protocol.server_side.coordinator_events import DeviceSaid
+from ..protocol.wire.codec import BinaryMessage, decode
+from ..protocol.wire.documents import Document, Hello, Presence, parse
+from ..protocol.wire.topics import RETAINED, Channel, topic
 from .clock import Clock
 
 if TYPE_CHECKING:

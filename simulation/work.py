@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..edge_runtime.artifact import load_artifact
-from ..edge_runtime.data import Samples
-from ..edge_runtime.engine import Engine
-from ..edge_runtime.estimators import never
-from ..edge_runtime.memory import peak_rss_mib
-from ..edge_runtime.ort import sessions_kept
-from ..edge_runtime.residual_file import Residual
+from ..edge_runtime.datasets.data import Samples
+from ..edge_runtime.estimation.estimators import never
+from ..edge_runtime.inference.engine import Engine
+from ..edge_runtime.inference.ort import sessions_kept
+from ..edge_runtime.inference.variants import wanted_variants
+from ..edge_runtime.planning.memory import peak_rss_mib
 from ..edge_runtime.round_work import RoundWork, decline_of
-from ..edge_runtime.variants import wanted_variants
-from ..protocol.device_events import Outcome, Task
-from ..protocol.documents import RunDocument, parse
+from ..edge_runtime.storage.artifact import load_artifact
+from ..edge_runtime.storage.residual_file import Residual
+from ..protocol.artifact.manifest import Manifest
+from ..protocol.device_side.device_events import Outcome, Task
 from ..protocol.errors import FedzoError
-from ..protocol.manifest import Manifest
-from ..protocol.mask import Mask
+from ..protocol.pruning.mask import Mask
+from ..protocol.wire.documents import RunDocument, parse
 from .clients import Clients, StoredSamples
 
 __all__ = ["Executor", "Job", "Usage", "WorkResult"]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 
 RESOLUTION_BYTES = 1024
 

@@ -17,7 +17,7 @@ from fedzo.broker_server.brokers import Broker
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from fedzo.edge_runtime.transport import MqttTransport, TransportEvent
+from fedzo.edge_runtime.connection.transport import MqttTransport, TransportEvent
 
 __all__ = ["Client", "Proxy", "RunningBroker", "broker", "connect", "mosquitto", "proxy", "wait_until"]
 
@@ -204,8 +204,8 @@ def mosquitto() -> Iterator[RunningBroker]:
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Client]]:
     """``connect(url, client_id, **settings)``: a connected client, closed at the end of the test."""
-    monkeypatch.setattr("fedzo.edge_runtime.retry._BASE_S", 0.1)  # tests have no fleet to spread
-    monkeypatch.setattr("fedzo.edge_runtime.retry._CAP_S", 1.0)
+    monkeypatch.setattr("fedzo.edge_runtime.connection.retry._BASE_S", 0.1)  # tests have no fleet to spread
+    monkeypatch.setattr("fedzo.edge_runtime.connection.retry._CAP_S", 1.0)
     clients: list[Client] = []
 
     def factory(url: str, client_id: str, *, connected: bool = True, **settings: Any) -> Client:

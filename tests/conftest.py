@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from fedzo.edge_runtime import resident
+from fedzo.edge_runtime.planning import resident
 from tests.board_fixture import board_venv, wheel
 from tests.broker_fixtures import broker, connect, mosquitto, proxy
 

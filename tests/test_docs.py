@@ -11,8 +11,9 @@ from struct import Struct
 
 import pytest
 
-from fedzo.protocol import announcement_bytes, directions, documents, messages, topics, transfers
-from fedzo.protocol.wire import MessageType
+from fedzo.protocol.perturbation import directions
+from fedzo.protocol.wire import announcement_bytes, documents, messages, topics, transfers
+from fedzo.protocol.wire.framing import MessageType
 from tests.board_fixture import ROOT
 
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -80,7 +81,7 @@ def test_the_topic_table_is_the_codes() -> None:
 
 
 def test_limits_are_the_codes() -> None:
-    from fedzo.protocol import wire
+    from fedzo.protocol.wire import framing as wire
 
     for limit in (
         wire.MAX_PAYLOAD_BYTES,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.broker_server import health, http_endpoint, server
+from fedzo.broker_server import server
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
-from fedzo.broker_server.metrics import ServerMetrics
-from fedzo.broker_server.refusal_reasons import REASONS
+from fedzo.broker_server.telemetry import health, http_endpoint
+from fedzo.broker_server.telemetry.metrics import ServerMetrics
+from fedzo.broker_server.telemetry.refusal_reasons import REASONS
 from fedzo.cli import serve_unit
 from fedzo.edge_runtime import agent, logs
 from tests.broker_fixtures import needs_mosquitto

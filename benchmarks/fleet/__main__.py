@@ -35,7 +35,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.errors import FedzoError
 

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.inbound import read_message
-from fedzo.protocol import device_events as machine
-from fedzo.protocol.device import Device
-from fedzo.protocol.documents import Announcement, Hello, Presence, ServerPresence
+from fedzo.edge_runtime.connection.inbound import read_message
+from fedzo.protocol.device_side import device_events as machine
+from fedzo.protocol.device_side.device import Device
+from fedzo.protocol.device_side.parts import Parts
 from fedzo.protocol.errors import FedzoError
-from fedzo.protocol.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.parts import Parts
-from fedzo.protocol.signed import detach, is_signed
-from fedzo.protocol.topics import RETAINED, Channel, device_subscriptions, parse_topic, topic
+from fedzo.protocol.wire.documents import Announcement, Hello, Presence, ServerPresence
+from fedzo.protocol.wire.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.signed import detach, is_signed
+from fedzo.protocol.wire.topics import RETAINED, Channel, device_subscriptions, parse_topic, topic
 
 from . import packets
 

@@ -1,8 +1,8 @@
 """The few MQTT 5 packets that a board needs, byte by byte.
 
 Boards use paho; a process with ten thousand of them cannot afford a client object and a thread each. What is written
-here is what paho writes for :mod:`fedzo.edge_runtime.transport`, so that sizes on the wire are those of a board.
-MQTT Version 5.0, sections 2 and 3.
+here is what paho writes for :mod:`fedzo.edge_runtime.connection.transport`, so that sizes on the wire are those of a
+board. MQTT Version 5.0, sections 2 and 3.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from typing import Any
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
 from fedzo.broker_server.journal import SqliteJournal
-from fedzo.protocol.codec import decode
-from fedzo.protocol.documents import RunDocument
+from fedzo.protocol.artifact.manifest import Manifest
 from fedzo.protocol.errors import FedzoError
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.update import Replica
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.update import Replica
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import RunDocument
+from fedzo.protocol.wire.messages import UpdateRecord
 from fedzo.simulation.shared import SharedParts
 
 from ..recovery import make_run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.broker_server.journal import SqliteJournal
-from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.protocol.errors import FedzoError
 from fedzo.simulation.shared import SharedParts
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
 from fedzo.broker_server.journal import SqliteJournal
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.protocol.documents import Announcement, parse
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.protocol.errors import FedzoError
+from fedzo.protocol.wire.documents import Announcement, parse
 
 from ..device_run import write_samples
 from .rounds import RUN, serve_options

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from fedzo.edge_runtime.transport import Arrived, MqttTransport, TransportEvent
+from fedzo.edge_runtime.connection.transport import Arrived, MqttTransport, TransportEvent
 
 __all__ = ["main"]
 

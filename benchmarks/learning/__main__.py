@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from fedzo.edge_runtime.ort import runtime_version
+from fedzo.edge_runtime.inference.ort import runtime_version
 from fedzo.protocol.errors import FedzoError
 
 from ..report import Report

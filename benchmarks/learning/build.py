@@ -11,7 +11,7 @@ from typing import Any
 
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.replay.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from fedzo.simulation.settings import SimulationSettings
 

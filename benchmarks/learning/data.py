@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.arrays import read_idx
+from fedzo.edge_runtime.datasets.arrays import read_idx
 from fedzo.protocol.errors import DataError
-from fedzo.protocol.streams import Purpose, permutation
+from fedzo.protocol.perturbation.streams import Purpose, permutation
 
 __all__ = ["CLASSES", "FILES", "Parts", "cifar", "digits", "fashion_mnist", "prepare"]
 

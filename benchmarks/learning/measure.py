@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.protocol.errors import FedzoError
 from fedzo.simulation.boards import choose_boards
 from fedzo.simulation.clients import load_clients

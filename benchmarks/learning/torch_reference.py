@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.reference import network
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest
 from fedzo.simulation.clients import load_clients
 from fedzo.simulation.simulate import simulate
 

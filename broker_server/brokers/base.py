@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ...edge_runtime.endpoint import TlsConfig
-from ...protocol.wire import MAX_PAYLOAD_BYTES
+from ...edge_runtime.connection.endpoint import TlsConfig
+from ...protocol.wire.framing import MAX_PAYLOAD_BYTES
 from .credentials import Credentials, Login
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ...edge_runtime.broker_check import BrokerAccess, address_findings
-from ...edge_runtime.endpoint import Endpoint, TlsConfig
-from ...edge_runtime.mqtt_types import ProtocolName
+from ...edge_runtime.connection.broker_check import BrokerAccess, address_findings
+from ...edge_runtime.connection.endpoint import Endpoint, TlsConfig
+from ...edge_runtime.connection.mqtt_types import ProtocolName
 from ...protocol.errors import BrokerError, ConfigError
-from ...protocol.topics import Channel, check_name, topic
+from ...protocol.wire.topics import Channel, check_name, topic
 from .device_rights import device_rights
 from .probe_client import Place, ProbeClient, ProbeLost, wait
 from .probes import ALL_PROBES, Finding, Probes

@@ -7,7 +7,7 @@ import ipaddress
 from dataclasses import replace
 from pathlib import Path
 
-from ...edge_runtime.endpoint import TlsConfig
+from ...edge_runtime.connection.endpoint import TlsConfig
 from ...protocol.errors import BrokerError, ConfigError
 from .base import Broker
 from .credentials import Credentials, Login

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ...protocol.errors import ConfigError
-from ...protocol.topics import BROADCAST, FROM_DEVICE, Channel, check_name, device_subscriptions, topic
+from ...protocol.wire.topics import BROADCAST, FROM_DEVICE, Channel, check_name, device_subscriptions, topic
 
 __all__ = ["SERVER_NAME", "Credentials", "Login", "hash_password"]
 

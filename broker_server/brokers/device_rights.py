@@ -9,7 +9,7 @@ import contextlib
 import secrets
 from collections.abc import Iterator
 
-from ...edge_runtime.mqtt_types import ProtocolName, Will
+from ...edge_runtime.connection.mqtt_types import ProtocolName, Will
 from .probe_client import Place, ProbeClient, ProbeLost, wait
 from .probes import Finding
 

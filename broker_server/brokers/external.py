@@ -6,8 +6,8 @@ import logging
 import secrets
 import socket
 
-from ...edge_runtime.endpoint import Endpoint, TlsConfig
-from ...edge_runtime.transport import MqttTransport
+from ...edge_runtime.connection.endpoint import Endpoint, TlsConfig
+from ...edge_runtime.connection.transport import MqttTransport
 from .base import Broker
 from .credentials import Credentials, Login
 

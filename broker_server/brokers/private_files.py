@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ...edge_runtime.durable import write_durably
+from ...edge_runtime.storage.durable import write_durably
 from ...protocol.errors import ConfigError
 
 __all__ = ["PrivateFolder", "read_private", "write_private"]

@@ -19,8 +19,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from ...edge_runtime.endpoint import Endpoint
-from ...edge_runtime.mqtt_types import ProtocolName, Will
+from ...edge_runtime.connection.endpoint import Endpoint
+from ...edge_runtime.connection.mqtt_types import ProtocolName, Will
 
 if TYPE_CHECKING:
     import ssl

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
 
-from ...edge_runtime.mqtt_types import ProtocolName, Will
-from ...protocol.blobs import BLOCK_BYTES
-from ...protocol.wire import MAX_PAYLOAD_BYTES
+from ...edge_runtime.connection.mqtt_types import ProtocolName, Will
+from ...protocol.wire.blobs import BLOCK_BYTES
+from ...protocol.wire.framing import MAX_PAYLOAD_BYTES
 from .probe_client import Place, ProbeClient, ProbeLost, wait
 
 __all__ = ["ALL_PROBES", "Finding", "Probes"]

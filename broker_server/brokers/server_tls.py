@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...edge_runtime.endpoint import TlsConfig
+from ...edge_runtime.connection.endpoint import TlsConfig
 
 __all__ = ["ServerTls"]
 

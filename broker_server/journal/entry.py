@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from ...protocol.coordinator_events import RecordKind
+from ...protocol.server_side.coordinator_events import RecordKind
 
 __all__ = ["KINDS", "Entry"]
 

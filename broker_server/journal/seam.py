@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ...protocol.coordinator_events import RecordKind
 from ...protocol.errors import FedzoError
+from ...protocol.server_side.coordinator_events import RecordKind
 from .entry import KINDS, Entry
 
 __all__ = ["DuplicateEntry", "Journal", "Tally", "check_keep", "check_kinds", "duplicate"]

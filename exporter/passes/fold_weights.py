@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
-from ...protocol.layout import Layout
+from ...protocol.artifact.layout import Layout
 from .editing import drop_inputs, input_names, keep_live_nodes, replace_nodes
 from .infrastructure import GraphPass
 

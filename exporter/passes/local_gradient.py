@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from ...protocol.layout import Layout
+from ...protocol.artifact.layout import Layout
 from .editing import add_constant, keep_live_nodes, new_node
 from .infrastructure import GraphPass
 from .local_head import HEAD_PARAMETERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from ...protocol.layout import Layout
+from ...protocol.artifact.layout import Layout
 from .editing import add_constant, input_names, new_node, replace_nodes
 from .infrastructure import GraphPass
 

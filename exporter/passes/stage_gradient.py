@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from ...protocol.layout import Layout
+from ...protocol.artifact.layout import Layout
 from ..forward import BATCH
 from .chain_rules import Tape
 from .editing import add_constant, input_names, keep_live_nodes, new_node, value_shapes

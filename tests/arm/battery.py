@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import SteinEstimator
-from fedzo.edge_runtime.golden_check import check_predictions
-from fedzo.edge_runtime.versions import installed_versions
-from fedzo.protocol.directions import Directions
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.estimators import SteinEstimator
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.golden_check import check_predictions
+from fedzo.edge_runtime.installation.versions import installed_versions
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import FedzoError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.update import weights_digest
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.replay.update import weights_digest
 from tests.protocol.golden import cases, message_cases, round_cases
 
 LENET, RESNET = "lenet5", "resnet20"

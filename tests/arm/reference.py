@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 from tests.arm.battery import LENET, REFERENCE, RESNET, close, exact, small_mask
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.broker_server import access as module
-from fedzo.broker_server.access import Access, AccessWatch
 from fedzo.broker_server.brokers.credentials import Credentials
 from fedzo.broker_server.brokers.external import ExternalBroker
-from fedzo.broker_server.credential_folder import REGISTRY_NAME, CredentialFolder
 from fedzo.broker_server.intake import Drops, Intake
-from fedzo.edge_runtime.mqtt_types import Arrived
-from fedzo.protocol.coordinator_events import DeviceSaid
-from fedzo.protocol.documents import Hello
+from fedzo.broker_server.security import access as module
+from fedzo.broker_server.security.access import Access, AccessWatch
+from fedzo.broker_server.security.credential_folder import REGISTRY_NAME, CredentialFolder
+from fedzo.edge_runtime.connection.mqtt_types import Arrived
 from fedzo.protocol.errors import BrokerError
-from fedzo.protocol.topics import Channel, topic
+from fedzo.protocol.server_side.coordinator_events import DeviceSaid
+from fedzo.protocol.wire.documents import Hello
+from fedzo.protocol.wire.topics import Channel, topic
 from tests.broker_fixtures import wait_until
 
 HELLO = Hello(1, "", 64.0, 10, 5, "none", "none").encode()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedzo.broker_server.blobs import BlobServer
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.protocol.graph_files import GraphFile, GraphVariant
-from fedzo.protocol.manifest import GraphMemory, Manifest
-from fedzo.protocol.transfers import BlobBlock, BlobRequest
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.artifact.graph_files import GraphFile, GraphVariant
+from fedzo.protocol.artifact.manifest import GraphMemory, Manifest
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest
 from tests.edge_runtime.conftest import write_artifact
 
 VARIANT = b"a graph for particular machines" * 9

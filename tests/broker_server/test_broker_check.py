@@ -18,10 +18,10 @@ from fedzo.broker_server.brokers import Credentials
 from fedzo.broker_server.brokers.check import BrokerCheck, Finding, verdict
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from fedzo.broker_server.credential_folder import CredentialFolder
+from fedzo.broker_server.security.credential_folder import CredentialFolder
 from fedzo.cli.main import main
-from fedzo.edge_runtime.broker_check import BrokerAccess
-from fedzo.edge_runtime.transport import Arrived, Delivered
+from fedzo.edge_runtime.connection.broker_check import BrokerAccess
+from fedzo.edge_runtime.connection.transport import Arrived, Delivered
 from fedzo.protocol.errors import BrokerError
 from tests.broker_fixtures import Client, needs_mosquitto
 

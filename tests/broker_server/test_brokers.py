@@ -28,8 +28,8 @@ from fedzo.broker_server.brokers.private_files import PrivateFolder
 from fedzo.broker_server.brokers.server_tls import ServerTls
 from fedzo.cli.serve_access import ServeAccess
 from fedzo.cli.serve_settings import ServeSettings
-from fedzo.edge_runtime.endpoint import TlsConfig
-from fedzo.edge_runtime.transport import (
+from fedzo.edge_runtime.connection.endpoint import TlsConfig
+from fedzo.edge_runtime.connection.transport import (
     Arrived,
     Connected,
     Delivered,
@@ -39,7 +39,7 @@ from fedzo.edge_runtime.transport import (
     Will,
 )
 from fedzo.protocol.errors import BrokerError, ConfigError, FedzoError
-from fedzo.protocol.wire import MAX_PAYLOAD_BYTES
+from fedzo.protocol.wire.framing import MAX_PAYLOAD_BYTES
 from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto, wait_until
 
 Connect = Callable[..., Client]

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.broker_server.brokers.private_files import write_private
-from fedzo.broker_server.certificates import Authority, check_host
-from fedzo.broker_server.credential_folder import CredentialFolder
-from fedzo.broker_server.credential_registry import Registry
-from fedzo.edge_runtime.device_bundle import BUNDLE_NAMES, DeviceBundle
+from fedzo.broker_server.security.certificates import Authority, check_host
+from fedzo.broker_server.security.credential_folder import CredentialFolder
+from fedzo.broker_server.security.credential_registry import Registry
+from fedzo.edge_runtime.installation.device_bundle import BUNDLE_NAMES, DeviceBundle
 from fedzo.protocol.errors import ConfigError
 
 

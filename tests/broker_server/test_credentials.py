@@ -10,7 +10,7 @@ import pytest
 from fedzo.broker_server.brokers import Credentials, Login
 from fedzo.broker_server.brokers.credentials import hash_password
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.topics import Channel, device_subscriptions, server_subscriptions, topic
+from fedzo.protocol.wire.topics import Channel, device_subscriptions, server_subscriptions, topic
 
 
 def test_generated_passwords_are_long_and_differ() -> None:

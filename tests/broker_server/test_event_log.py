@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.broker_server.event_log import EventLog
-from fedzo.broker_server.telemetry import Turn
+from fedzo.broker_server.telemetry.event_log import EventLog
+from fedzo.broker_server.telemetry.observer import Turn
 from fedzo.edge_runtime.logs import Logs
-from fedzo.protocol.closings import Closing
-from fedzo.protocol.coordinator_events import Connected, CoordinatorEvent, DeviceSaid, Record
-from fedzo.protocol.documents import Announcement, Hello, pack_participants
-from fedzo.protocol.messages import Decline, Report, ReportKind
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.server_side.closings import Closing
+from fedzo.protocol.server_side.coordinator_events import Connected, CoordinatorEvent, DeviceSaid, Record
+from fedzo.protocol.wire.documents import Announcement, Hello, pack_participants
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind
+from fedzo.protocol.wire.topics import Channel
 
 HEAD = Announcement("run-1", 4, "train", pack_participants(np.array([0, 2], dtype=np.int64)))
 REPORT = Report(ReportKind.PROBE, b"abcd", 4, 1, 0, bytes(16), 1.5, 17, 250, 1000, (), Decline.NO_DATA)

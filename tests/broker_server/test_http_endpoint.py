@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from fedzo.broker_server import health as health_module
-from fedzo.broker_server import http_endpoint
-from fedzo.broker_server.health import Health
-from fedzo.broker_server.http_endpoint import HttpEndpoint, is_loopback, parse_address
-from fedzo.broker_server.telemetry import ServerState
+from fedzo.broker_server.telemetry import health as health_module
+from fedzo.broker_server.telemetry import http_endpoint
+from fedzo.broker_server.telemetry.health import Health
+from fedzo.broker_server.telemetry.http_endpoint import HttpEndpoint, is_loopback, parse_address
+from fedzo.broker_server.telemetry.observer import ServerState
 from fedzo.protocol.errors import ConfigError
 
 STATE = ServerState(

@@ -29,8 +29,8 @@ from fedzo.broker_server.journal import (
     Tally,
     schema,
 )
-from fedzo.protocol.coordinator_events import RecordKind
 from fedzo.protocol.errors import ArtifactError, ConfigError, FedzoError
+from fedzo.protocol.server_side.coordinator_events import RecordKind
 
 
 @pytest.fixture(params=["memory", "sqlite"])

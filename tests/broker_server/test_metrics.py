@@ -13,16 +13,23 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fedzo.broker_server.metrics import ServerMetrics
-from fedzo.broker_server.refusal_reasons import REASONS, refusal_reason
 from fedzo.broker_server.server_state import DEVICE_STATES
-from fedzo.broker_server.telemetry import Queue, ServerState, Turn, Watchers
-from fedzo.protocol import aggregation, open_round
-from fedzo.protocol.closings import Closing
-from fedzo.protocol.coordinator_events import Connected, CoordinatorCommand, CoordinatorEvent, DeviceSaid, Record, Send
-from fedzo.protocol.documents import Announcement, Phase
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.topics import Channel
+from fedzo.broker_server.telemetry.metrics import ServerMetrics
+from fedzo.broker_server.telemetry.observer import Queue, ServerState, Turn, Watchers
+from fedzo.broker_server.telemetry.refusal_reasons import REASONS, refusal_reason
+from fedzo.protocol.server_side import aggregation, open_round
+from fedzo.protocol.server_side.closings import Closing
+from fedzo.protocol.server_side.coordinator_events import (
+    Connected,
+    CoordinatorCommand,
+    CoordinatorEvent,
+    DeviceSaid,
+    Record,
+    Send,
+)
+from fedzo.protocol.wire.documents import Announcement, Phase
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import Channel
 
 TAG = b"abcd"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from fedzo.broker_server.history.recovery import entries_to_resume, keep_last_snapshot, resume
 from fedzo.broker_server.journal import Entry, MemoryJournal
-from fedzo.broker_server.recovery import entries_to_resume, keep_last_snapshot, resume
-from fedzo.protocol import snapshots
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.snapshots import Snapshot, SnapshotClock
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.server_side import snapshots
+from fedzo.protocol.server_side.snapshots import Snapshot, SnapshotClock
+from fedzo.protocol.wire.messages import UpdateRecord
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.desk import NAMES, Desk, change
 from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS, outcome
 

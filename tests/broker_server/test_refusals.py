@@ -24,13 +24,13 @@ from fedzo.broker_server.brokers.credentials import SERVER_NAME
 from fedzo.broker_server.brokers.embedded import EmbeddedBroker
 from fedzo.broker_server.brokers.external import ExternalBroker
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from fedzo.broker_server.certificates import Authority
-from fedzo.broker_server.credential_folder import MOSQUITTO_PLACE, TLS_PORT, CredentialFolder
-from fedzo.edge_runtime.device_bundle import DeviceBundle
-from fedzo.edge_runtime.endpoint import TlsConfig
-from fedzo.edge_runtime.transport import Arrived, Delivered, Disconnected, MqttTransport, Will
+from fedzo.broker_server.security.certificates import Authority
+from fedzo.broker_server.security.credential_folder import MOSQUITTO_PLACE, TLS_PORT, CredentialFolder
+from fedzo.edge_runtime.connection.endpoint import TlsConfig
+from fedzo.edge_runtime.connection.transport import Arrived, Delivered, Disconnected, MqttTransport, Will
+from fedzo.edge_runtime.installation.device_bundle import DeviceBundle
 from fedzo.protocol.errors import BrokerError
-from fedzo.protocol.topics import FROM_DEVICE, Channel, device_subscriptions, topic
+from fedzo.protocol.wire.topics import FROM_DEVICE, Channel, device_subscriptions, topic
 from tests.broker_fixtures import Client, Proxy, needs_mosquitto, wait_until
 
 Connect = Callable[..., Client]

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from fedzo.broker_server.inspection import inspect_round, inspect_run
+from fedzo.broker_server.history.inspection import inspect_round, inspect_run
+from fedzo.broker_server.history.replay import Replayed, replay_weights
 from fedzo.broker_server.journal import Entry, Journal, MemoryJournal
-from fedzo.broker_server.replay import Replayed, replay_weights
-from fedzo.protocol import snapshots
-from fedzo.protocol.documents import Announcement, parse
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.messages import Decline, Report
-from fedzo.protocol.snapshots import Snapshot
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.server_side import snapshots
+from fedzo.protocol.server_side.snapshots import Snapshot
+from fedzo.protocol.wire.documents import Announcement, parse
+from fedzo.protocol.wire.messages import Decline, Report
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.desk import NAMES, Desk, change
 from tests.protocol.simulation.fakes import manifest_for
 from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS

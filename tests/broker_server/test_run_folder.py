@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from fedzo.broker_server.history.replay import begin_run
+from fedzo.broker_server.history.run_folder import RunFolder, has_begun
 from fedzo.broker_server.journal import SqliteJournal
-from fedzo.broker_server.replay import begin_run
-from fedzo.broker_server.run_folder import RunFolder, has_begun
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.settings import RunSettings
 from tests.edge_runtime.conftest import write_artifact
@@ -51,7 +51,7 @@ def test_what_a_killed_start_leaves_goes_with_the_next_start(artifact: Path) -> 
     script = (
         "import os, shutil, sys, time\n"
         "from pathlib import Path\n"
-        "from fedzo.broker_server.run_folder import RunFolder\n"
+        "from fedzo.broker_server.history.run_folder import RunFolder\n"
         "def stop(source, target):\n"
         "    Path(target).mkdir()\n"
         "    print('copying', flush=True)\n"

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.broker_server.history.replay import begin_run
+from fedzo.broker_server.history.run_status import RunFollower, server_process
 from fedzo.broker_server.journal import Entry, SqliteJournal
-from fedzo.broker_server.live_file import live_url, noted
-from fedzo.broker_server.replay import begin_run
-from fedzo.broker_server.run_status import RunFollower, server_process
-from fedzo.broker_server.scrape import scrape
+from fedzo.broker_server.telemetry.live_file import live_url, noted
+from fedzo.broker_server.telemetry.scrape import scrape
 from fedzo.cli.main import main
-from fedzo.protocol.documents import Announcement, Hello, Phase, RunDocument, pack_participants
 from fedzo.protocol.errors import ArtifactError, ConfigError
-from fedzo.protocol.messages import Decline, Report, ReportKind, UpdateRecord
 from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.documents import Announcement, Hello, Phase, RunDocument, pack_participants
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind, UpdateRecord
 
 RUN = RunDocument("run-1", "ab" * 32, 100, RunSettings(devices=3, quorum=2))
 DEVICES = ("pi-c", "pi-a", "pi-b")  # in the order of enrolment; numbered by name
@@ -216,7 +216,7 @@ def test_watching_and_json_exclude_each_other(writer: Writer, capsys: pytest.Cap
 def test_the_live_display_can_be_drawn(writer: Writer, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from fedzo.broker_server.scrape import LiveState
+    from fedzo.broker_server.telemetry.scrape import LiveState
     from fedzo.cli.status_view import _display, _rates
 
     writer.rounds(2)

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 
 from fedzo.broker_server.brokers.external import ExternalBroker
+from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.journal import MemoryJournal
-from fedzo.broker_server.run_folder import RunFolder
 from fedzo.broker_server.server import BLOCKS_BYTES, Server
-from fedzo.edge_runtime.data import load_dataset
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.transport import Arrived, Token, TransportEvent
-from fedzo.protocol import coordinator_events as machine
-from fedzo.protocol.documents import Hello, Order, Presence
+from fedzo.edge_runtime.connection.transport import Arrived, Token, TransportEvent
+from fedzo.edge_runtime.datasets.data import load_dataset
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.protocol.artifact.layout import initial_weights
 from fedzo.protocol.errors import BrokerError, FedzoError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.server_side import coordinator_events as machine
 from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobRequest
+from fedzo.protocol.wire.documents import Hello, Order, Presence
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobRequest
 from tests.edge_runtime.conftest import INPUT_SHAPE, LAYOUT, N_CLASSES, SEED, Reference, write_artifact
 
 SAMPLES = 640

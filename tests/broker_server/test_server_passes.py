@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from fedzo.broker_server.server_passes import ServerPasses
 from fedzo.broker_server.synflow import check_synflow, path_scores, synflow_mask
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import network
-from fedzo.protocol.coordinator_events import CheckScores, MakeMask, MaskMade, ScoresChecked
-from fedzo.protocol.documents import RunDocument
+from fedzo.protocol.artifact.layout import Layout, initial_weights
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.saliency import gaussian_inputs
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import gaussian_inputs
+from fedzo.protocol.server_side.coordinator_events import CheckScores, MakeMask, MaskMade, ScoresChecked
 from fedzo.protocol.settings import RunSettings, SaliencySettings
+from fedzo.protocol.wire.documents import RunDocument
 
 SHAPES = {"lenet5": (1, 32, 32), "cnn1d": (2, 26)}
 

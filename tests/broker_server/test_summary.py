@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from fedzo.broker_server.history.summary import summarise
 from fedzo.broker_server.journal import MemoryJournal
-from fedzo.broker_server.summary import summarise
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.documents import Hello, RunDocument
+from fedzo.protocol.server_side.coordinator import Coordinator
 from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.documents import Hello, RunDocument
 from tests.protocol.builders import seeded_coefficients, small_manifest
 
 TRAFFIC = {

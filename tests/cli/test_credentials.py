@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.broker_server.credential_folder import CredentialFolder
+from fedzo.broker_server.security.credential_folder import CredentialFolder
 from fedzo.cli.main import main
 from fedzo.edge_runtime.__main__ import main as device_main
 

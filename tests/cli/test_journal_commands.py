@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks.long_journal import write_journal
+from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.journal import Entry, SqliteJournal
-from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.edge_runtime.conftest import write_artifact

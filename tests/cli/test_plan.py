@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from fedzo.cli.main import main
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.board_plan import RunSizes, plan_board
-from fedzo.edge_runtime.child import answer_of
-from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
-from fedzo.edge_runtime.ort import arena_limit_holds, runtime_version
-from fedzo.edge_runtime.run_plan import Limits, plan_run
-from fedzo.edge_runtime.variants import wanted_variants
+from fedzo.edge_runtime.inference.ort import arena_limit_holds, runtime_version
+from fedzo.edge_runtime.inference.variants import wanted_variants
+from fedzo.edge_runtime.planning.board_plan import RunSizes, plan_board
+from fedzo.edge_runtime.planning.child import answer_of
+from fedzo.edge_runtime.planning.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
+from fedzo.edge_runtime.planning.run_plan import Limits, plan_run
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.hardware_profiles import list_profiles, load_profile
+from fedzo.protocol.artifact.manifest import GraphMemory
 from fedzo.protocol.errors import FedzoError, MemoryBudgetError, SelfTestError
-from fedzo.protocol.manifest import GraphMemory
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 
 PARTS = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib", "kept_mib")
@@ -237,7 +237,7 @@ def test_planned_against_measured(artifact: Path, capsys: pytest.CaptureFixture[
 @needs_proc
 def test_initial_values_in_removed_places_are_measured(artifact: Path) -> None:
     arguments = [str(artifact), "--budget-mib", "160", "--fill", "init", "--pruning", "erk"]
-    found = answer_of("fedzo.edge_runtime.measure", arguments)
+    found = answer_of("fedzo.edge_runtime.planning.measure", arguments)
     (training,) = found["phases"]
     assert training["phase"] == "training"
     assert training["anonymous_mib"] < training["planned_anonymous_mib"] + 1.0
@@ -259,7 +259,7 @@ def test_a_budget_that_is_too_small_runs_nothing(artifact: Path, capsys: pytest.
 @needs_proc
 def test_a_measurement_that_cannot_be_made(artifact: Path, script: str, code: int, message: str) -> None:
     text = (
-        "import sys\nfrom fedzo.edge_runtime import measure, peaks, phases\n"
+        "import sys\nfrom fedzo.edge_runtime.planning import measure, peaks, phases\n"
         "def fails(*_): raise FileNotFoundError('/proc')\n"
         f"{script}\nsys.exit(measure.main())"
     )
@@ -271,7 +271,7 @@ def test_a_measurement_that_cannot_be_made(artifact: Path, script: str, code: in
 
 def test_a_child_says_what_went_wrong(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryBudgetError, match="the budget is 40 MiB"):
-        answer_of("fedzo.edge_runtime.measure", [str(artifact), "--budget-mib", "40"])
+        answer_of("fedzo.edge_runtime.planning.measure", [str(artifact), "--budget-mib", "40"])
     with pytest.raises(FedzoError, match=r"No module named fedzo\.nothing"):
         answer_of("fedzo.nothing", [])
     (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from fedzo.broker_server.brokers import external
+from fedzo.broker_server.history.replay import begin_run
+from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.journal import SqliteJournal, schema
-from fedzo.broker_server.replay import begin_run
-from fedzo.broker_server.run_folder import RunFolder
 from fedzo.cli.main import main
 from fedzo.cli.serve_run import _continued, _new_folder, _test_set
 from fedzo.cli.serve_settings import ServeSettings
-from fedzo.edge_runtime.artifact import load_artifact
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 

@@ -15,7 +15,7 @@ from fedzo.cli.main import main
 from fedzo.cli.serve_settings import ServeSettings
 from fedzo.cli.serve_unit import server_unit, server_unit_name
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.rate_finder import range_test_settings
+from fedzo.protocol.server_side.rate_finder import range_test_settings
 from tests.edge_runtime.conftest import write_artifact
 
 SETTINGS = ServeSettings(artifact=Path("artifact"), run="r1")

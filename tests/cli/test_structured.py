@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedzo.cli.main import main
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.storage.artifact import load_artifact
 
 pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
 

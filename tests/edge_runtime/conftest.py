@@ -17,12 +17,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.ort import LAYOUT_KEY
-from fedzo.protocol.golden_answer import GoldenPredictions
-from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
-from fedzo.protocol.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.edge_runtime.inference.ort import LAYOUT_KEY
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
+from fedzo.protocol.artifact.golden_answer import GoldenPredictions
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter, initial_weights
+from fedzo.protocol.artifact.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer, golden_batch
+from fedzo.protocol.pruning.mask import Mask
 
 INPUT_SHAPE = (2, 3)
 N_CLASSES = 4

@@ -14,16 +14,18 @@ from typing import Any, TypeVar
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedzo.broker_server.signing import RunSigner
+from fedzo.broker_server.security.signing import RunSigner
 from fedzo.edge_runtime.agent import Agent, Connection
-from fedzo.edge_runtime.artifact import BlobStore, load_artifact
-from fedzo.edge_runtime.data import Dataset, load_dataset
-from fedzo.edge_runtime.state import DeviceState
-from fedzo.edge_runtime.transport import Arrived, MqttTransport, TransportEvent
+from fedzo.edge_runtime.connection.transport import Arrived, MqttTransport, TransportEvent
+from fedzo.edge_runtime.datasets.data import Dataset, load_dataset
+from fedzo.edge_runtime.storage.artifact import BlobStore, load_artifact
+from fedzo.edge_runtime.storage.state import DeviceState
 from fedzo.edge_runtime.worker import Limits
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.codec import decode
-from fedzo.protocol.documents import (
+from fedzo.protocol.errors import FedzoError
+from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import (
     Announcement,
     Document,
     Hello,
@@ -34,11 +36,9 @@ from fedzo.protocol.documents import (
     pack_participants,
     parse,
 )
-from fedzo.protocol.errors import FedzoError
-from fedzo.protocol.messages import Receipt, Report, UpdateRecord, Verdict
-from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
+from fedzo.protocol.wire.messages import Receipt, Report, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import RETAINED, Channel, parse_topic, server_subscriptions, topic
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice
 
 INPUT_SHAPE = (1, 28, 28)
 N_CLASSES = 10

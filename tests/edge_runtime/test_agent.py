@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 
 from fedzo.edge_runtime.agent import INBOX_MESSAGES, Agent
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.durable import write_durably
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.transport import Arrived, Connected, MqttTransport
-from fedzo.edge_runtime.variants import matching_variant, wanted_variants
-from fedzo.protocol.blobs import MAX_SETBACKS
-from fedzo.protocol.blocks import blocks_of
-from fedzo.protocol.directions import round_coefficients
-from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
+from fedzo.edge_runtime.connection.transport import Arrived, Connected, MqttTransport
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.variants import matching_variant, wanted_variants
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.edge_runtime.storage.durable import write_durably
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.device_side.run_files import needed_graphs
 from fedzo.protocol.errors import (
     BrokerError,
     ConfigError,
@@ -32,15 +30,17 @@ from fedzo.protocol.errors import (
     ProtocolError,
     SelfTestError,
 )
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
-from fedzo.protocol.run_files import needed_graphs
-from fedzo.protocol.saliency import diagonal_scores
+from fedzo.protocol.perturbation.blocks import blocks_of
+from fedzo.protocol.perturbation.directions import round_coefficients
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import diagonal_scores
+from fedzo.protocol.replay.update import Replica
 from fedzo.protocol.settings import SaliencySettings, TrainingSettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest
-from fedzo.protocol.update import Replica
+from fedzo.protocol.wire.blobs import MAX_SETBACKS
+from fedzo.protocol.wire.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest
 from tests.edge_runtime.federation import (
     FakeServer,
     RunningAgent,
@@ -78,7 +78,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(mosquitto: Any, artifact: Path, run: RunDocument, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr("fedzo.edge_runtime.retry._CAP_S", 0.3)
+    monkeypatch.setattr("fedzo.edge_runtime.connection.retry._CAP_S", 0.3)
     made = FakeServer(mosquitto.url, artifact, run)
     yield made
     made.close()
@@ -310,7 +310,7 @@ def test_a_full_disk_does_not_keep_a_report_back(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedzo.edge_runtime.outbox.write_durably", full)
+    monkeypatch.setattr("fedzo.edge_runtime.storage.outbox.write_durably", full)
     with caplog.at_level(logging.WARNING):
         announce_training(server, dense_replica(run, manifest), 1)
         assert server.expect(Report).decline is Decline.NONE
@@ -323,7 +323,7 @@ def test_a_full_disk_while_fetching_ends_the_agent(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedzo.edge_runtime.artifact.write_durably", full)
+    monkeypatch.setattr("fedzo.edge_runtime.storage.artifact.write_durably", full)
     agent = start()
     assert "cannot keep a blob" in server.expect(Presence, status="refused").detail
     agent.wait()
@@ -351,7 +351,7 @@ def test_an_optional_graph_that_cannot_be_had_is_given_up(
                 raise OSError(28, "No space left on device")
             original(path, data)
 
-        monkeypatch.setattr("fedzo.edge_runtime.artifact.write_durably", write)
+        monkeypatch.setattr("fedzo.edge_runtime.storage.artifact.write_durably", write)
     else:
         server.lacks[variant.file.sha256] = fault == "absent"
     agent = start()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime.artifact import Artifact, BlobStore, load_artifact
+from fedzo.edge_runtime.storage.artifact import Artifact, BlobStore, load_artifact
+from fedzo.protocol.artifact.manifest import MAX_MANIFEST_BYTES, Manifest
 from fedzo.protocol.errors import ArtifactError, ConfigError
-from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest
 
 GRAPHS = ("probe.onnx", "predict.onnx", "saliency.onnx", "moments.onnx")
 

@@ -11,24 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.block_estimators import BlockEstimator, ProbeRequest, estimator_bytes, make_estimator
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import Cancelled
-from fedzo.edge_runtime.loss import NonFiniteLossError
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.block_estimators import BlockEstimator, ProbeRequest, estimator_bytes, make_estimator
+from fedzo.edge_runtime.estimation.estimators import Cancelled
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import network
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.perturbation.blocks import Block, Deal, blocks_of, deal, directions_of
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.replay.update import estimate_gradient
+from fedzo.protocol.server_side.aggregation import combine_probes
 from fedzo.protocol.settings import EstimatorName, TrainingSettings
-from fedzo.protocol.update import estimate_gradient
+from fedzo.protocol.wire.messages import Report, ReportKind, UpdateRecord
 
 SEED = 7
 NAMES: tuple[EstimatorName, ...] = ("stein", "split", "node", "coordinate")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from fedzo.edge_runtime.buffered_client import BufferedClient
-from fedzo.edge_runtime.wake import Wake
+from fedzo.edge_runtime.connection.buffered_client import BufferedClient
+from fedzo.edge_runtime.connection.wake import Wake
 
 DISCONNECT = b"\xe0\x00"
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.calibration import Rates, board_rates, calibrate, predicted_query_s
-from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.planning.calibration import Rates, board_rates, calibrate, predicted_query_s
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.hardware_profiles import list_profiles, load_profile
+from fedzo.protocol.artifact.graph_work import GraphWork
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest, golden_batch
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.graph_work import GraphWork
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest, golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 
 WORK = GraphWork(1_000_000, 40_000, 200_000, 20)
 RATES = Rates(2e9, 1e9)

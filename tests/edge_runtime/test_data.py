@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedzo.edge_runtime.arrays import read_idx, read_npy, read_npz
-from fedzo.edge_runtime.data import batch_indices, count_samples, load_dataset
+from fedzo.edge_runtime.datasets.arrays import read_idx, read_npy, read_npz
+from fedzo.edge_runtime.datasets.data import batch_indices, count_samples, load_dataset
 from fedzo.protocol.errors import ConfigError, DataError
 
 N = 12

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker
-from fedzo.broker_server.credential_folder import CredentialFolder
-from fedzo.edge_runtime.broker_check import BrokerAccess, broker_findings
-from fedzo.edge_runtime.device_bundle import BUNDLE_NAMES, DeviceBundle
-from fedzo.edge_runtime.systemd import UnitSettings, install, unit_text
+from fedzo.broker_server.security.credential_folder import CredentialFolder
+from fedzo.edge_runtime.connection.broker_check import BrokerAccess, broker_findings
+from fedzo.edge_runtime.installation.device_bundle import BUNDLE_NAMES, DeviceBundle
+from fedzo.edge_runtime.installation.systemd import UnitSettings, install, unit_text
 from fedzo.protocol.errors import BrokerError, ConfigError
 from tests.broker_fixtures import needs_mosquitto
 

@@ -20,11 +20,12 @@ from onnx import TensorProto, helper
 
 from fedzo.broker_server.brokers.credentials import Credentials
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, ServerTls
-from fedzo.edge_runtime import doctor, forward_check, selftest
 from fedzo.edge_runtime.__main__ import main
-from fedzo.edge_runtime.doctor import Check, DoctorSettings, diagnose
-from fedzo.edge_runtime.selftest import KNOWN_ANSWERS
-from fedzo.edge_runtime.wheels import KNOWN_BAD, Processor, known_bad, this_processor
+from fedzo.edge_runtime.inference import forward_check
+from fedzo.edge_runtime.installation import doctor, selftest
+from fedzo.edge_runtime.installation.doctor import Check, DoctorSettings, diagnose
+from fedzo.edge_runtime.installation.selftest import KNOWN_ANSWERS
+from fedzo.edge_runtime.installation.wheels import KNOWN_BAD, Processor, known_bad, this_processor
 from fedzo.hardware_profiles import load_profile
 from fedzo.protocol.errors import ConfigError, SelfTestError
 from tests.broker_fixtures import needs_mosquitto

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.edge_runtime.endpoint import Endpoint, read_password
+from fedzo.edge_runtime.connection.endpoint import Endpoint, read_password
 from fedzo.protocol.errors import ConfigError
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
-from fedzo.edge_runtime.ort import LAYOUT_KEY, arena_limit_holds
+from fedzo.edge_runtime.inference.engine import Engine, NonFiniteLossError
+from fedzo.edge_runtime.inference.ort import LAYOUT_KEY, arena_limit_holds
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.artifact.layout import Layout
 from fedzo.protocol.errors import ArtifactError, ConfigError, DataError, MemoryBudgetError, SelfTestError
-from fedzo.protocol.layout import Layout
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 23, 64])
@@ -212,9 +212,10 @@ def test_absent_providers_fall_back_or_are_refused(tiny: Any) -> None:
 def test_runtime_import_is_lazy_and_without_telemetry() -> None:
     code = (
         "import sys, os\n"
-        "import fedzo.edge_runtime.engine, fedzo.edge_runtime.estimators, fedzo.edge_runtime.saliency\n"
+        "import fedzo.edge_runtime.inference.engine\n"
+        "from fedzo.edge_runtime.estimation import estimators, saliency\n"
         "assert 'onnxruntime' not in sys.modules and 'torch' not in sys.modules and 'onnx' not in sys.modules\n"
-        "from fedzo.edge_runtime.ort import runtime\n"
+        "from fedzo.edge_runtime.inference.ort import runtime\n"
         "runtime()\n"
         "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1' and 'torch' not in sys.modules\n"
     )

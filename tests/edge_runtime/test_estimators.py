@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
-from fedzo.edge_runtime.estimators import Cancelled, SteinEstimator
-from fedzo.protocol.blocks import whole_block
-from fedzo.protocol.directions import Directions, round_coefficients
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.estimators import Cancelled, SteinEstimator
+from fedzo.edge_runtime.inference.engine import Engine, NonFiniteLossError
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.update import estimate_gradient
+from fedzo.protocol.perturbation.blocks import whole_block
+from fedzo.protocol.perturbation.directions import Directions, round_coefficients
+from fedzo.protocol.replay.update import estimate_gradient
+from fedzo.protocol.wire.messages import UpdateRecord
 
 SIGMA = 2.0**-10
 CASES = [

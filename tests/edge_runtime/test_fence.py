@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime.fence import SLACK_MIB
+from fedzo.edge_runtime.planning.fence import SLACK_MIB
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts RLIMIT_DATA")
 
@@ -24,16 +24,16 @@ def run(script: str, *arguments: str) -> Any:
 
 _ENGINE = """
 import json, sys
-from fedzo.edge_runtime.resident import keep_small
+from fedzo.edge_runtime.planning.resident import keep_small
 keep_small()
 import numpy as np
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.fence import Fence
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.planning.fence import Fence
 from fedzo.protocol.errors import MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.pruning.mask import Mask
 
 artifact = load_artifact(sys.argv[1])
 manifest = artifact.manifest
@@ -74,7 +74,7 @@ def test_an_engine_that_meets_the_fence_goes_on(tiny: Any) -> None:
 
 _LIMITS = """
 import json, resource
-from fedzo.edge_runtime.fence import Fence
+from fedzo.edge_runtime.planning.fence import Fence
 
 kind = resource.RLIMIT_DATA
 start, fence = resource.getrlimit(kind), Fence()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.golden_check import check_predictions
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.golden_check import check_predictions
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.protocol.errors import ArtifactError, SelfTestError
 
 

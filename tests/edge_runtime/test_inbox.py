@@ -11,10 +11,17 @@ from contextlib import suppress
 
 import pytest
 
-from fedzo.edge_runtime.inbox import Inbox
-from fedzo.edge_runtime.mqtt_types import Publication
-from fedzo.edge_runtime.send_queue import SendQueue
-from fedzo.edge_runtime.transport import Arrived, Connected, Delivered, MqttTransport, Rejected, TransportEvent
+from fedzo.edge_runtime.connection.inbox import Inbox
+from fedzo.edge_runtime.connection.mqtt_types import Publication
+from fedzo.edge_runtime.connection.send_queue import SendQueue
+from fedzo.edge_runtime.connection.transport import (
+    Arrived,
+    Connected,
+    Delivered,
+    MqttTransport,
+    Rejected,
+    TransportEvent,
+)
 from fedzo.protocol.errors import BrokerError
 from tests.broker_fixtures import Client, RunningBroker
 

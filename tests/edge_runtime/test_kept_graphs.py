@@ -13,23 +13,33 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime import ort
 from fedzo.edge_runtime.agent import Agent, Connection
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.kept_graphs import with_kept_graphs
-from fedzo.edge_runtime.memory import TRAINING_GRAPHS, MemoryPlan, plan
-from fedzo.edge_runtime.run_plan import plan_run
-from fedzo.edge_runtime.state import DeviceState
+from fedzo.edge_runtime.inference import ort
+from fedzo.edge_runtime.inference.kept_graphs import with_kept_graphs
+from fedzo.edge_runtime.planning.memory import TRAINING_GRAPHS, MemoryPlan, plan
+from fedzo.edge_runtime.planning.run_plan import plan_run
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.edge_runtime.storage.state import DeviceState
 from fedzo.edge_runtime.worker import Limits, Worker
-from fedzo.protocol.blocks import blocks_of
-from fedzo.protocol.device_events import Compute, Computed, DeviceEvent, Outcome, Plan, Planned, Prepare, Prepared, Task
-from fedzo.protocol.documents import Hello, RunDocument
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.device_side.device_events import (
+    Compute,
+    Computed,
+    DeviceEvent,
+    Outcome,
+    Plan,
+    Planned,
+    Prepare,
+    Prepared,
+    Task,
+)
 from fedzo.protocol.errors import MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Decline, ReportKind
+from fedzo.protocol.perturbation.blocks import blocks_of
+from fedzo.protocol.pruning.mask import Mask
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.wire.documents import Hello, RunDocument
+from fedzo.protocol.wire.messages import Decline, ReportKind
 from tests.edge_runtime.federation import (
     INPUT_SHAPE,
     N_CLASSES,
@@ -223,24 +233,24 @@ def test_a_device_says_whether_its_graphs_stay(artifact: Path, tmp_path: Path) -
 _DEVICE = """
 import json, queue, sys
 from pathlib import Path
-from fedzo.edge_runtime.light_imports import hashlib_without_openssl
-from fedzo.edge_runtime.peaks import Watch
-from fedzo.edge_runtime.resident import keep_small, release_code, trim_heap
+from fedzo.edge_runtime.connection.light_imports import hashlib_without_openssl
+from fedzo.edge_runtime.planning.peaks import Watch
+from fedzo.edge_runtime.planning.resident import keep_small, release_code, trim_heap
 keep_small()
 hashlib_without_openssl()
 watch = Watch()
 import numpy as np
 from fedzo.edge_runtime import join  # the client and the state machine are in a device's memory as well
-from fedzo.edge_runtime.artifact import BlobStore
-from fedzo.edge_runtime.data import load_dataset
+from fedzo.edge_runtime.storage.artifact import BlobStore
+from fedzo.edge_runtime.datasets.data import load_dataset
 from fedzo.edge_runtime.worker import Limits, Worker
-from fedzo.protocol.blocks import blocks_of
-from fedzo.protocol.device_events import Compute, Plan, Prepare, Task
-from fedzo.protocol.documents import RunDocument, parse
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import ReportKind
-from fedzo.protocol.parts import start_replica
+from fedzo.protocol.perturbation.blocks import blocks_of
+from fedzo.protocol.device_side.device_events import Compute, Plan, Prepare, Task
+from fedzo.protocol.wire.documents import RunDocument, parse
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.wire.messages import ReportKind
+from fedzo.protocol.device_side.parts import start_replica
 
 folder, budget_mib = Path(sys.argv[1]), float(sys.argv[2])
 run = parse(RunDocument, (folder / "run.json").read_bytes())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime.versions import installed_versions
+from fedzo.edge_runtime.installation.versions import installed_versions
 
 _HEAVY = ("ssl", "http", "email", "urllib.request", "_hashlib", "asyncio", "numpy.testing", "importlib.metadata")
 
@@ -26,9 +26,9 @@ def run(script: str, *path: Path) -> list[str]:
 def test_a_device_without_tls_loads_no_openssl_and_no_http() -> None:
     lines = run(
         "import sys\nbefore = set(sys.modules)\n"
-        "from fedzo.edge_runtime.light_imports import hashlib_without_openssl\n"
+        "from fedzo.edge_runtime.connection.light_imports import hashlib_without_openssl\n"
         "hashlib_without_openssl()\n"
-        "import fedzo.edge_runtime.join\nfrom fedzo.edge_runtime.versions import installed_versions\n"
+        "import fedzo.edge_runtime.join\nfrom fedzo.edge_runtime.installation.versions import installed_versions\n"
         "installed_versions()\n"
         f"print(sorted(set({_HEAVY!r}) & (set(sys.modules) - before)))\n"
         "import hashlib\nprint(hashlib.sha256(b'abc').hexdigest()[:8], hashlib.new('sha256', b'abc').hexdigest()[:8])"
@@ -38,12 +38,12 @@ def test_a_device_without_tls_loads_no_openssl_and_no_http() -> None:
 
 def test_ssl_comes_when_it_is_asked_for() -> None:
     lines = run(
-        "import sys\nimport fedzo.edge_runtime.mqtt_link\n"
+        "import sys\nimport fedzo.edge_runtime.connection.mqtt_link\n"
         "import paho.mqtt.client as paho\n"
         "try:\n    raise BlockingIOError\n"
         "except paho.ssl.SSLWantReadError:\n    print('wrong')\n"
         "except BlockingIOError:\n    print('ssl' in sys.modules)\n"
-        "from fedzo.edge_runtime.endpoint import TlsConfig\n"
+        "from fedzo.edge_runtime.connection.endpoint import TlsConfig\n"
         "context = TlsConfig().client_context()\nimport ssl\n"
         "print(paho.ssl.SSLWantReadError is ssl.SSLWantReadError, paho.ssl.SSLContext is ssl.SSLContext)\n"
         "import urllib.request\nprint(paho.urllib.request.getproxies is urllib.request.getproxies)"
@@ -57,7 +57,7 @@ def test_paho_finds_a_proxy_where_pysocks_is_installed(tmp_path: Path) -> None:
         "SOCKS4, SOCKS5, HTTP = 1, 2, 3\nasked = []\ndef get_default_proxy():\n    asked.append(1)\n"
     )
     lines = run(
-        "import socket\nfrom fedzo.edge_runtime.mqtt_link import Client, CallbackAPIVersion\nimport socks\n"
+        "import socket\nfrom fedzo.edge_runtime.connection.mqtt_link import Client, CallbackAPIVersion\nimport socks\n"
         "listener = socket.create_server(('127.0.0.1', 0))\n"
         "client = Client(CallbackAPIVersion.VERSION2)\n"
         "print(client.connect('127.0.0.1', listener.getsockname()[1]).name, len(socks.asked))",
@@ -68,7 +68,7 @@ def test_paho_finds_a_proxy_where_pysocks_is_installed(tmp_path: Path) -> None:
 
 def test_a_stand_in_loads_the_module_for_any_other_name() -> None:
     lines = run(
-        "import sys\nfrom fedzo.edge_runtime.light_imports import stand_ins\n"
+        "import sys\nfrom fedzo.edge_runtime.connection.light_imports import stand_ins\n"
         "with stand_ins('ssl', 'urllib.request', 'json'):\n"
         "    import json, ssl, urllib.request\n    held = ssl\n"
         "print('ssl' in sys.modules, hasattr(sys.modules['urllib'], 'request'))\n"
@@ -80,7 +80,8 @@ def test_a_stand_in_loads_the_module_for_any_other_name() -> None:
 
 def test_a_loaded_module_stays() -> None:
     lines = run(
-        "import ssl, hashlib\nfrom fedzo.edge_runtime.light_imports import hashlib_without_openssl, stand_ins\n"
+        "import ssl, hashlib\n"
+        "from fedzo.edge_runtime.connection.light_imports import hashlib_without_openssl, stand_ins\n"
         "first = ssl\n"
         "with stand_ins('ssl'):\n    import ssl\n    print(ssl is first)\n"
         "print(hashlib_without_openssl())"

@@ -10,27 +10,27 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.block_estimators import BlockEstimator, ProbeRequest, estimator_bytes, make_estimator
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import Cancelled
-from fedzo.edge_runtime.local_estimator import LocalBlocks
-from fedzo.edge_runtime.loss import NonFiniteLossError
-from fedzo.edge_runtime.memory import SCORING_GRAPHS, plan
-from fedzo.edge_runtime.ort import arena_limit_holds
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.block_estimators import BlockEstimator, ProbeRequest, estimator_bytes, make_estimator
+from fedzo.edge_runtime.estimation.estimators import Cancelled
+from fedzo.edge_runtime.estimation.local_estimator import LocalBlocks
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.inference.ort import arena_limit_holds
+from fedzo.edge_runtime.planning.memory import SCORING_GRAPHS, plan
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.blocks import Block, Deal, blocks_of, deal, directions_of
-from fedzo.protocol.directions import MAX_BLOCKS
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.artifact.stages import local_stages
+from fedzo.protocol.device_side.run_files import needed_graphs
 from fedzo.protocol.errors import ConfigError, MemoryBudgetError, ProtocolError
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
-from fedzo.protocol.run_files import needed_graphs
+from fedzo.protocol.perturbation.blocks import Block, Deal, blocks_of, deal, directions_of
+from fedzo.protocol.perturbation.directions import MAX_BLOCKS
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.update import Replica, estimate_gradient
+from fedzo.protocol.server_side.aggregation import combine_probes
 from fedzo.protocol.settings import LOCAL_ESTIMATORS, EstimatorName, RunSettings, TrainingSettings
-from fedzo.protocol.stages import local_stages
-from fedzo.protocol.update import Replica, estimate_gradient
+from fedzo.protocol.wire.messages import Report, ReportKind, UpdateRecord
 from tests.edge_runtime.test_local_gradient import Case
 from tests.edge_runtime.test_local_gradient import case as made_case
 

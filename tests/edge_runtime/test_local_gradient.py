@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.local_gradient import local_gradients, noisy_gradients
-from fedzo.edge_runtime.loss import NonFiniteLossError
-from fedzo.edge_runtime.node_gradient import NodeNoise
+from fedzo.edge_runtime.estimation.local_gradient import local_gradients, noisy_gradients
+from fedzo.edge_runtime.estimation.node_gradient import NodeNoise
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 from .conftest import Tiny
 

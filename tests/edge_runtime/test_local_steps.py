@@ -13,25 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.block_estimators import (
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.block_estimators import (
     BlockScalars,
     ProbeRequest,
     StepEstimator,
     estimator_bytes,
     make_estimator,
 )
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import Cancelled
-from fedzo.edge_runtime.loss import NonFiniteLossError
+from fedzo.edge_runtime.estimation.estimators import Cancelled
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.blocks import Block, Deal, blocks_of, deal
-from fedzo.protocol.directions import Directions
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.ranking import CoordinateRanking
-from fedzo.protocol.run_files import needed_graphs
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.device_side.run_files import needed_graphs
+from fedzo.protocol.perturbation.blocks import Block, Deal, blocks_of, deal
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
+from fedzo.protocol.pruning.mask import Mask, threshold
 from fedzo.protocol.settings import EstimatorName, RunSettings, TrainingSettings
 from tests.end_to_end import smooth_lenet
 
@@ -168,7 +168,7 @@ NAMES: tuple[EstimatorName, ...] = ("stein", "split", "node", "coordinate")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_step_is_what_it_was(case: Case, name: EstimatorName) -> None:
     """The estimator itself measures, and its loop with one step gives the same bits."""
-    from fedzo.edge_runtime.local_steps import LocalSteps
+    from fedzo.edge_runtime.estimation.local_steps import LocalSteps
 
     training = settings(name)
     plain, blocks, deals = made(case, training)

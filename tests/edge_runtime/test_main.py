@@ -18,14 +18,14 @@ import pytest
 from fedzo.broker_server.brokers.credentials import Credentials
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
 from fedzo.edge_runtime.__main__ import main
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.protocol.blocks import blocks_of
-from fedzo.protocol.documents import Hello, Presence, RunDocument
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Receipt, Report, Verdict
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.perturbation.blocks import blocks_of
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.update import Replica
 from fedzo.protocol.settings import TrainingSettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.update import Replica
+from fedzo.protocol.wire.documents import Hello, Presence, RunDocument
+from fedzo.protocol.wire.messages import Receipt, Report, Verdict
+from fedzo.protocol.wire.topics import Channel
 from tests.edge_runtime.federation import FakeServer, export_lenet, run_document, write_data
 
 ROOT = Path(__file__).resolve().parents[2]

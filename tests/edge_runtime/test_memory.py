@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime import memory
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.child import answer_of
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
-from fedzo.edge_runtime.ort import arena_limit_holds, runtime_version
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.ort import arena_limit_holds, runtime_version
+from fedzo.edge_runtime.planning import memory
+from fedzo.edge_runtime.planning.child import answer_of
+from fedzo.edge_runtime.planning.memory import SCORING_GRAPHS, TRAINING_GRAPHS, plan
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import GraphMemory, Manifest, golden_batch
 from fedzo.protocol.errors import ConfigError, MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import GraphMemory, Manifest, golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 NEWEST = tuple(int(part) for part in runtime_version().split(".")[:2]) >= (1, 32)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system has no /proc")
@@ -104,7 +104,7 @@ def test_planned_arena_is_enough_for_every_graph(tiny: Any) -> None:
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_plan_holds_in_a_real_process(tiny: Any, sparsity: float) -> None:
     arguments = [str(tiny.folder), "--budget-mib", "500", "--batch", "32", "--samples", "32"]
-    found = answer_of("fedzo.edge_runtime.measure", [*arguments, "--sparsity", str(sparsity)])
+    found = answer_of("fedzo.edge_runtime.planning.measure", [*arguments, "--sparsity", str(sparsity)])
     assert [phase["phase"] for phase in found["phases"]] == (["scoring"] if sparsity else []) + ["training"]
     for phase in found["phases"]:
         # Without code, whose resident part the page cache decides. Older releases of onnxruntime need less.

@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.block_estimators import estimator_bytes
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.loss import NonFiniteLossError
-from fedzo.edge_runtime.memory import further_session_bytes
-from fedzo.edge_runtime.node_gradient import NodeGradient, NodeNoise, node_gradient
+from fedzo.edge_runtime.estimation.block_estimators import estimator_bytes
+from fedzo.edge_runtime.estimation.node_gradient import NodeGradient, NodeNoise, node_gradient
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.planning.memory import further_session_bytes
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import network
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.artifact.node_stages import noisy_stages
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.node_stages import noisy_stages
+from fedzo.protocol.pruning.mask import Mask, threshold
 from fedzo.protocol.settings import TrainingSettings
 
 from .conftest import Tiny

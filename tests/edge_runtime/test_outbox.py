@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.outbox import Outbox
-from fedzo.protocol.messages import Decline, Report, ReportKind
+from fedzo.edge_runtime.storage.outbox import Outbox
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind
 
 
 def report(round_: int = 7, scalars: int = 5) -> Report:
@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_report_before(outbox: Outbox, monkeypatch: py
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedzo.edge_runtime.durable.os.fsync", full)
+    monkeypatch.setattr("fedzo.edge_runtime.storage.durable.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         outbox.save("run-1", report(2))
     monkeypatch.undo()
@@ -108,7 +108,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_report(outbox: Outbox) -> None:
     script = (
         "import sys, pathlib, itertools\n"
         "sys.path.insert(0, sys.argv[2])\n"
-        "from fedzo.edge_runtime.outbox import Outbox\n"
+        "from fedzo.edge_runtime.storage.outbox import Outbox\n"
         "from tests.edge_runtime.test_outbox import report\n"
         "outbox = Outbox(pathlib.Path(sys.argv[1]))\n"
         "for round_ in itertools.count():\n"

@@ -14,12 +14,14 @@ import pytest
 
 from fedzo.edge_runtime import round_work
 from fedzo.edge_runtime import worker as worker_module
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import SteinEstimator
-from fedzo.edge_runtime.ort import arena_limit_holds, mapped_error
+from fedzo.edge_runtime.estimation.estimators import SteinEstimator
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.ort import arena_limit_holds, mapped_error
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.edge_runtime.worker import Limits, Worker
-from fedzo.protocol.device_events import (
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.device_side.device_events import (
     Compute,
     Computed,
     DeviceEvent,
@@ -32,14 +34,12 @@ from fedzo.protocol.device_events import (
     Prepared,
     Task,
 )
-from fedzo.protocol.documents import Presence, RunDocument
 from fedzo.protocol.errors import MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Decline, Report, ReportKind
+from fedzo.protocol.pruning.mask import Mask
 from fedzo.protocol.settings import TrainingSettings
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.wire.documents import Presence, RunDocument
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind
+from fedzo.protocol.wire.topics import Channel
 from tests.arena_need import arena_need
 from tests.edge_runtime.federation import (
     FakeServer,

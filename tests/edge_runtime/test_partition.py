@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.partition import partition_dirichlet, partition_iid, partition_shards
+from fedzo.edge_runtime.datasets.partition import partition_dirichlet, partition_iid, partition_shards
 from fedzo.protocol.errors import ConfigError
 
 LABELS = np.repeat(np.arange(10, dtype=np.int64), 60)[np.argsort(np.arange(600) * 7919 % 600)]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime import ort
 from fedzo.edge_runtime.__main__ import main
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.providers import CPU, PROVIDER_OPTIONS, provider_names
+from fedzo.edge_runtime.inference import ort
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.providers import CPU, PROVIDER_OPTIONS, provider_names
 from fedzo.protocol.errors import ConfigError
 
 CUDA = "CUDAExecutionProvider"
@@ -56,7 +56,7 @@ def test_names_are_onnxruntimes() -> None:
 
 def test_the_one_in_use_is_known(tiny: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ort, "_in_use", "")
-    caplog.set_level(logging.INFO, "fedzo.edge_runtime.ort")
+    caplog.set_level(logging.INFO, "fedzo.edge_runtime.inference.ort")
     weights = tiny.weights
     with Engine(tiny.artifact, tiny.dense, providers=(CUDA, CPU)) as engine:
         engine.loss(weights, tiny.x, tiny.y)

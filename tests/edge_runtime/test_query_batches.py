@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime import query_batches
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import Cancelled, SteinEstimator
-from fedzo.edge_runtime.loss import NonFiniteLossError
-from fedzo.edge_runtime.memory import TRAINING_GRAPHS, arena_bytes_of, plan
-from fedzo.edge_runtime.variants import wanted_variants
-from fedzo.protocol.directions import Directions
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.estimators import Cancelled, SteinEstimator
+from fedzo.edge_runtime.inference import query_batches
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.inference.variants import wanted_variants
+from fedzo.edge_runtime.planning.memory import TRAINING_GRAPHS, arena_bytes_of, plan
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
+from fedzo.protocol.artifact.graph_files import GraphFile, GraphVariant
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest, golden_batch
 from fedzo.protocol.errors import ArtifactError, ConfigError, SelfTestError
-from fedzo.protocol.graph_files import GraphFile, GraphVariant
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest, golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 onnx = pytest.importorskip("onnx", reason="fedzo[server] is not installed")
 

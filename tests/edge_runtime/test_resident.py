@@ -26,7 +26,7 @@ _STATUS = """
 import json, threading
 def kib(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
-from fedzo.edge_runtime import resident
+from fedzo.edge_runtime.planning import resident
 """
 
 
@@ -140,7 +140,7 @@ print(json.dumps([grown, kib("RssAnon") - start]))
 
 def test_settings_of_the_user_win() -> None:
     lines = run(
-        "import json, os\nfrom fedzo.edge_runtime.resident import keep_small\nkeep_small()\n"
+        "import json, os\nfrom fedzo.edge_runtime.planning.resident import keep_small\nkeep_small()\n"
         "names = ('ORT_DISABLE_TELEMETRY', 'OPENBLAS_NUM_THREADS', 'NUMPY_MADVISE_HUGEPAGE')\n"
         "print(json.dumps([os.environ[name] for name in names]))",
         OPENBLAS_NUM_THREADS="2",

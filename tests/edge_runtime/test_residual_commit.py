@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.outbox import Outbox
-from fedzo.edge_runtime.residual_file import Residual, carried_by, residual_key
-from fedzo.edge_runtime.state import DeviceState
-from fedzo.protocol.delivery import Delivery
-from fedzo.protocol.device_events import DropReport, GiveBack, SaveReport
-from fedzo.protocol.documents import RunDocument
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
+from fedzo.edge_runtime.storage.outbox import Outbox
+from fedzo.edge_runtime.storage.residual_file import Residual, carried_by, residual_key
+from fedzo.edge_runtime.storage.state import DeviceState
+from fedzo.protocol.device_side.delivery import Delivery
+from fedzo.protocol.device_side.device_events import DropReport, GiveBack, SaveReport
 from fedzo.protocol.settings import RunSettings, TrainingSettings
+from fedzo.protocol.wire.documents import RunDocument
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, Verdict
 
 RUN = RunDocument("run-1", "ab" * 32, 1_000, RunSettings(training=TrainingSettings(estimator="node")))
 KEY = residual_key(RUN, "cd")

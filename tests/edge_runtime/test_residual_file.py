@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.edge_runtime import residual_file
-from fedzo.edge_runtime.residual_file import Residual, ResidualFile, carried_by, residual_key
-from fedzo.protocol.documents import RunDocument
+from fedzo.edge_runtime.storage import residual_file
+from fedzo.edge_runtime.storage.residual_file import Residual, ResidualFile, carried_by, residual_key
 from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.documents import RunDocument
 
 RUN = RunDocument("run-1", "ab" * 32, 1_000, RunSettings())
 KEY = residual_key(RUN, "cd")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedzo.edge_runtime import retry as retry_module
-from fedzo.edge_runtime.mqtt_link import Loss
-from fedzo.edge_runtime.retry import Retry
+from fedzo.edge_runtime.connection import retry as retry_module
+from fedzo.edge_runtime.connection.mqtt_link import Loss
+from fedzo.edge_runtime.connection.retry import Retry
 
 LOST = Loss("lost")
 REFUSED = Loss("refused", version_refused=True)

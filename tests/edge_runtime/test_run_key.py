@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedzo.broker_server.signing import RunSigner
-from fedzo.edge_runtime.mqtt_types import Arrived
-from fedzo.edge_runtime.run_key import RunKey, parse_run_key
-from fedzo.protocol.documents import Order
+from fedzo.broker_server.security.signing import RunSigner
+from fedzo.edge_runtime.connection.mqtt_types import Arrived
+from fedzo.edge_runtime.storage.run_key import RunKey, parse_run_key
 from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
-from fedzo.protocol.topics import Channel, topic
-from fedzo.protocol.transfers import SnapshotOffer
+from fedzo.protocol.wire.documents import Order
+from fedzo.protocol.wire.topics import Channel, topic
+from fedzo.protocol.wire.transfers import SnapshotOffer
 from tests.protocol.golden.message_cases import MESSAGES
 
 SESSION = 7

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.run_plan import Limits, past_rounds_bytes, plan_run
+from fedzo.edge_runtime.planning.run_plan import Limits, past_rounds_bytes, plan_run
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.directions import MAX_POSITION
-from fedzo.protocol.documents import RunDocument
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.parts import start_replica
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.device_side.parts import start_replica
+from fedzo.protocol.perturbation.directions import MAX_POSITION
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.update import Replica
 from fedzo.protocol.settings import RunSettings, TrainingSettings
-from fedzo.protocol.update import Replica
+from fedzo.protocol.wire.documents import RunDocument
 from tests.edge_runtime.federation import INPUT_SHAPE, N_CLASSES, loader, write_data
 
 LIMITS = Limits(4096.0)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.engine import Engine, NonFiniteLossError
-from fedzo.edge_runtime.estimators import Cancelled
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.estimation.estimators import Cancelled
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine, NonFiniteLossError
 from fedzo.protocol.errors import ConfigError, DataError
-from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
+from fedzo.protocol.pruning.saliency import diagonal_scores, gaussian_inputs, layer_draw
 
 SHIFT = float(np.float32(1e-2))
 

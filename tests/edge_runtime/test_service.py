@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from fedzo.edge_runtime.agent import Agent, Connection
-from fedzo.edge_runtime.service import ServiceManager
-from fedzo.edge_runtime.state import DeviceState
+from fedzo.edge_runtime.installation.service import ServiceManager
+from fedzo.edge_runtime.storage.state import DeviceState
 from fedzo.edge_runtime.worker import Limits
-from fedzo.protocol.documents import Hello
+from fedzo.protocol.wire.documents import Hello
 
 
 class Listener:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedzo.edge_runtime import buffered_client, mqtt_link
-from fedzo.edge_runtime.endpoint import Endpoint
-from fedzo.edge_runtime.mqtt_link import Link, LinkSettings
-from fedzo.edge_runtime.wake import Wake
+from fedzo.edge_runtime.connection import buffered_client, mqtt_link
+from fedzo.edge_runtime.connection.endpoint import Endpoint
+from fedzo.edge_runtime.connection.mqtt_link import Link, LinkSettings
+from fedzo.edge_runtime.connection.wake import Wake
 
 MESSAGES = 60_000
 PINGREQ = b"\xc0\x00"

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.residual_file import Residual
-from fedzo.edge_runtime.state import DeviceState, default_folder, generate_id
+from fedzo.edge_runtime.storage.residual_file import Residual
+from fedzo.edge_runtime.storage.state import DeviceState, default_folder, generate_id
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.wire.messages import Report, ReportKind
 
 
 def start(folder: Path | None, device: str | None = None) -> tuple[str, int]:
@@ -59,7 +59,7 @@ def test_a_folder_belongs_to_one_id(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from fedzo.edge_runtime.state import DeviceState\n"
+        "import sys, pathlib; from fedzo.edge_runtime.storage.state import DeviceState\n"
         "state = DeviceState(pathlib.Path(sys.argv[1]), federation='default', device=None)\n"
         "print(state.session, flush=True); sys.stdin.read()\n"
     )

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.loss import NonFiniteLossError
-from fedzo.edge_runtime.memory import arena_bytes_of
-from fedzo.edge_runtime.suffix import Suffix
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.loss import NonFiniteLossError
+from fedzo.edge_runtime.inference.suffix import Suffix
+from fedzo.edge_runtime.planning.memory import arena_bytes_of
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, golden_batch
 from fedzo.protocol.errors import ArtifactError, DataError, MemoryBudgetError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import CUT_GRAPHS, golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 from .conftest import Tiny
 

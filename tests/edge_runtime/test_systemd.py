@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fedzo.edge_runtime import systemd
 from fedzo.edge_runtime.__main__ import _parser, main
-from fedzo.edge_runtime.systemd import UnitSettings, install, unit_name, unit_text
+from fedzo.edge_runtime.installation import systemd
+from fedzo.edge_runtime.installation.systemd import UnitSettings, install, unit_name, unit_text
 from fedzo.hardware_profiles import load_profile
 from fedzo.protocol.errors import ConfigError
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.edge_runtime.traffic import Traffic, publish_packet_bytes
-from fedzo.edge_runtime.transport import (
+from fedzo.edge_runtime.connection.traffic import Traffic, publish_packet_bytes
+from fedzo.edge_runtime.connection.transport import (
     Arrived,
 )
 from tests.broker_fixtures import Client, Proxy, RunningBroker, needs_mosquitto, wait_until

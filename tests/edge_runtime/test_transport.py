@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime import retry as retry_module
-from fedzo.edge_runtime import transport as transport_module
-from fedzo.edge_runtime.endpoint import Endpoint, TlsConfig
-from fedzo.edge_runtime.mqtt_link import Link, LinkSettings
-from fedzo.edge_runtime.transport import (
+from fedzo.edge_runtime.connection import retry as retry_module
+from fedzo.edge_runtime.connection import transport as transport_module
+from fedzo.edge_runtime.connection.endpoint import Endpoint, TlsConfig
+from fedzo.edge_runtime.connection.mqtt_link import Link, LinkSettings
+from fedzo.edge_runtime.connection.transport import (
     Arrived,
     Connected,
     Delivered,

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, ServerTls
-from fedzo.edge_runtime.endpoint import TlsConfig
-from fedzo.edge_runtime.transport import (
+from fedzo.edge_runtime.connection.endpoint import TlsConfig
+from fedzo.edge_runtime.connection.transport import (
     Arrived,
     MqttTransport,
 )

@@ -14,17 +14,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fedzo.edge_runtime import engine as engine_of_board
-from fedzo.edge_runtime import variants
-from fedzo.edge_runtime.artifact import Artifact, BlobStore, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.memory import TRAINING_GRAPHS, arena_bytes_of, plan
-from fedzo.edge_runtime.ort import LAYOUT_KEY, runtime_version
+from fedzo.edge_runtime.inference import engine as engine_of_board
+from fedzo.edge_runtime.inference import variants
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.ort import LAYOUT_KEY, runtime_version
+from fedzo.edge_runtime.planning.memory import TRAINING_GRAPHS, arena_bytes_of, plan
+from fedzo.edge_runtime.storage.artifact import Artifact, BlobStore, load_artifact
+from fedzo.protocol.artifact.graph_files import GraphFile, GraphVariant
+from fedzo.protocol.artifact.layout import Layout
+from fedzo.protocol.artifact.manifest import GraphMemory, Manifest
+from fedzo.protocol.artifact.placement import PLACEMENTS_KEY, BlockedAxis, Placement, encode_placements
 from fedzo.protocol.errors import ArtifactError, ConfigError, SelfTestError
-from fedzo.protocol.graph_files import GraphFile, GraphVariant
-from fedzo.protocol.layout import Layout
-from fedzo.protocol.manifest import GraphMemory, Manifest
-from fedzo.protocol.placement import PLACEMENTS_KEY, BlockedAxis, Placement, encode_placements
 
 from .conftest import LAYOUT, Tiny, build_graph
 

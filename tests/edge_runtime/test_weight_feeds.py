@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.artifact import Artifact, load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.memory import TRAINING_GRAPHS, plan
-from fedzo.edge_runtime.node_gradient import NodeNoise, node_gradient
-from fedzo.edge_runtime.saliency import UnitShiftScorer
-from fedzo.edge_runtime.suffix import Suffix
-from fedzo.edge_runtime.weight_feeds import WeightFeeds, fed_bytes
+from fedzo.edge_runtime.estimation.node_gradient import NodeNoise, node_gradient
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.suffix import Suffix
+from fedzo.edge_runtime.inference.weight_feeds import WeightFeeds, fed_bytes
+from fedzo.edge_runtime.planning.memory import TRAINING_GRAPHS, plan
+from fedzo.edge_runtime.storage.artifact import Artifact, load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.reference import forward
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 SHAPE = (1, 20, 20)
 BATCH = 9

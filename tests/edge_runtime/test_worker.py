@@ -15,17 +15,20 @@ import pytest
 from numpy.typing import NDArray
 
 from fedzo.edge_runtime import worker as worker_module
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.data import batch_indices
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.estimators import SteinEstimator
-from fedzo.edge_runtime.memory import MemoryPlan, peak_rss_mib
-from fedzo.edge_runtime.ort import arena_limit_holds
-from fedzo.edge_runtime.run_plan import plan_with_variants
-from fedzo.edge_runtime.saliency import UnitShiftScorer
-from fedzo.edge_runtime.variants import matching_variant, wanted_variants
+from fedzo.edge_runtime.datasets.data import batch_indices
+from fedzo.edge_runtime.estimation.estimators import SteinEstimator
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.ort import arena_limit_holds
+from fedzo.edge_runtime.inference.variants import matching_variant, wanted_variants
+from fedzo.edge_runtime.planning.memory import MemoryPlan, peak_rss_mib
+from fedzo.edge_runtime.planning.run_plan import plan_with_variants
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.edge_runtime.worker import Limits, Worker
-from fedzo.protocol.device_events import (
+from fedzo.protocol.artifact.graph_files import GraphFile, GraphVariant
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import GraphMemory, Manifest
+from fedzo.protocol.device_side.device_events import (
     Compute,
     Computed,
     DeviceEvent,
@@ -37,16 +40,13 @@ from fedzo.protocol.device_events import (
     Prepared,
     Task,
 )
-from fedzo.protocol.directions import Directions
-from fedzo.protocol.documents import RunDocument
 from fedzo.protocol.errors import ArtifactError, DataError, FedzoError, MemoryBudgetError, SelfTestError
-from fedzo.protocol.graph_files import GraphFile, GraphVariant
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import GraphMemory, Manifest
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Decline, Report, ReportKind
-from fedzo.protocol.saliency import gaussian_inputs
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import gaussian_inputs
 from fedzo.protocol.settings import SaliencySettings, TrainingSettings
+from fedzo.protocol.wire.documents import RunDocument
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind
 from tests.edge_runtime.federation import (
     INPUT_SHAPE,
     N_CLASSES,

@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 from fedzo.broker_server.brokers.mosquitto import find_mosquitto
-from fedzo.broker_server.replay import replay_run
-from fedzo.protocol.codec import decode
-from fedzo.protocol.messages import Receipt, Report, ReportKind, Verdict
+from fedzo.broker_server.history.replay import replay_run
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import Receipt, Report, ReportKind, Verdict
 from tests.broker_fixtures import Proxy
 from tests.end_to_end.fleet import Fleet, Process, agree, free_port, wait_for
 

@@ -79,14 +79,14 @@ def replace(module: ModuleType, name: str, value: object) -> None:
 
 
 def be_hasty() -> None:
-    from fedzo.edge_runtime import retry
+    from fedzo.edge_runtime.connection import retry
 
     retry._CAP_S = 1.0
 
 
 def note_receipts(path: str) -> None:
     """Every receipt that reaches the device, before anything follows from it."""
-    from fedzo.protocol.delivery import Delivery
+    from fedzo.protocol.device_side.delivery import Delivery
 
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
@@ -97,7 +97,7 @@ def note_receipts(path: str) -> None:
 
 
 def be_portable() -> None:
-    from fedzo.edge_runtime import run_plan
+    from fedzo.edge_runtime.planning import run_plan
 
     replace(run_plan, "wanted_variants", lambda *_: ())
 
@@ -109,8 +109,8 @@ def capped_engine(kind: Any, cap: int, *arguments: Any, arena_bytes: int, **sett
 
 def stop_at(place: str, name: str) -> None:
     """The first time that the server comes there."""
-    from fedzo.broker_server import run_folder
     from fedzo.broker_server.brokers.child import ChildBroker
+    from fedzo.broker_server.history import run_folder
     from fedzo.cli import serve_run
 
     places: dict[str, tuple[type | ModuleType, str]] = {
@@ -131,7 +131,7 @@ def stop_at(place: str, name: str) -> None:
 def rig_server(rig: str) -> None:
     from fedzo.broker_server.brokers import child, external
     from fedzo.broker_server.journal import Entry, SqliteJournal
-    from fedzo.edge_runtime.transport import MqttTransport
+    from fedzo.edge_runtime.connection.transport import MqttTransport
 
     if rig == "hasty":
         be_hasty()
@@ -145,7 +145,7 @@ def rig_server(rig: str) -> None:
     if rig.startswith("stop:"):
         stop_at(*rig.split(":")[1:])
         return
-    from fedzo.protocol import snapshots
+    from fedzo.protocol.server_side import snapshots
 
     replace(snapshots, "MOST_UPDATES", 1)  # so that the next server begins from a snapshot
     when, what, number = rig.split(":")
@@ -168,11 +168,11 @@ def rig_server(rig: str) -> None:
 
 def rig_device(rig: str) -> None:
     from fedzo.edge_runtime import worker
-    from fedzo.edge_runtime.engine import Engine
-    from fedzo.edge_runtime.estimators import SteinEstimator
-    from fedzo.edge_runtime.outbox import Outbox
-    from fedzo.edge_runtime.residual_file import ResidualFile
-    from fedzo.edge_runtime.saliency import UnitShiftScorer
+    from fedzo.edge_runtime.estimation.estimators import SteinEstimator
+    from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+    from fedzo.edge_runtime.inference.engine import Engine
+    from fedzo.edge_runtime.storage.outbox import Outbox
+    from fedzo.edge_runtime.storage.residual_file import ResidualFile
 
     if rig == "hasty":
         be_hasty()

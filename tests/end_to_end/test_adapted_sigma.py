@@ -12,17 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.block_estimators import ProbeRequest, make_estimator
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.block_estimators import ProbeRequest, make_estimator
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.adaptation import next_sigma
-from fedzo.protocol.blocks import deal, whole_block
-from fedzo.protocol.directions import Directions
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.perturbation.blocks import deal, whole_block
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.server_side.adaptation import next_sigma
 from fedzo.protocol.settings import TrainingSettings
+from fedzo.protocol.wire.messages import Report, ReportKind
 from tests.end_to_end import smooth_lenet
 from tests.end_to_end.fleet import images
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime.transport import Arrived
-from fedzo.protocol.topics import Channel, topic
+from fedzo.edge_runtime.connection.transport import Arrived
+from fedzo.protocol.wire.topics import Channel, topic
 from tests.broker_fixtures import Client, needs_mosquitto
 from tests.end_to_end.chaos import DiskBroker
 from tests.end_to_end.conftest import Finished, MakeFleet

@@ -7,11 +7,11 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedzo.broker_server.signing import RunSigner
-from fedzo.edge_runtime.transport import MqttTransport
-from fedzo.protocol.documents import Announcement, RunDocument
+from fedzo.broker_server.security.signing import RunSigner
+from fedzo.edge_runtime.connection.transport import MqttTransport
 from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.topics import Channel, topic
+from fedzo.protocol.wire.documents import Announcement, RunDocument
+from fedzo.protocol.wire.topics import Channel, topic
 from tests.broker_fixtures import needs_mosquitto
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import Fleet, Process, agree, wait_for

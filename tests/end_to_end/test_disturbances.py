@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from fedzo.broker_server.journal import Entry
-from fedzo.edge_runtime.transport import MqttTransport
-from fedzo.protocol.codec import decode
-from fedzo.protocol.messages import Report, ReportKind
-from fedzo.protocol.topics import BROADCAST, FROM_DEVICE, TO_DEVICE, topic
+from fedzo.edge_runtime.connection.transport import MqttTransport
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import Report, ReportKind
+from fedzo.protocol.wire.topics import BROADCAST, FROM_DEVICE, TO_DEVICE, topic
 from tests.broker_fixtures import Proxy
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import agree, wait_for

@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-from fedzo.broker_server.replay import replay_run
-from fedzo.protocol.codec import decode
-from fedzo.protocol.messages import Report, ReportKind
+from fedzo.broker_server.history.replay import replay_run
 from fedzo.protocol.settings import LOCAL_ESTIMATORS
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import Report, ReportKind
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedzo.broker_server.replay import replay_run
-from fedzo.protocol.blocks import directions_of
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.update import estimate_gradient
+from fedzo.broker_server.history.replay import replay_run
+from fedzo.protocol.perturbation.blocks import directions_of
+from fedzo.protocol.replay.update import estimate_gradient
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import UpdateRecord
 from tests.end_to_end import smooth_lenet
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree, images

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedzo.broker_server.brokers.mosquitto import find_mosquitto
-from fedzo.broker_server.replay import replay_run
+from fedzo.broker_server.history.replay import replay_run
 from fedzo.exporter.reference import forward
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import agree, images

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from fedzo.broker_server.replay import replay_run
+from fedzo.broker_server.history.replay import replay_run
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.broker_server.replay import replay_run
-from fedzo.protocol.codec import decode
-from fedzo.protocol.messages import UpdateRecord
+from fedzo.broker_server.history.replay import replay_run
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import UpdateRecord
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 
 SLOW = """
 import sys, time
-from fedzo.edge_runtime import __main__, estimators
+from fedzo.edge_runtime import __main__
+from fedzo.edge_runtime.estimation import estimators
 measure = estimators.SteinEstimator.measure
 def slowly(*arguments, **keywords):
     time.sleep(0.15)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.variants import matching_variant
-from fedzo.protocol.graph_files import GraphVariant
+from fedzo.edge_runtime.inference.variants import matching_variant
+from fedzo.edge_runtime.storage.artifact import load_artifact
+from fedzo.protocol.artifact.graph_files import GraphVariant
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import agree
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from fedzo.broker_server.brokers.mosquitto import MosquittoBroker, find_mosquitto
-from fedzo.edge_runtime.transport import Arrived, MqttTransport, TransportEvent
-from fedzo.protocol.documents import ServerPresence, parse
+from fedzo.edge_runtime.connection.transport import Arrived, MqttTransport, TransportEvent
+from fedzo.protocol.wire.documents import ServerPresence, parse
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import Fleet, Process, agree, free_port, wait_for
 

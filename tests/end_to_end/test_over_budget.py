@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.edge_runtime.ort import arena_limit_holds
-from fedzo.protocol.codec import decode
-from fedzo.protocol.messages import Decline, Report
+from fedzo.edge_runtime.inference.ort import arena_limit_holds
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import Decline, Report
 from tests.arena_need import arena_need
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import Fleet, agree

@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from fedzo.broker_server.replay import replay_run
+from fedzo.broker_server.history.replay import replay_run
 from fedzo.exporter.reference import forward
-from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.artifact.layout import initial_weights
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree, images
 

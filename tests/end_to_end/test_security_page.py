@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedzo.broker_server.credential_folder import CredentialFolder
+from fedzo.broker_server.security.credential_folder import CredentialFolder
 from tests.board_fixture import ROOT
 from tests.broker_fixtures import needs_mosquitto
 from tests.end_to_end.conftest import MakeFleet

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedzo.broker_server.replay import replay_run
+from fedzo.broker_server.history.replay import replay_run
 from fedzo.simulation.settings import SimulationSettings
 from fedzo.simulation.simulate import simulate
 from tests.end_to_end.conftest import DEVICES, Finished, MakeFleet

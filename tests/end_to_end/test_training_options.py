@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import signal
 
-from fedzo.broker_server.replay import replay_run
-from fedzo.broker_server.run_folder import RunFolder
+from fedzo.broker_server.history.replay import replay_run
+from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.tuning import SUFFIX
-from fedzo.protocol.documents import Announcement, parse
+from fedzo.protocol.wire.documents import Announcement, parse
 from tests.end_to_end.conftest import MakeFleet
 from tests.end_to_end.fleet import agree
 

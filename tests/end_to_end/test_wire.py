@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.broker_server.replay import replay_run
-from fedzo.edge_runtime.inbound import read_message
-from fedzo.edge_runtime.traffic import PUBACK_BYTES, Flow, publish_packet_bytes
-from fedzo.edge_runtime.transport import Arrived, MqttTransport
-from fedzo.protocol.blocks import directions_of
-from fedzo.protocol.codec import decode
-from fedzo.protocol.documents import Announcement, Hello, Presence, RunDocument, ServerPresence, parse
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
-from fedzo.protocol.signed import detach, is_signed
-from fedzo.protocol.topics import BROADCAST, Channel, parse_topic
-from fedzo.protocol.transfers import BlobBlock
-from fedzo.protocol.update import estimate_gradient
+from fedzo.broker_server.history.replay import replay_run
+from fedzo.edge_runtime.connection.inbound import read_message
+from fedzo.edge_runtime.connection.traffic import PUBACK_BYTES, Flow, publish_packet_bytes
+from fedzo.edge_runtime.connection.transport import Arrived, MqttTransport
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.perturbation.blocks import directions_of
+from fedzo.protocol.replay.update import estimate_gradient
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, Hello, Presence, RunDocument, ServerPresence, parse
+from fedzo.protocol.wire.messages import Report, ReportKind, UpdateRecord
+from fedzo.protocol.wire.signed import detach, is_signed
+from fedzo.protocol.wire.topics import BROADCAST, Channel, parse_topic
+from fedzo.protocol.wire.transfers import BlobBlock
 from tests.end_to_end.conftest import DEVICES, Finished, MakeFleet
 from tests.end_to_end.fleet import Fleet, agree, wait_for
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.outbox import Outbox
+from fedzo.edge_runtime.storage.outbox import Outbox
 from fedzo.exporter.artifact import export_artifact
-from fedzo.protocol.messages import Report, ReportKind
-from fedzo.protocol.wire import run_tag
+from fedzo.protocol.wire.framing import run_tag
+from fedzo.protocol.wire.messages import Report, ReportKind
 from tests.end_to_end.conftest import Finished, MakeFleet
 from tests.end_to_end.fleet import CLASSES, CLI, DEVICE, RIGGED, SIDE, Process, agree, images
 

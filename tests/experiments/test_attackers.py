@@ -9,8 +9,8 @@ import pytest
 
 from fedzo.experiments.attackers import ATTACKS, HostilePool, Rows
 from fedzo.experiments.lab import exported_folder
+from fedzo.protocol.perturbation.streams import Purpose, uint64s
 from fedzo.protocol.settings import RunSettings, TrainingSettings
-from fedzo.protocol.streams import Purpose, uint64s
 from fedzo.simulation.settings import SimulationSettings
 from fedzo.simulation.simulate import simulate
 

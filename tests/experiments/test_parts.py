@@ -18,9 +18,9 @@ from fedzo.experiments.gradient_error import _estimates
 from fedzo.experiments.lab import exported, gaussian_mask
 from fedzo.experiments.metrics import cosine_squared, relative_error, slope, spearman
 from fedzo.experiments.report import Report
-from fedzo.protocol.directions import Directions
+from fedzo.protocol.artifact.layout import initial_weights
 from fedzo.protocol.errors import ConfigError, DataError
-from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.perturbation.directions import Directions
 
 
 @pytest.fixture(scope="module")

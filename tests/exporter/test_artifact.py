@@ -14,17 +14,17 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.golden_check import check_predictions
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.golden_check import check_predictions
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact, verify_artifact
 from fedzo.exporter.reference import forward
 from fedzo.exporter.sessions import run_graph
+from fedzo.protocol.artifact.layout import Layout, initial_weights
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, GRAPHS, Manifest, golden_batch
+from fedzo.protocol.artifact.stages import stage_graphs
 from fedzo.protocol.errors import ArtifactError, ConfigError
-from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, Manifest, golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.stages import stage_graphs
+from fedzo.protocol.pruning.mask import Mask, threshold
 from tests.exporter.text_graphs import operators, signature
 
 FLOAT, INT32, INT64, DOUBLE = (onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64, 11)

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.variants import block_size, machine_family
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.variants import block_size, machine_family
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter import blocked_layout
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.blocked_layout import BLOCKED_DOMAIN, block_probe
@@ -24,9 +24,9 @@ from fedzo.exporter.blocked_rewrites import stay_blocked
 from fedzo.exporter.graphs import build_graphs
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.passes.fold_weights import FoldWeights
-from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter, initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.pruning.mask import Mask, threshold
 
 needs_blocks = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="onnxruntime has blocked kernels on x86 only"

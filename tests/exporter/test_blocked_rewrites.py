@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 from onnx import ModelProto
 
-from fedzo.edge_runtime.variants import block_size
+from fedzo.edge_runtime.inference.variants import block_size
 from fedzo.exporter.blocked_layout import BLOCKED_DOMAIN, optimised_by_runtime
 from fedzo.exporter.blocked_rewrites import stay_blocked
 from fedzo.exporter.forward import ForwardGraph, GraphBuilder, Tensor
 from fedzo.exporter.graphs import build_graphs
 from fedzo.exporter.passes.fold_weights import FoldWeights
-from fedzo.protocol.layout import initial_weights
+from fedzo.protocol.artifact.layout import initial_weights
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="onnxruntime has blocked kernels on x86 only"

@@ -15,10 +15,10 @@ from fedzo.exporter.passes.keep_prefix import KeepPrefix
 from fedzo.exporter.passes.keep_suffix import KeepSuffix
 from fedzo.exporter.sessions import dense_feeds, run_graph
 from fedzo.exporter.units import find_units
-from fedzo.protocol.cut import Cut
+from fedzo.protocol.artifact.cut import Cut
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, Manifest, golden_batch
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import CUT_GRAPHS, Manifest, golden_batch
 from tests.exporter.text_graphs import CONVOLUTION, LINEAR, dense_by_name, layout_of, numbers, output, parse, signature
 
 SKIP = """

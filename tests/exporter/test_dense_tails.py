@@ -17,10 +17,10 @@ from fedzo.exporter.passes.node_noise import NodeNoise
 from fedzo.exporter.passes.sample_losses import SampleLosses
 from fedzo.exporter.sessions import run_graph
 from fedzo.exporter.units import find_units
-from fedzo.protocol.cut import Cut
-from fedzo.protocol.dense_tail import DenseLayer, DenseTail
+from fedzo.protocol.artifact.cut import Cut
+from fedzo.protocol.artifact.dense_tail import DenseLayer, DenseTail
+from fedzo.protocol.artifact.manifest import TAIL_GRAPHS, Manifest
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.manifest import TAIL_GRAPHS, Manifest
 from tests.exporter.text_graphs import CONVOLUTION, LINEAR, dense_by_name, layout_of, numbers, parse, signature
 
 TOWER = """

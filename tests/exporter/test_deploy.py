@@ -17,10 +17,10 @@ from fedzo.exporter.artifact import verify_artifact
 from fedzo.exporter.deploy import deploy
 from fedzo.exporter.reference import forward
 from fedzo.exporter.sessions import run_graph
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter, initial_weights
+from fedzo.protocol.artifact.manifest import Manifest, golden_batch
 from fedzo.protocol.errors import ArtifactError, ConfigError
-from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
-from fedzo.protocol.manifest import Manifest, golden_batch
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 from tests.exporter.text_graphs import numbers, operators, signature
 
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.exporter.live_set import envelope_of, live_envelope, measured_sizes
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Manifest
+from fedzo.protocol.artifact.stages import local_stages, stage_graph
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Manifest
-from fedzo.protocol.stages import local_stages, stage_graph
 from tests.exporter.text_graphs import parse
 
 KIB = 1024
@@ -89,10 +89,10 @@ import json, os, sys
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 from pathlib import Path
 import numpy as np, onnxruntime as ort
-from fedzo.edge_runtime.ort import arena_limit_holds
-from fedzo.protocol.manifest import CUT_GRAPHS, TAIL_GRAPHS, Manifest, golden_batch
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.stages import local_stages
+from fedzo.edge_runtime.inference.ort import arena_limit_holds
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, TAIL_GRAPHS, Manifest, golden_batch
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.artifact.stages import local_stages
 
 folder, batch = Path(sys.argv[1]), int(sys.argv[2])
 manifest = Manifest.decode((folder / "manifest.json").read_bytes())

@@ -8,9 +8,9 @@ import pytest
 from fedzo.exporter.models.registry import MODELS, build_forward
 from fedzo.exporter.reference import forward
 from fedzo.exporter.sessions import run_graph
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
 from tests.exporter.text_graphs import dense_by_name, numbers
 
 SMALLEST = {"lenet5": (1, 16, 17), "cnn1d": (3, 26), **{name: (1, 8, 9) for name in MODELS if name.startswith("res")}}

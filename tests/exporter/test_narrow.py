@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.board_plan import RunSizes, plan_board
-from fedzo.edge_runtime.data import Batch
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.golden_check import check_predictions
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.datasets.data import Batch
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.inference.golden_check import check_predictions
+from fedzo.edge_runtime.planning.board_plan import RunSizes, plan_board
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact, verify_artifact
 from fedzo.exporter.channel_families import choose_channels, find_families
 from fedzo.exporter.channel_labels import trace_channels
@@ -29,13 +29,13 @@ from fedzo.exporter.passes.keep_channels import KeepChannels
 from fedzo.exporter.reference import forward as torch_forward
 from fedzo.exporter.sessions import run_graph
 from fedzo.exporter.units import find_units
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.artifact.structure import ChannelScores
+from fedzo.protocol.artifact.whole_network import whole_network
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs
-from fedzo.protocol.structure import ChannelScores
-from fedzo.protocol.whole_network import whole_network
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import diagonal_scores, gaussian_inputs
 from tests.exporter.text_graphs import layout_of, numbers, parse
 
 CONCAT = """

@@ -12,8 +12,8 @@ import pytest
 
 from fedzo.exporter.artifact import verify_artifact
 from fedzo.exporter.sessions import dense_feeds
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 
 OLDEST = ("onnxruntime==1.17.3", "numpy==1.26.4")
 

@@ -16,7 +16,7 @@ from fedzo.exporter.graphs import build_graphs
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.query_batches import batch_queries
 from fedzo.exporter.sessions import dense_feeds, run_graph
-from fedzo.protocol.query_layout import query_layout, query_name
+from fedzo.protocol.artifact.query_layout import query_layout, query_name
 
 SHAPE = (2, 12, 12)
 

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from benchmarks import saliency as benchmark
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
-from fedzo.edge_runtime.saliency import UnitShiftScorer
+from fedzo.edge_runtime.estimation.saliency import UnitShiftScorer
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.experiments.metrics import overlap, spearman
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.reference import exact_kernel_scores, exact_scores, forward
+from fedzo.protocol.artifact.layout import Layout, initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.saliency import gaussian_inputs, kernel_scores
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import gaussian_inputs, kernel_scores
 
 
 @pytest.mark.parametrize(("model", "shape"), [("lenet5", (1, 16, 16)), ("resnet8", (1, 8, 8)), ("cnn1d", (2, 26))])

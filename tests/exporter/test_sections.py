@@ -16,12 +16,12 @@ from fedzo.exporter.channel_scores import SCORING_SAMPLES
 from fedzo.exporter.reference import exact_scores
 from fedzo.exporter.sections import choose_sections
 from fedzo.exporter.sessions import dense_feeds, open_graph
-from fedzo.protocol.cut import Cut
+from fedzo.protocol.artifact.cut import Cut
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.artifact.sections import section_graph, section_graphs, suffix_graph
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.saliency import gaussian_inputs
-from fedzo.protocol.sections import section_graph, section_graphs, suffix_graph
+from fedzo.protocol.pruning.saliency import gaussian_inputs
 
 
 @st.composite

@@ -14,12 +14,12 @@ from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.local_heads import HeadPlan, head_plan
 from fedzo.exporter.stages import find_stages
 from fedzo.exporter.units import find_units
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import GRAPHS, Manifest
+from fedzo.protocol.artifact.stages import Stage, StageHead, local_stages, stage_graph, stage_graphs, stages_from_json
+from fedzo.protocol.device_side.run_files import needed_graphs
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import GRAPHS, Manifest
-from fedzo.protocol.run_files import needed_graphs
 from fedzo.protocol.settings import LOCAL_ESTIMATORS, RunSettings, TrainingSettings
-from fedzo.protocol.stages import Stage, StageHead, local_stages, stage_graph, stage_graphs, stages_from_json
 from tests.exporter.test_dense_tails import BRANCHES, SCALED, TOWER
 from tests.exporter.text_graphs import CONVOLUTION, layout_of, parse
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.engine import Engine
+from fedzo.edge_runtime.inference.engine import Engine
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
 from fedzo.exporter.models.registry import build_forward
 from fedzo.exporter.sessions import run_graph
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 from tests.exporter import user_models
 from tests.exporter.text_graphs import dense_by_name
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, parser
 
 from fedzo.exporter.sessions import run_graph
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 

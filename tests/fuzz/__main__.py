@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedzo.edge_runtime.memory import peak_rss_mib
+from fedzo.edge_runtime.planning.memory import peak_rss_mib
 
 PER_RUN = 10_000
 
@@ -83,7 +83,7 @@ def fuzz_by_coverage(options: argparse.Namespace, found: Report) -> None:
         from tests.fuzz.targets import HOSTILE, VICTIM, Federation
         from tests.protocol.simulation.network import FEDERATION
 
-    from fedzo.protocol.topics import FROM_DEVICE, device_subscriptions, topic
+    from fedzo.protocol.wire.topics import FROM_DEVICE, device_subscriptions, topic
 
     topics = [topic(FEDERATION, channel, HOSTILE[0]) for channel in FROM_DEVICE]
     topics += device_subscriptions(FEDERATION, VICTIM)

@@ -18,21 +18,21 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedzo.broker_server.intake import Drops, Intake
-from fedzo.broker_server.signing import RunSigner
-from fedzo.edge_runtime.inbound import read_message
-from fedzo.edge_runtime.mqtt_types import Arrived
-from fedzo.edge_runtime.run_key import RunKey
-from fedzo.protocol import device_events
-from fedzo.protocol.aggregation_rules import AggregationSettings
-from fedzo.protocol.coordinator_events import DeviceSaid
-from fedzo.protocol.device import Device
-from fedzo.protocol.device_events import Outcome
-from fedzo.protocol.documents import Hello, Presence
+from fedzo.broker_server.security.signing import RunSigner
+from fedzo.edge_runtime.connection.inbound import read_message
+from fedzo.edge_runtime.connection.mqtt_types import Arrived
+from fedzo.edge_runtime.storage.run_key import RunKey
+from fedzo.protocol.device_side import device_events
+from fedzo.protocol.device_side.device import Device
+from fedzo.protocol.device_side.device_events import Outcome
 from fedzo.protocol.errors import ArtifactError, FedzoError, ProtocolError
-from fedzo.protocol.messages import Decline
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
+from fedzo.protocol.server_side.coordinator_events import DeviceSaid
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.signed import is_signed
-from fedzo.protocol.topics import FROM_DEVICE, Channel, device_subscriptions, parse_topic, topic
+from fedzo.protocol.wire.documents import Hello, Presence
+from fedzo.protocol.wire.messages import Decline
+from fedzo.protocol.wire.signed import is_signed
+from fedzo.protocol.wire.topics import FROM_DEVICE, Channel, device_subscriptions, parse_topic, topic
 from tests.fuzz.mutations import mutate
 from tests.protocol.simulation.network import FEDERATION
 from tests.protocol.simulation.nodes import DeviceNode

@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedzo.broker_server.intake import Drops, Intake
-from fedzo.edge_runtime.inbound import read_message
-from fedzo.edge_runtime.mqtt_types import Arrived
-from fedzo.protocol import messages
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import DeviceSaid, Garbled, Send
-from fedzo.protocol.documents import Announcement, Hello, RunDocument, parse, unpack_participants
+from fedzo.edge_runtime.connection.inbound import read_message
+from fedzo.edge_runtime.connection.mqtt_types import Arrived
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.layer_densities import read_mask
-from fedzo.protocol.messages import Receipt, Report, ReportKind, Verdict
-from fedzo.protocol.topics import Channel, topic
-from fedzo.protocol.transfers import BlobBlock, BlobRequest
+from fedzo.protocol.pruning.layer_densities import read_mask
+from fedzo.protocol.server_side.coordinator_events import DeviceSaid, Garbled, Send
+from fedzo.protocol.wire import messages
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, Hello, RunDocument, parse, unpack_participants
+from fedzo.protocol.wire.messages import Receipt, Report, ReportKind, Verdict
+from fedzo.protocol.wire.topics import Channel, topic
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest
 from tests.board_fixture import ROOT
 from tests.fuzz.targets import VICTIM, Federation
 from tests.protocol.builders import small_layout

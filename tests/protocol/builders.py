@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.directions import round_coefficients
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.streams import Purpose, uint16s
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.artifact.manifest import Golden, GraphFile, GraphMemory, Manifest, UnitLayer
+from fedzo.protocol.perturbation.directions import round_coefficients
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, uint16s
 
 FAN_IN_SCALE = float(np.float32(0.3))
 

@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from fedzo.protocol.codec import BinaryMessage
-from fedzo.protocol.directions import FAMILIES, MAX_BLOCKS, MAX_POSITION
-from fedzo.protocol.documents import (
+from fedzo.protocol.perturbation.directions import FAMILIES, MAX_BLOCKS, MAX_POSITION
+from fedzo.protocol.replay.optimisers import OPTIMISERS, OptimiserConfig
+from fedzo.protocol.replay.schedules import SCHEDULES
+from fedzo.protocol.settings import (
+    DEALING_ESTIMATORS,
+    ESTIMATORS,
+    RunSettings,
+    SaliencySettings,
+    TrainingSettings,
+)
+from fedzo.protocol.wire.codec import BinaryMessage
+from fedzo.protocol.wire.documents import (
     Announcement,
     Document,
     Hello,
@@ -21,17 +30,8 @@ from fedzo.protocol.documents import (
     ServerPresence,
     pack_participants,
 )
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig
-from fedzo.protocol.schedules import SCHEDULES
-from fedzo.protocol.settings import (
-    DEALING_ESTIMATORS,
-    ESTIMATORS,
-    RunSettings,
-    SaliencySettings,
-    TrainingSettings,
-)
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 
 u32 = st.integers(0, 2**32 - 1)
 tags = st.binary(min_size=4, max_size=4)

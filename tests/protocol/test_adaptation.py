@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.protocol.adaptation import TARGET, Adaptation, _medians_of_the_others, next_sigma
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.aggregation_rules import AggregationSettings
-from fedzo.protocol.blocks import Block, Deal, deal, directions_of, whole_block
-from fedzo.protocol.documents import Announcement
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Report, ReportKind
-from fedzo.protocol.optimisers import OptimiserConfig
-from fedzo.protocol.ranking import CoordinateRanking
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.perturbation.blocks import Block, Deal, deal, directions_of, whole_block
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.replay.update import Replica
+from fedzo.protocol.server_side.adaptation import TARGET, Adaptation, _medians_of_the_others, next_sigma
+from fedzo.protocol.server_side.aggregation import combine_probes
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
 from fedzo.protocol.settings import Assignment, TrainingSettings
-from fedzo.protocol.update import Replica
+from fedzo.protocol.wire.documents import Announcement
+from fedzo.protocol.wire.messages import Report, ReportKind
 
 Lie = Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.float64]]
 PLAIN = AggregationSettings()

@@ -11,25 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedzo.protocol.aggregation import (
+from fedzo.protocol.device_side.tasks import make_task
+from fedzo.protocol.errors import ProtocolError
+from fedzo.protocol.perturbation.blocks import Block, BlockKind, Deal, deal, whole_block
+from fedzo.protocol.perturbation.directions import MAX_POSITION, round_coefficients
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.replay.update import Replica
+from fedzo.protocol.server_side.aggregation import (
     MAX_PARTICIPANTS,
     average_blocks,
     check_report,
     combine_probes,
     evaluate_reports,
 )
-from fedzo.protocol.blocks import Block, BlockKind, Deal, deal, whole_block
-from fedzo.protocol.directions import MAX_POSITION, round_coefficients
-from fedzo.protocol.documents import Announcement, Hello, RunDocument, pack_participants
-from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Decline, Report, ReportKind, UpdateRecord
-from fedzo.protocol.open_round import OpenRound
-from fedzo.protocol.optimisers import OptimiserConfig
-from fedzo.protocol.roster import Roster
+from fedzo.protocol.server_side.open_round import OpenRound
+from fedzo.protocol.server_side.roster import Roster
 from fedzo.protocol.settings import Assignment, RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.tasks import make_task
-from fedzo.protocol.update import Replica
+from fedzo.protocol.wire.documents import Announcement, Hello, RunDocument, pack_participants
+from fedzo.protocol.wire.messages import Decline, Report, ReportKind, UpdateRecord
 from tests.protocol.builders import one_parameter, small_manifest
 
 DIGEST = bytes(range(16))

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedzo.protocol.aggregation import combine_probes, combine_scores
-from fedzo.protocol.aggregation_rules import RULES, AggregationSettings, RuleName, aggregate, clip_rows
-from fedzo.protocol.blocks import Block, Deal, deal
-from fedzo.protocol.directions import MAX_POSITION
-from fedzo.protocol.documents import RunDocument, parse
 from fedzo.protocol.errors import ConfigError, QuorumError
-from fedzo.protocol.messages import Report, ReportKind
+from fedzo.protocol.perturbation.blocks import Block, Deal, deal
+from fedzo.protocol.perturbation.directions import MAX_POSITION
+from fedzo.protocol.server_side.aggregation import combine_probes, combine_scores
+from fedzo.protocol.server_side.aggregation_rules import RULES, AggregationSettings, RuleName, aggregate, clip_rows
 from fedzo.protocol.settings import RunSettings, TrainingSettings
+from fedzo.protocol.wire.documents import RunDocument, parse
+from fedzo.protocol.wire.messages import Report, ReportKind
 
 Rows = NDArray[np.float64]
 HOSTILE = 2

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from fedzo.protocol.blobs import BLOCK_BYTES, MAX_SETBACKS, WINDOW, BlobDownload, BlobFetcher
-from fedzo.protocol.device_events import BlobFound, DeviceCommand, FindBlob, Send, StoreBlob
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, BlobRequest
+from fedzo.protocol.device_side.device_events import BlobFound, DeviceCommand, FindBlob, Send, StoreBlob
+from fedzo.protocol.wire.blobs import BLOCK_BYTES, MAX_SETBACKS, WINDOW, BlobDownload, BlobFetcher
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest
 
 RETRY_S = 5.0
 

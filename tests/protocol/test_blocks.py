@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.protocol.blocks import Block, BlockKind, Deal, blocks_of, deal, directions_of, whole_block
-from fedzo.protocol.directions import FAMILIES, MAX_POSITION, Directions, Family
-from fedzo.protocol.documents import Announcement, RunDocument, pack_participants
+from fedzo.protocol.device_side.tasks import make_task
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Report, ReportKind
-from fedzo.protocol.run_progress import RunProgress
+from fedzo.protocol.perturbation.blocks import Block, BlockKind, Deal, blocks_of, deal, directions_of, whole_block
+from fedzo.protocol.perturbation.directions import FAMILIES, MAX_POSITION, Directions, Family
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.replay.update import Replica
+from fedzo.protocol.server_side.run_progress import RunProgress
 from fedzo.protocol.settings import Assignment, EstimatorName, RunSettings, TrainingSettings
-from fedzo.protocol.tasks import make_task
-from fedzo.protocol.update import Replica
-from fedzo.protocol.wire import MAX_SCALARS
+from fedzo.protocol.wire.documents import Announcement, RunDocument, pack_participants
+from fedzo.protocol.wire.framing import MAX_SCALARS
+from fedzo.protocol.wire.messages import Report, ReportKind
 from tests.protocol.builders import seeded_normals
 from tests.protocol.simulation.fakes import cut_manifest, run_document, tiny_manifest
 

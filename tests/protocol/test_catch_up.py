@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol.catch_up import CatchUp
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import OfferBlob, Send, ServeLog, WithdrawBlob
-from fedzo.protocol.device_events import Compute
+from fedzo.protocol.device_side.device_events import Compute
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.replay.update import largest_snapshot, snapshot_place
+from fedzo.protocol.server_side.catch_up import CatchUp
+from fedzo.protocol.server_side.coordinator_events import OfferBlob, Send, ServeLog, WithdrawBlob
 from fedzo.protocol.settings import RunSettings, TrainingSettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
-from fedzo.protocol.update import largest_snapshot, snapshot_place
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import UpdateRecord
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 from tests.protocol.simulation.bench import RETRY_S, Bench, change_settings
 from tests.protocol.simulation.desk import SETTINGS, Desk, change
 from tests.protocol.simulation.world import World, check_end

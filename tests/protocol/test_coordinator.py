@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.protocol.coordinator_events import Finish, Record, Send, ServeLog, Tick
-from fedzo.protocol.documents import Announcement, Order, Presence, RunDocument, ServerPresence
 from fedzo.protocol.errors import QuorumError
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Decline, Receipt, UpdateRecord, Verdict
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.server_side.coordinator_events import Finish, Record, Send, ServeLog, Tick
 from fedzo.protocol.settings import SaliencySettings
-from fedzo.protocol.transfers import BlobRequest, LogRequest
+from fedzo.protocol.wire.documents import Announcement, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.wire.messages import Decline, Receipt, UpdateRecord, Verdict
+from fedzo.protocol.wire.transfers import BlobRequest, LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import TAG, tiny_manifest
 
@@ -81,7 +81,7 @@ def test_who_repeats_its_hello_gets_the_documents_again() -> None:
 
 
 def test_more_devices_than_a_round_takes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedzo.protocol.run_progress.MAX_PARTICIPANTS", 3)
+    monkeypatch.setattr("fedzo.protocol.server_side.run_progress.MAX_PARTICIPANTS", 3)
     desk = Desk(change(SETTINGS, rounds=8)).connect().join()
     seen = []
     for _ in range(8):
@@ -103,7 +103,7 @@ def test_the_older_of_two_devices_with_one_id_is_refused() -> None:
 
 
 def test_devices_above_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedzo.protocol.roster.MAX_DEVICES", 2)
+    monkeypatch.setattr("fedzo.protocol.server_side.roster.MAX_DEVICES", 2)
     desk = Desk(change(SETTINGS, devices=2)).connect().hello("a", "b", "c", "a")
     assert [order.action for order in desk.orders("c")] == ["refuse"]
     assert desk.orders("c")[0].detail

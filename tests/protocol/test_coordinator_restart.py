@@ -10,13 +10,13 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import Finish, OfferBlob
-from fedzo.protocol.documents import Announcement, Hello, parse
 from fedzo.protocol.errors import ProtocolError, QuorumError
-from fedzo.protocol.messages import UpdateRecord, Verdict
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.server_side.coordinator_events import Finish, OfferBlob
 from fedzo.protocol.settings import LOCAL_ESTIMATORS, Assignment, EstimatorName, RunSettings, SaliencySettings
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, Hello, parse
+from fedzo.protocol.wire.messages import UpdateRecord, Verdict
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import FakeEngine
 from tests.protocol.simulation.nodes import Entry

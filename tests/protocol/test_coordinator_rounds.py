@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.protocol.closings import Closing
-from fedzo.protocol.coordinator_events import Record, Send, ServeBlob, ServeLog
 from fedzo.protocol.errors import FedzoError, QuorumError
-from fedzo.protocol.messages import Decline, Receipt, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobRequest, LogRequest
+from fedzo.protocol.server_side.closings import Closing
+from fedzo.protocol.server_side.coordinator_events import Record, Send, ServeBlob, ServeLog
+from fedzo.protocol.wire.messages import Decline, Receipt, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobRequest, LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import TAG
 

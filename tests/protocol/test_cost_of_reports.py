@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol.coordinator_events import CoordinatorCommand, DeviceSaid, Evaluate, Record, Send
-from fedzo.protocol.messages import Receipt, Report
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.server_side.coordinator_events import CoordinatorCommand, DeviceSaid, Evaluate, Record, Send
+from fedzo.protocol.wire.messages import Receipt, Report
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.desk import SETTINGS, Desk, change
 
 

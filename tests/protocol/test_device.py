@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.protocol.blobs import BLOCK_BYTES, MAX_SETBACKS
-from fedzo.protocol.device_events import (
+from fedzo.protocol.artifact.layout import initial_weights
+from fedzo.protocol.artifact.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS
+from fedzo.protocol.device_side.device_events import (
     Compute,
     Connected,
     DeviceCommand,
@@ -26,14 +27,13 @@ from fedzo.protocol.device_events import (
     Send,
     Tick,
 )
-from fedzo.protocol.documents import Hello, Presence, ServerPresence
 from fedzo.protocol.errors import ArtifactError, ConfigError, FedzoError, MemoryBudgetError, ProtocolError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Receipt, Report, Verdict
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.wire.blobs import BLOCK_BYTES, MAX_SETBACKS
+from fedzo.protocol.wire.documents import Hello, Presence, ServerPresence
+from fedzo.protocol.wire.messages import Receipt, Report, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest
 from tests.protocol.simulation.bench import NAMES, RETRY_S, SESSION, SETTINGS, Bench, hello
 from tests.protocol.simulation.desk import change
 from tests.protocol.simulation.fakes import TAG, optional_graph, tiny_manifest
@@ -94,7 +94,7 @@ def test_every_stage_is_reached(stage: str) -> None:
 
 
 def test_the_stages_are_those_of_the_modules_table() -> None:
-    import fedzo.protocol.device as module
+    import fedzo.protocol.device_side.device as module
 
     assert module.__doc__ is not None
     table = module.__doc__.split("=\n")

@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-from fedzo.protocol import log_follower
-from fedzo.protocol.device_events import (
+from fedzo.protocol.device_side import log_follower
+from fedzo.protocol.device_side.device_events import (
     Compute,
     Finish,
 )
 from fedzo.protocol.errors import SelfTestError
-from fedzo.protocol.messages import Receipt, Verdict
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import LogRequest, LogSlice
+from fedzo.protocol.wire.messages import Receipt, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import LogRequest, LogSlice
 from tests.protocol.simulation.bench import RETRY_S, Bench
 from tests.protocol.simulation.fakes import TAG
 

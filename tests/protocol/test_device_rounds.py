@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.protocol.device_events import (
+from fedzo.protocol.device_side.device_events import (
     BlobFound,
     Cancel,
     Compute,
@@ -28,11 +28,11 @@ from fedzo.protocol.device_events import (
     Send,
     Tick,
 )
-from fedzo.protocol.documents import Announcement, Order, ServerPresence, pack_participants
 from fedzo.protocol.errors import SelfTestError
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, Verdict
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, LogSlice
+from fedzo.protocol.wire.documents import Announcement, Order, ServerPresence, pack_participants
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, LogSlice
 from tests.protocol.simulation.bench import FILES, RETRY_S, SESSION, Bench, other_run
 from tests.protocol.simulation.fakes import TAG
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s
+from fedzo.protocol.perturbation.directions import FAMILIES, Directions, Family, fwht, round_coefficients
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, permutation, raw_bytes, uint16s
 from tests.protocol.builders import seeded_coefficients, seeded_normals
 
 

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.protocol.documents import (
+from fedzo.protocol.errors import ConfigError, ProtocolError
+from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.documents import (
     MAX_DOCUMENT_BYTES,
     MAX_LINE,
     Announcement,
@@ -28,8 +30,6 @@ from fedzo.protocol.documents import (
     parse,
     unpack_participants,
 )
-from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.settings import RunSettings
 from tests.protocol.golden.message_cases import DOCUMENTS, PAYLOADS
 from tests.protocol.strategies import documents
 

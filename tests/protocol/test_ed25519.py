@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedzo.protocol import ed25519
-from fedzo.protocol.ed25519 import is_public_key, verify
+from fedzo.protocol.wire import ed25519
+from fedzo.protocol.wire.ed25519 import is_public_key, verify
 
 ORDER = 2**252 + 27742317777372353535851937790883648493
 PRIME = 2**255 - 19

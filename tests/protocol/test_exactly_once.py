@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.coordinator_events import CoordinatorCommand, CoordinatorEvent, Send
-from fedzo.protocol.delivery import Delivery
-from fedzo.protocol.log_follower import LogFollower
-from fedzo.protocol.messages import Receipt, UpdateRecord, Verdict
-from fedzo.protocol.open_round import OpenRound
-from fedzo.protocol.roster import Roster
+from fedzo.protocol.device_side.delivery import Delivery
+from fedzo.protocol.device_side.log_follower import LogFollower
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.server_side.coordinator_events import CoordinatorCommand, CoordinatorEvent, Send
+from fedzo.protocol.server_side.open_round import OpenRound
+from fedzo.protocol.server_side.roster import Roster
+from fedzo.protocol.wire.messages import Receipt, UpdateRecord, Verdict
 from tests.protocol.exactly_once.plans import FEATURES, plan_of
 from tests.protocol.exactly_once.world import play
 

@@ -11,9 +11,9 @@ import os
 
 import pytest
 
-from fedzo.protocol.aggregation_rules import AggregationSettings, RuleName
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings, RuleName
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 from tests.protocol.simulation.desk import check_order
 from tests.protocol.simulation.fakes import optional_graph, run_document

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
-from fedzo.protocol.layer_densities import (
+from fedzo.protocol.pruning.layer_densities import (
     LayerDensities,
     check_floor,
     erk_densities,
     read_mask,
     uniform_densities,
 )
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.mask import Mask
+from fedzo.protocol.pruning.mask import Mask
 from tests.protocol.builders import small_layout
 
 INIT = Initialiser("constant", 0.0)

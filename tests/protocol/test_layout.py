@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedzo.protocol.artifact.layout import MAX_PARAMETERS, Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import MAX_PARAMETERS, Initialiser, Layout, Parameter, initial_weights
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.streams import Purpose, uint16s
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, uint16s
 from tests.protocol.builders import small_layout
 
 initialisers = st.builds(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedzo.protocol.artifact.golden_answer import GoldenPredictions
+from fedzo.protocol.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, golden_batch
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.golden_answer import GoldenPredictions
-from fedzo.protocol.manifest import MAX_MANIFEST_BYTES, Manifest, golden_batch
 from tests.protocol.builders import small_manifest
 
 

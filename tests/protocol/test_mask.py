@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.errors import ArtifactError, ConfigError, ProtocolError
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 from tests.protocol.builders import one_parameter, seeded_normals, small_layout
 from tests.protocol.golden.make import VECTORS
 

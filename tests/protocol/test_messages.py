@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedzo.protocol.codec import BinaryMessage, decode
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.messages import (
+from fedzo.protocol.wire.codec import BinaryMessage, decode
+from fedzo.protocol.wire.framing import MAX_PAYLOAD_BYTES, MAX_SCALARS, VERSION, MessageType
+from fedzo.protocol.wire.messages import (
     MAX_REPORT_BLOCKS,
     MAX_SEGMENTS,
     Decline,
@@ -28,9 +29,8 @@ from fedzo.protocol.messages import (
     Verdict,
     report_numbers,
 )
-from fedzo.protocol.scalar_rows import pack_row
-from fedzo.protocol.transfers import MAX_BLOCK_BYTES, MAX_LOG_RECORDS, BlobBlock, BlobRequest, LogRequest, LogSlice
-from fedzo.protocol.wire import MAX_PAYLOAD_BYTES, MAX_SCALARS, VERSION, MessageType
+from fedzo.protocol.wire.scalar_rows import pack_row
+from fedzo.protocol.wire.transfers import MAX_BLOCK_BYTES, MAX_LOG_RECORDS, BlobBlock, BlobRequest, LogRequest, LogSlice
 from tests.protocol.golden.message_cases import MESSAGES, PAYLOADS
 from tests.protocol.strategies import binary_messages, reports
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedzo.protocol.blocks import Block
-from fedzo.protocol.codec import decode
+from fedzo.protocol.artifact.layout import initial_weights
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.messages import UpdateRecord
-from fedzo.protocol.moving_average import MovingAverage
-from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
-from fedzo.protocol.update import Replica, weights_digest
+from fedzo.protocol.perturbation.blocks import Block
+from fedzo.protocol.replay.moving_average import MovingAverage
+from fedzo.protocol.replay.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
+from fedzo.protocol.replay.update import Replica, weights_digest
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import UpdateRecord
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
 from tests.protocol.test_update import RATE, small_mask, whole
 

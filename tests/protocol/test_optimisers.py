@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
+from fedzo.protocol.replay.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
 from tests.protocol.builders import seeded_normals
 
 SIZE = 257

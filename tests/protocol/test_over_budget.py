@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol.coordinator_events import Finish as ServerFinish
-from fedzo.protocol.coordinator_events import Send
-from fedzo.protocol.device_events import (
+from fedzo.protocol.device_side.device_events import (
     Cancel,
     Compute,
     Computed,
@@ -24,10 +22,12 @@ from fedzo.protocol.device_events import (
     Prepared,
     SaveReport,
 )
-from fedzo.protocol.documents import Order, Presence
 from fedzo.protocol.errors import MemoryBudgetError, QuorumError
-from fedzo.protocol.messages import Decline, Receipt, Report, Verdict
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.server_side.coordinator_events import Finish as ServerFinish
+from fedzo.protocol.server_side.coordinator_events import Send
+from fedzo.protocol.wire.documents import Order, Presence
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, Verdict
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.bench import RETRY_S, Bench
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import TAG

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.aggregation_rules import AggregationSettings
-from fedzo.protocol.blocks import Block, deal
-from fedzo.protocol.codec import decode
-from fedzo.protocol.dealing import deals_of
-from fedzo.protocol.device_events import Compute
-from fedzo.protocol.documents import Announcement, Hello, parse
+from fedzo.protocol.device_side.device_events import Compute
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.pace import paced_levels, pack_levels, unpack_levels
-from fedzo.protocol.roster import Member
+from fedzo.protocol.perturbation.blocks import Block, deal
+from fedzo.protocol.perturbation.dealing import deals_of
+from fedzo.protocol.server_side.aggregation import combine_probes
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
+from fedzo.protocol.server_side.pace import paced_levels, pack_levels, unpack_levels
+from fedzo.protocol.server_side.roster import Member
 from fedzo.protocol.settings import RunSettings, TrainingSettings
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, Hello, parse
+from fedzo.protocol.wire.messages import Receipt, Report, ReportKind, UpdateRecord, Verdict
 from tests.protocol.simulation.bench import SETTINGS as BENCH
 from tests.protocol.simulation.bench import Bench
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.artifact.placement import BlockedAxis, Placement, decode_placements, encode_placements
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.placement import BlockedAxis, Placement, decode_placements, encode_placements
 
 LAYOUT = Layout(
     (

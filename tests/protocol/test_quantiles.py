@@ -9,9 +9,9 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from fedzo.protocol import quantiles
 from fedzo.protocol.errors import SelfTestError
-from fedzo.protocol.quantiles import TABLE_SIZE, gaussian_table
+from fedzo.protocol.perturbation import quantiles
+from fedzo.protocol.perturbation.quantiles import TABLE_SIZE, gaussian_table
 
 
 @pytest.fixture

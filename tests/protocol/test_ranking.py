@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.ranking import CoordinateRanking
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
 
 
 def advance(ranking: CoordinateRanking, sizes: NDArray[np.float32], k: int) -> NDArray[np.int64]:

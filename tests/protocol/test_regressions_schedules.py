@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 
-from fedzo.protocol.coordinator_events import Finish, ScoresChecked, Send
-from fedzo.protocol.documents import Announcement
 from fedzo.protocol.errors import QuorumError
-from fedzo.protocol.messages import Decline
+from fedzo.protocol.server_side.coordinator_events import Finish, ScoresChecked, Send
 from fedzo.protocol.settings import SaliencySettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import LogRequest
+from fedzo.protocol.wire.documents import Announcement
+from fedzo.protocol.wire.messages import Decline
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import LogRequest
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 
 

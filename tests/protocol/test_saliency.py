@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fedzo.protocol.artifact.layout import initial_weights
 from fedzo.protocol.errors import ArtifactError, ProtocolError
-from fedzo.protocol.layout import initial_weights
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
-from fedzo.protocol.streams import Purpose, uint16s
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, uint16s
+from fedzo.protocol.pruning.saliency import diagonal_scores, gaussian_inputs, layer_draw
 from tests.protocol.builders import seeded_normals, small_manifest
 
 MANIFEST = small_manifest()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedzo.protocol.directions import round_coefficients
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.scalar_rows import pack_row, round_to_halves, unpack_row
+from fedzo.protocol.perturbation.directions import round_coefficients
+from fedzo.protocol.wire.scalar_rows import pack_row, round_to_halves, unpack_row
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 modest = st.floats(min_value=-(2.0**60), max_value=2.0**60, width=32)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.protocol.schedules import SCHEDULES, SMALLEST, Schedule, rate_factor
+from fedzo.protocol.replay.schedules import SCHEDULES, SMALLEST, Schedule, rate_factor
 from fedzo.protocol.settings import TrainingSettings
 
 QUARTERS = 0.5 * (1 + math.cos(math.pi / 4))

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fedzo.protocol.coordinator_events import CheckScores, MakeMask, MaskMade, OfferBlob, ScoresChecked
-from fedzo.protocol.layer_densities import LayerDensities, uniform_densities
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.score_checks import checked_ranks, largest_difference
+from fedzo.protocol.pruning.layer_densities import LayerDensities, uniform_densities
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.pruning.score_checks import checked_ranks, largest_difference
+from fedzo.protocol.server_side.coordinator_events import CheckScores, MakeMask, MaskMade, OfferBlob, ScoresChecked
 from fedzo.protocol.settings import PruningMethod, RunSettings, SaliencySettings
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 from tests.protocol.simulation.fakes import manifest_for

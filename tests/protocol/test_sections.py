@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.protocol.blocks import blocks_of
-from fedzo.protocol.cut import Cut
+from fedzo.protocol.artifact.cut import Cut
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.artifact.sections import Sections, is_section_graph, section_graphs
+from fedzo.protocol.device_side.run_files import needed_graphs
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.run_files import needed_graphs
-from fedzo.protocol.sections import Sections, is_section_graph, section_graphs
+from fedzo.protocol.perturbation.blocks import blocks_of
+from fedzo.protocol.pruning.mask import Mask
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 from tests.protocol.builders import small_manifest
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol import run_progress
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.documents import Hello
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.messages import Decline, Receipt, UpdateRecord, Verdict
-from fedzo.protocol.participants import unpack_participants
-from fedzo.protocol.roster import Member
-from fedzo.protocol.run_progress import RunProgress
-from fedzo.protocol.selection import select
+from fedzo.protocol.server_side import run_progress
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.server_side.roster import Member
+from fedzo.protocol.server_side.run_progress import RunProgress
+from fedzo.protocol.server_side.selection import select
 from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.wire.documents import Hello
+from fedzo.protocol.wire.messages import Decline, Receipt, UpdateRecord, Verdict
+from fedzo.protocol.wire.participants import unpack_participants
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.desk import SETTINGS, Desk, change, check_order
 from tests.protocol.simulation.fakes import cut_manifest, run_document
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.signed import SIGNED, attach, check, detach, is_signed, signed_bytes
-from fedzo.protocol.topics import FROM_DEVICE, Channel
-from fedzo.protocol.transfers import SnapshotOffer
+from fedzo.protocol.wire.signed import SIGNED, attach, check, detach, is_signed, signed_bytes
+from fedzo.protocol.wire.topics import FROM_DEVICE, Channel
+from fedzo.protocol.wire.transfers import SnapshotOffer
 from tests.protocol.golden.message_cases import MESSAGES
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.ranking import CoordinateRanking
-from fedzo.protocol.sketch import GradientSketch
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
+from fedzo.protocol.perturbation.sketch import GradientSketch
 
 
 def normal(size: int, seed: int = 0) -> np.ndarray:

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.aggregation_rules import AggregationSettings
-from fedzo.protocol.blocks import Block, deal, directions_of
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import Record, Send
-from fedzo.protocol.device_events import Cancel, Compute, DropReport, GiveBack, SaveReport
-from fedzo.protocol.directions import MAX_POSITION, Directions
-from fedzo.protocol.documents import ServerPresence
+from fedzo.protocol.device_side.device_events import Cancel, Compute, DropReport, GiveBack, SaveReport
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.past_rounds import PastRound, PastRounds
-from fedzo.protocol.ranking import CoordinateRanking
+from fedzo.protocol.perturbation.blocks import Block, deal, directions_of
+from fedzo.protocol.perturbation.directions import MAX_POSITION, Directions
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
+from fedzo.protocol.replay.past_rounds import PastRound, PastRounds
+from fedzo.protocol.replay.update import estimate_gradient
+from fedzo.protocol.server_side.aggregation import combine_probes
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
+from fedzo.protocol.server_side.coordinator_events import Record, Send
+from fedzo.protocol.server_side.staleness import Group, combine_groups
 from fedzo.protocol.settings import RunSettings, TrainingSettings
-from fedzo.protocol.staleness import Group, combine_groups
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import LogSlice
-from fedzo.protocol.update import estimate_gradient
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import ServerPresence
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import LogSlice
 from tests.protocol.simulation.bench import RETRY_S, Bench
 from tests.protocol.simulation.bench import SETTINGS as BENCH
 from tests.protocol.simulation.desk import SETTINGS, Desk, change, check_order

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
+from fedzo.protocol.perturbation.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
 
 WORD = 2**64 - 1
 words = st.one_of(st.integers(0, 1000), st.integers(0, WORD), st.sampled_from([2**63 - 1, 2**63, 2**63 + 1, WORD]))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from fedzo.protocol.artifact.manifest import GraphMemory, Manifest
+from fedzo.protocol.artifact.structure import NarrowedLayer, Structure
+from fedzo.protocol.artifact.whole_network import whole_network
 from fedzo.protocol.errors import ArtifactError
-from fedzo.protocol.manifest import GraphMemory, Manifest
-from fedzo.protocol.structure import NarrowedLayer, Structure
-from fedzo.protocol.whole_network import whole_network
 from tests.protocol.builders import small_manifest
 
 STRUCTURE = Structure(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.protocol.errors import ConfigError, ProtocolError
-from fedzo.protocol.topics import (
+from fedzo.protocol.wire.topics import (
     BROADCAST,
     FROM_DEVICE,
     RETAINED,

@@ -10,18 +10,25 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedzo.protocol.aggregation import combine_probes
-from fedzo.protocol.blocks import Block, BlockKind, deal, directions_of, whole_block
-from fedzo.protocol.codec import decode
-from fedzo.protocol.directions import FAMILIES, MAX_BLOCKS, MAX_POSITION, Directions, Family, round_coefficients
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter, initial_weights
 from fedzo.protocol.errors import ProtocolError
-from fedzo.protocol.layout import Initialiser, Layout, Parameter, initial_weights
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.messages import Report, ReportKind, UpdateRecord
-from fedzo.protocol.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
-from fedzo.protocol.ranking import CoordinateRanking
-from fedzo.protocol.sketch import GradientSketch
-from fedzo.protocol.update import Replica, chain_digest, empty_log_digest, estimate_gradient, weights_digest
+from fedzo.protocol.perturbation.blocks import Block, BlockKind, deal, directions_of, whole_block
+from fedzo.protocol.perturbation.directions import (
+    FAMILIES,
+    MAX_BLOCKS,
+    MAX_POSITION,
+    Directions,
+    Family,
+    round_coefficients,
+)
+from fedzo.protocol.perturbation.ranking import CoordinateRanking
+from fedzo.protocol.perturbation.sketch import GradientSketch
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.replay.optimisers import OPTIMISERS, OptimiserConfig, OptimiserName
+from fedzo.protocol.replay.update import Replica, chain_digest, empty_log_digest, estimate_gradient, weights_digest
+from fedzo.protocol.server_side.aggregation import combine_probes
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.messages import Report, ReportKind, UpdateRecord
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
 
 RATE = float(np.float32(0.01))

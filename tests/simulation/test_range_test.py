@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedzo.protocol.errors import ConfigError
-from fedzo.protocol.rate_finder import LEAST_UPDATES, RISE, RangeTest, range_test_settings, with_found_rate
+from fedzo.protocol.server_side.rate_finder import LEAST_UPDATES, RISE, RangeTest, range_test_settings, with_found_rate
 from fedzo.protocol.settings import RunSettings
 from fedzo.simulation.process_pool import ProcessPool
 from fedzo.simulation.simulate import simulate

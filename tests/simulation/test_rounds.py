@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedzo.protocol.optimisers import OptimiserConfig
-from fedzo.protocol.transfers import SnapshotOffer
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.wire.transfers import SnapshotOffer
 from fedzo.simulation.process_pool import ProcessPool
 from fedzo.simulation.result import SimulationResult
 from fedzo.simulation.settings import SimulationSettings

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedzo.edge_runtime.artifact import load_artifact
-from fedzo.edge_runtime.data import as_samples
+from fedzo.edge_runtime.datasets.data import as_samples
+from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.protocol.errors import ConfigError, DataError, FedzoError, QuorumError
+from fedzo.protocol.replay.update import weights_digest
 from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.update import weights_digest
 from fedzo.simulation.clients import StoredSamples
 from fedzo.simulation.process_pool import ProcessPool
 from fedzo.simulation.result import Progress, SimulationResult
@@ -246,11 +246,11 @@ def test_a_process_that_cannot_begin_says_why(artifact: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("reads_server", [False, True])
 def test_shared_weights_are_those_of_a_replica_of_its_own(artifact: Path, reads_server: bool) -> None:
     """Whoever follows, lags behind or starts over holds the same bits as a replica that is alone."""
-    from fedzo.protocol.directions import round_coefficients
-    from fedzo.protocol.documents import RunDocument
+    from fedzo.protocol.device_side.parts import Parts
     from fedzo.protocol.errors import ProtocolError
-    from fedzo.protocol.mask import Mask
-    from fedzo.protocol.parts import Parts
+    from fedzo.protocol.perturbation.directions import round_coefficients
+    from fedzo.protocol.pruning.mask import Mask
+    from fedzo.protocol.wire.documents import RunDocument
     from fedzo.simulation.shared import SharedParts
 
     loaded = load_artifact(artifact)

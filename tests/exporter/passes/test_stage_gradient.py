@@ -22,8 +22,8 @@ from fedzo.exporter.passes.stage_gradient import StageGradient
 from fedzo.exporter.sessions import run_graph
 from fedzo.exporter.stages import StagePoint, find_stages
 from fedzo.exporter.units import find_units
-from fedzo.protocol.layout import Layout
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.artifact.layout import Layout
+from fedzo.protocol.pruning.mask import Mask, threshold
 from tests.exporter.text_graphs import LINEAR, layout_of, numbers, operators, parse, signature
 
 BATCH = 5

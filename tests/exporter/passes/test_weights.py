@@ -12,7 +12,7 @@ from fedzo.exporter.passes.fold_weights import FoldWeights
 from fedzo.exporter.passes.infrastructure import PassError, Sequential
 from fedzo.exporter.passes.scatter_survivors import ScatterSurvivors
 from fedzo.exporter.passes.weights_as_inputs import WeightsAsInputs
-from fedzo.protocol.mask import Mask, threshold
+from fedzo.protocol.pruning.mask import Mask, threshold
 from tests.exporter.text_graphs import (
     CONVOLUTION,
     LINEAR,

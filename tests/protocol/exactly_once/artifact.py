@@ -7,12 +7,12 @@ import functools
 import hashlib
 from typing import ClassVar
 
-from fedzo.protocol.documents import RunDocument
-from fedzo.protocol.layout import Layout
-from fedzo.protocol.manifest import GraphFile, Manifest
-from fedzo.protocol.mask import Fill, Mask
-from fedzo.protocol.parts import Parts
+from fedzo.protocol.artifact.layout import Layout
+from fedzo.protocol.artifact.manifest import GraphFile, Manifest
+from fedzo.protocol.device_side.parts import Parts
+from fedzo.protocol.pruning.mask import Fill, Mask
 from fedzo.protocol.settings import EstimatorName
+from fedzo.protocol.wire.documents import RunDocument
 from tests.protocol.simulation.fakes import manifest_for
 
 __all__ = ["SharedParts", "artifact_of"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedzo.protocol.coordinator import Coordinator
 from fedzo.protocol.errors import MemoryBudgetError
+from fedzo.protocol.server_side.coordinator import Coordinator
 from tests.protocol.exactly_once.artifact import artifact_of
 from tests.protocol.exactly_once.ledger import Ledger
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator_events import RecordKind
-from fedzo.protocol.dealing import deals_of
-from fedzo.protocol.documents import Announcement, RunDocument, parse
-from fedzo.protocol.manifest import Manifest
-from fedzo.protocol.messages import Report, UpdateRecord
-from fedzo.protocol.participants import unpack_participants
-from fedzo.protocol.run_progress import RunProgress
+from fedzo.protocol.artifact.manifest import Manifest
+from fedzo.protocol.perturbation.dealing import deals_of
+from fedzo.protocol.server_side.coordinator_events import RecordKind
+from fedzo.protocol.server_side.run_progress import RunProgress
+from fedzo.protocol.server_side.staleness import Group, combine_groups
 from fedzo.protocol.settings import RunSettings
-from fedzo.protocol.staleness import Group, combine_groups
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, RunDocument, parse
+from fedzo.protocol.wire.messages import Report, UpdateRecord
+from fedzo.protocol.wire.participants import unpack_participants
 
 __all__ = ["Ledger", "PlainEntry", "read_report", "read_update"]
 

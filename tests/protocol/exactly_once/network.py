@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from fedzo.protocol.topics import FROM_DEVICE, RETAINED, Channel
+from fedzo.protocol.wire.topics import FROM_DEVICE, RETAINED, Channel
 
 __all__ = ["SERVER", "Client", "Flight", "Network"]
 

@@ -14,20 +14,20 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedzo.broker_server.history.recovery import entries_to_resume, keep_last_snapshot
 from fedzo.broker_server.journal import Entry, MemoryJournal
-from fedzo.broker_server.recovery import entries_to_resume, keep_last_snapshot
-from fedzo.protocol import coordinator_events as server_events
-from fedzo.protocol import device_events
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.device import Device
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
-from fedzo.protocol.layer_densities import uniform_densities
-from fedzo.protocol.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.run_files import needed_graphs
-from fedzo.protocol.snapshots import SnapshotClock
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, LogSlice
+from fedzo.protocol.device_side import device_events
+from fedzo.protocol.device_side.device import Device
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.device_side.run_files import needed_graphs
+from fedzo.protocol.pruning.layer_densities import uniform_densities
+from fedzo.protocol.server_side import coordinator_events as server_events
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.server_side.snapshots import SnapshotClock
+from fedzo.protocol.wire.documents import Announcement, Hello, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.wire.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, LogSlice
 from tests.protocol.exactly_once.artifact import SharedParts, artifact_of
 from tests.protocol.exactly_once.ledger import PlainEntry, read_announcement, read_update
 from tests.protocol.exactly_once.network import SERVER, Client, Flight, Network

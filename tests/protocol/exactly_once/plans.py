@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedzo.protocol.aggregation_rules import AggregationSettings, Clip, RuleName
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.replay.optimisers import OptimiserConfig
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings, Clip, RuleName
 from fedzo.protocol.settings import PruningMethod, RunSettings, SaliencySettings, TrainingSettings
 
 __all__ = ["FEATURES", "Board", "Plan", "Weather", "plan_of"]

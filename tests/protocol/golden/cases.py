@@ -14,18 +14,18 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.blocks import Block, deal, whole_block
-from fedzo.protocol.directions import FAMILIES, Directions, Family, fwht, round_coefficients
-from fedzo.protocol.layer_densities import erk_densities
-from fedzo.protocol.layout import Layout, initial_weights
-from fedzo.protocol.manifest import golden_batch
-from fedzo.protocol.mask import Mask, threshold
-from fedzo.protocol.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
-from fedzo.protocol.quantiles import gaussian_table
-from fedzo.protocol.saliency import diagonal_scores, gaussian_inputs, layer_draw
+from fedzo.protocol.artifact.layout import Layout, initial_weights
+from fedzo.protocol.artifact.manifest import golden_batch
+from fedzo.protocol.perturbation.blocks import Block, deal, whole_block
+from fedzo.protocol.perturbation.directions import FAMILIES, Directions, Family, fwht, round_coefficients
+from fedzo.protocol.perturbation.quantiles import gaussian_table
+from fedzo.protocol.perturbation.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
+from fedzo.protocol.pruning.layer_densities import erk_densities
+from fedzo.protocol.pruning.mask import Mask, threshold
+from fedzo.protocol.pruning.saliency import diagonal_scores, gaussian_inputs, layer_draw
+from fedzo.protocol.replay.optimisers import OPTIMISERS, Optimiser, OptimiserConfig, OptimiserName
+from fedzo.protocol.replay.update import Replica, weights_digest
 from fedzo.protocol.settings import Assignment
-from fedzo.protocol.streams import Purpose, permutation, raw_bytes, uint16s, uint64s
-from fedzo.protocol.update import Replica, weights_digest
 from tests.protocol.builders import (
     one_parameter,
     seeded_coefficients,

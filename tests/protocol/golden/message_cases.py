@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fedzo.protocol.codec import BinaryMessage
-from fedzo.protocol.documents import Announcement, Document, Hello, Order, Presence, RunDocument, ServerPresence
-from fedzo.protocol.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
-from fedzo.protocol.optimisers import OptimiserConfig
+from fedzo.protocol.replay.optimisers import OptimiserConfig
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
-from fedzo.protocol.wire import run_tag
+from fedzo.protocol.wire.codec import BinaryMessage
+from fedzo.protocol.wire.documents import Announcement, Document, Hello, Order, Presence, RunDocument, ServerPresence
+from fedzo.protocol.wire.framing import run_tag
+from fedzo.protocol.wire.messages import Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest, LogRequest, LogSlice, SnapshotOffer
 
 PAYLOADS = Path(__file__).with_name("messages.json")
 

@@ -21,23 +21,23 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.aggregation_rules import AggregationSettings
-from fedzo.protocol.blocks import Block, Deal, deal, whole_block
-from fedzo.protocol.codec import decode
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.documents import Hello
-from fedzo.protocol.messages import Receipt, Report, ReportKind, UpdateRecord
-from fedzo.protocol.optimisers import OptimiserConfig, OptimiserName
-from fedzo.protocol.pace import paced_levels, pack_levels, unpack_levels
-from fedzo.protocol.roster import Member
-from fedzo.protocol.scalar_rows import round_to_halves
-from fedzo.protocol.selection import select
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.perturbation.blocks import Block, Deal, deal, whole_block
+from fedzo.protocol.replay.optimisers import OptimiserConfig, OptimiserName
+from fedzo.protocol.replay.update import Replica
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
+from fedzo.protocol.server_side.pace import paced_levels, pack_levels, unpack_levels
+from fedzo.protocol.server_side.roster import Member
+from fedzo.protocol.server_side.selection import select
+from fedzo.protocol.server_side.staleness import Group, combine_groups
 from fedzo.protocol.settings import Assignment, RunSettings
-from fedzo.protocol.staleness import Group, combine_groups
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import LogRequest, SnapshotOffer
-from fedzo.protocol.update import Replica
-from fedzo.protocol.wire import run_tag
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Hello
+from fedzo.protocol.wire.framing import run_tag
+from fedzo.protocol.wire.messages import Receipt, Report, ReportKind, UpdateRecord
+from fedzo.protocol.wire.scalar_rows import round_to_halves
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import LogRequest, SnapshotOffer
 from tests.protocol.builders import seeded_coefficients, seeded_normals
 from tests.protocol.golden.cases import BLOCK_REPLAYS, replay_layout, sha256
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change

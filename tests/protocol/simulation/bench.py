@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedzo.protocol.codec import BinaryMessage
-from fedzo.protocol.device import Device
-from fedzo.protocol.device_events import (
+from fedzo.protocol.device_side.device import Device
+from fedzo.protocol.device_side.device_events import (
     BlobFound,
     Compute,
     Computed,
@@ -29,8 +28,12 @@ from fedzo.protocol.device_events import (
     Task,
     Tick,
 )
-from fedzo.protocol.directions import round_coefficients
-from fedzo.protocol.documents import (
+from fedzo.protocol.device_side.parts import start_replica
+from fedzo.protocol.perturbation.directions import round_coefficients
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
+from fedzo.protocol.wire.codec import BinaryMessage
+from fedzo.protocol.wire.documents import (
     Announcement,
     Document,
     Hello,
@@ -40,12 +43,9 @@ from fedzo.protocol.documents import (
     RunDocument,
     pack_participants,
 )
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Report, UpdateRecord
-from fedzo.protocol.parts import start_replica
-from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.topics import Channel
-from fedzo.protocol.transfers import BlobBlock, BlobRequest
+from fedzo.protocol.wire.messages import Report, UpdateRecord
+from fedzo.protocol.wire.topics import Channel
+from fedzo.protocol.wire.transfers import BlobBlock, BlobRequest
 from tests.protocol.builders import seeded_normals
 from tests.protocol.simulation.fakes import (
     cut_graphs,

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.codec import BinaryMessage
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.coordinator_events import (
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.device_side.tasks import make_report
+from fedzo.protocol.perturbation.dealing import deals_of
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.server_side.coordinator_events import (
     CheckScores,
     Connected,
     CoordinatorCommand,
@@ -25,13 +27,11 @@ from fedzo.protocol.coordinator_events import (
     ServerEvaluated,
     Tick,
 )
-from fedzo.protocol.dealing import deals_of
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.documents import Announcement, Document, Hello, Order, Presence, Status, parse
-from fedzo.protocol.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
-from fedzo.protocol.tasks import make_report
-from fedzo.protocol.topics import Channel
+from fedzo.protocol.wire.codec import BinaryMessage
+from fedzo.protocol.wire.documents import Announcement, Document, Hello, Order, Presence, Status, parse
+from fedzo.protocol.wire.messages import KINDS, Decline, Receipt, Report, ReportKind, UpdateRecord, Verdict
+from fedzo.protocol.wire.topics import Channel
 from tests.protocol.simulation.fakes import FakeEngine, manifest_for, run_document
 from tests.protocol.simulation.nodes import Entry
 

@@ -10,19 +10,28 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from fedzo.protocol.blocks import blocks_of, directions_of
-from fedzo.protocol.cut import Cut
-from fedzo.protocol.dense_tail import DenseLayer, DenseTail
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.directions import Directions
-from fedzo.protocol.documents import RunDocument
-from fedzo.protocol.layout import Initialiser, Layout, Parameter
-from fedzo.protocol.manifest import CUT_GRAPHS, GRAPHS, TAIL_GRAPHS, Golden, GraphFile, GraphMemory, Manifest, UnitLayer
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import ReportKind
+from fedzo.protocol.artifact.cut import Cut
+from fedzo.protocol.artifact.dense_tail import DenseLayer, DenseTail
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
+from fedzo.protocol.artifact.manifest import (
+    CUT_GRAPHS,
+    GRAPHS,
+    TAIL_GRAPHS,
+    Golden,
+    GraphFile,
+    GraphMemory,
+    Manifest,
+    UnitLayer,
+)
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.perturbation.blocks import blocks_of, directions_of
+from fedzo.protocol.perturbation.directions import Directions
+from fedzo.protocol.perturbation.sketch import GradientSketch
+from fedzo.protocol.pruning.mask import Mask
 from fedzo.protocol.settings import EstimatorName, RunSettings
-from fedzo.protocol.sketch import GradientSketch
-from fedzo.protocol.wire import run_tag
+from fedzo.protocol.wire.documents import RunDocument
+from fedzo.protocol.wire.framing import run_tag
+from fedzo.protocol.wire.messages import ReportKind
 from tests.protocol.builders import seeded_normals
 
 TAG = run_tag("run-1")

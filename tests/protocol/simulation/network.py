@@ -8,8 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedzo.protocol.codec import BinaryMessage, decode
-from fedzo.protocol.documents import (
+from fedzo.protocol.wire.codec import BinaryMessage, decode
+from fedzo.protocol.wire.documents import (
     Announcement,
     Document,
     Hello,
@@ -19,7 +19,7 @@ from fedzo.protocol.documents import (
     ServerPresence,
     parse,
 )
-from fedzo.protocol.topics import BROADCAST, FROM_DEVICE, RETAINED, Channel, parse_topic, topic
+from fedzo.protocol.wire.topics import BROADCAST, FROM_DEVICE, RETAINED, Channel, parse_topic, topic
 
 FEDERATION = "test"
 SERVER = "server"

@@ -8,21 +8,21 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedzo.protocol import coordinator_events as server_events
-from fedzo.protocol import device_events
-from fedzo.protocol.codec import BinaryMessage, decode
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.coordinator_events import RecordKind
-from fedzo.protocol.device import Device
-from fedzo.protocol.device_events import Outcome, Task
-from fedzo.protocol.documents import Document, Hello, Presence, RunDocument, ServerPresence
-from fedzo.protocol.graph_files import GraphFile
-from fedzo.protocol.layer_densities import uniform_densities
-from fedzo.protocol.mask import Mask
-from fedzo.protocol.messages import Decline, Report, UpdateRecord
-from fedzo.protocol.run_files import needed_graphs
-from fedzo.protocol.topics import Channel, topic
-from fedzo.protocol.transfers import BlobBlock, LogRequest, LogSlice
+from fedzo.protocol.artifact.graph_files import GraphFile
+from fedzo.protocol.device_side import device_events
+from fedzo.protocol.device_side.device import Device
+from fedzo.protocol.device_side.device_events import Outcome, Task
+from fedzo.protocol.device_side.run_files import needed_graphs
+from fedzo.protocol.pruning.layer_densities import uniform_densities
+from fedzo.protocol.pruning.mask import Mask
+from fedzo.protocol.server_side import coordinator_events as server_events
+from fedzo.protocol.server_side.coordinator import Coordinator
+from fedzo.protocol.server_side.coordinator_events import RecordKind
+from fedzo.protocol.wire.codec import BinaryMessage, decode
+from fedzo.protocol.wire.documents import Document, Hello, Presence, RunDocument, ServerPresence
+from fedzo.protocol.wire.messages import Decline, Report, UpdateRecord
+from fedzo.protocol.wire.topics import Channel, topic
+from fedzo.protocol.wire.transfers import BlobBlock, LogRequest, LogSlice
 from tests.protocol.simulation.fakes import FakeEngine, cut_graphs, fake_graphs, manifest_for
 from tests.protocol.simulation.network import FEDERATION, LATENCY_S, SERVER, Node, Simulation
 

@@ -7,12 +7,12 @@ on their disk: a device with its outbox, its blobs and a higher session, the ser
 
 from __future__ import annotations
 
-from fedzo.protocol.codec import decode
-from fedzo.protocol.coordinator import Coordinator
-from fedzo.protocol.documents import Announcement, parse
 from fedzo.protocol.errors import MemoryBudgetError
-from fedzo.protocol.messages import Report, UpdateRecord
+from fedzo.protocol.server_side.coordinator import Coordinator
 from fedzo.protocol.settings import RunSettings
+from fedzo.protocol.wire.codec import decode
+from fedzo.protocol.wire.documents import Announcement, parse
+from fedzo.protocol.wire.messages import Report, UpdateRecord
 from tests.protocol.simulation.fakes import manifest_for, run_document
 from tests.protocol.simulation.network import Faults, Node, Simulation
 from tests.protocol.simulation.nodes import DeviceNode, Entry, ServerNode

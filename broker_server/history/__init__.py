@@ -1,0 +1,1 @@
+"""Runs out of their journals: resumed, replayed, recounted, told."""

@@ -1,0 +1,1 @@
+"""A board's data: files in, micro-batches out."""

@@ -1,0 +1,1 @@
+"""Device halves of the estimators and of the saliency: passes in, scalars out."""

@@ -1,0 +1,1 @@
+"""Forward passes: graphs, the sessions that run them, and what they yield."""

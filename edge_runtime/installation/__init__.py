@@ -1,0 +1,1 @@
+"""A board in service: checks of the machine, units of systemd, what is installed."""

@@ -1,0 +1,1 @@
+"""What a board keeps on its disk: identity, artifact, outbox, residual, trusted key."""

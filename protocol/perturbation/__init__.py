@@ -1,0 +1,1 @@
+"""Directions out of seeds, who probes which of them, and gradients as a few coordinates."""

@@ -1,0 +1,67 @@
+"""Which weights a run keeps: from averaged scores of devices, or by the server alone. Encoded as it travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact.layout import initial_weights
+from ..artifact.manifest import Manifest
+from ..settings import RunSettings
+from .layer_densities import check_floor, erk_densities, uniform_densities
+from .mask import Mask, threshold
+from .saliency import diagonal_scores, kernel_scores
+
+__all__ = ["check_pruning", "federated_mask", "mask_from_seed"]
+
+
+def check_pruning(manifest: Manifest, settings: RunSettings) -> None:
+    """Whether the artifact can be pruned as the settings say.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if settings.sparsity > 0:
+        check_floor(manifest.layout, settings.sparsity, settings.saliency.floor)
+
+
+def federated_mask(
+    manifest: Manifest,
+    settings: RunSettings,
+    mask: Mask,
+    weights: NDArray[np.float32],
+    blocks: Sequence[NDArray[np.float32]],
+    step: int,
+) -> bytes:
+    """The mask of one step of the schedule, from scores of the survivors of the step before.
+
+    Args:
+        manifest: Of the artifact.
+        settings: Of the run.
+        mask: Of the step before.
+        weights: ``float32[n_survivors]``, its survivors.
+        blocks: Averages over devices: ``float32[n_units]``, ``float32[n_moments]``, and ``float32[n_layers]`` if layers
+            were drawn.
+        step: Number of the step, from 1.
+    """
+    layout, saliency = manifest.layout, settings.saliency
+    dense = np.zeros(layout.size, dtype=np.float32)
+    dense[mask.kept] = weights
+    if saliency.method == "ntk-sap":
+        scores = kernel_scores(manifest, dense, blocks[0], blocks[1], mask.kept)
+    else:
+        scores = diagonal_scores(manifest, dense, blocks[0], blocks[1], blocks[2] if len(blocks) > 2 else None)
+    sparsity = saliency.sparsity_after(step, settings.sparsity)
+    return threshold(layout, scores, sparsity, within=mask, floor=saliency.floor).encode()
+
+
+def mask_from_seed(manifest: Manifest, settings: RunSettings) -> bytes:
+    """The mask of a method that looks at no input: ``magnitude``, ``erk`` or ``random``."""
+    layout, sparsity, floor = manifest.layout, settings.sparsity, settings.saliency.floor
+    if settings.saliency.method == "magnitude":
+        scores = np.abs(initial_weights(layout, manifest.seed))
+        return threshold(layout, scores, sparsity, floor=floor).encode()
+    share = erk_densities if settings.saliency.method == "erk" else uniform_densities
+    return share(layout, sparsity, settings.seed, floor).encode()

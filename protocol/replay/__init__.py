@@ -1,0 +1,1 @@
+"""From scalars to weights, the same bits on every side."""

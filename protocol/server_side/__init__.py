@@ -1,0 +1,1 @@
+"""The coordinator's state machine, and what a round decides."""

@@ -1,0 +1,1 @@
+"""What travels: topics, messages and documents, their bytes, limits and signatures."""
