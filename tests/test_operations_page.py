@@ -43,10 +43,10 @@ def test_the_examples_are_yaml() -> None:
     "text",
     [
         f"| {server.INBOX_MESSAGES:,} messages, {server.INBOX_BYTES >> 20} MiB |",
-        f"| {server.OUTGOING_MESSAGES:,} messages, {server.OUTGOING_BYTES >> 20} MiB |",
+        f"| {server.OUTGOING_MESSAGES:,} messages, {server.OUTGOING_BYTES >> 20} MiB; {server.MAX_INFLIGHT} of them in",
         f"| {server.BLOCKS_BYTES >> 20} MiB |",
         f"| {agent.INBOX_MESSAGES:,} messages, {agent.INBOX_BYTES >> 20} MiB |",
-        f"| 1,000 messages, {agent.OUTGOING_BYTES >> 20} MiB |",
+        f"| 1,000 messages, {agent.OUTGOING_BYTES >> 20} MiB, 4 of them in flight |",
         f"| {http_endpoint.MAX_CONNECTIONS}, {http_endpoint.REQUEST_S:g} s each |",
         f"| {logs.FILES + 1} of {logs.FILE_BYTES >> 20} MiB |",
         f"a log takes {(logs.FILES + 1) * logs.FILE_BYTES >> 20} MiB at most",
