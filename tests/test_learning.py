@@ -283,6 +283,17 @@ def test_data(tmp_path: Path) -> None:
         prepare(tmp_path, "cifar10", "test", tmp_path)
 
 
+def test_another_file_is_unpacked_again(tmp_path: Path) -> None:
+    """A folder that cells share serves no data of a file that is not there any more."""
+    made, work = digits(), tmp_path / "work"
+    for folder, n in (("first", 30), ("second", 20)):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "digits.npz", x=made["x"][:n], y=made["y"][:n], xt=made["xt"], yt=made["yt"])
+        assert len(Parts(prepare(tmp_path / folder, "digits", "test", work)).x) == n
+    assert prepare(tmp_path / "first", "digits", "test", work) == prepare(tmp_path / "first", "digits", "test", work)
+    assert len(list((work / "data").iterdir())) == 2
+
+
 def test_standard_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for part, n in (("train", 5), ("t10k", 2)):

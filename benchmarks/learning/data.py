@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import pickle
 import shutil
 import tempfile
@@ -69,7 +70,7 @@ def find(folder: Path, name: str) -> Path | None:
 
 
 def prepare(source: Path, name: str, part: str, work: Path) -> Path:
-    """Unpack a data set for processes to map; what is there already is kept.
+    """Unpack a data set for processes to map; what is there already of the same file is kept.
 
     Args:
         source: Folder with the ``.npz`` files.
@@ -81,10 +82,10 @@ def prepare(source: Path, name: str, part: str, work: Path) -> Path:
     Raises:
         DataError: There is no such file, or it does not hold what it should.
     """
-    place = work / "data" / f"{name}-{part}"
+    path = find(source, name)
+    place = work / "data" / "-".join([name, part, *([] if path is None else [_version(path)])])
     if place.exists():
         return place
-    path = find(source, name)
     if path is None:
         if name != "digits":
             raise DataError(
@@ -108,6 +109,13 @@ def prepare(source: Path, name: str, part: str, work: Path) -> Path:
     except OSError:  # another process was first
         shutil.rmtree(written)
     return place
+
+
+def _version(path: Path) -> str:
+    """Eight letters that change with the place, the size and the time of a file."""
+    status = path.stat()
+    described = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(described.encode()).hexdigest()[:8]
 
 
 def _split(arrays: Arrays, fraction: float) -> Arrays:
