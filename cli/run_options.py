@@ -26,7 +26,10 @@ def run_options(
     per_round: Annotated[
         int | None, typer.Option(help="Devices that a round asks; 0: all that are ready.", rich_help_panel=_ROUNDS)
     ] = None,
-    quorum: Annotated[int | None, typer.Option(help="Reports that a round needs.", rich_help_panel=_ROUNDS)] = None,
+    quorum: Annotated[
+        int | None,
+        typer.Option(help="Reports that a round needs; 4, or all of fewer devices.", rich_help_panel=_ROUNDS),
+    ] = None,
     close_at: Annotated[
         int | None,
         typer.Option(

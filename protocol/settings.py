@@ -259,7 +259,7 @@ class RunSettings:
         aggregation: How the reports of a round become one.
         devices: Devices to wait for before the first round.
         participants: Devices that a round asks, drawn anew for each from those that are ready; 0 for all of them.
-        quorum: Reports that a round needs.
+        quorum: Reports that a round needs; 0 for 4, or as many as the rule needs, or all where a round asks fewer.
         close_at: Usable reports that close a round of scoring or training at once, without a wait for the others it
             asked; 0 to wait for all that may still come.
         staleness: Updates that a report of training may be late by and still count, see ``server_side/staleness.py``.
@@ -284,7 +284,7 @@ class RunSettings:
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     devices: int = 8
     participants: int = 0
-    quorum: int = 4
+    quorum: int = 0
     close_at: int = 0
     staleness: int = 0
     staleness_power: float = 0.5
@@ -313,6 +313,8 @@ class RunSettings:
             f"0 to the number of devices, {self.devices}",
         )
         most = self.participants or self.devices
+        if self.quorum == 0:
+            object.__setattr__(self, "quorum", min(most, max(4, self.aggregation.least_reports)))
         _check(1 <= self.quorum <= most, "quorum", self.quorum, f"1 to the number of devices that a round asks, {most}")
         _check(
             self.close_at == 0 or self.quorum <= self.close_at <= most,

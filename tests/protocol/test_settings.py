@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedzo.protocol.errors import ConfigError
+from fedzo.protocol.server_side.aggregation_rules import AggregationSettings
 from fedzo.protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -43,7 +44,7 @@ BAD: list[tuple[type, str, list[Any]]] = [
     (RunSettings, "seed", [-1, 1 << 64]),
     (RunSettings, "sparsity", [-0.1, 1.0, NAN]),
     (RunSettings, "devices", [0, 100_001]),
-    (RunSettings, "quorum", [0, 9]),
+    (RunSettings, "quorum", [-1, 9]),
     (RunSettings, "deadline_s", [0.0, -1.0, 1e8, NAN, INFINITY]),
     (RunSettings, "enrol_deadline_s", [0.0, 1e8, NAN]),
     (RunSettings, "patience", [0, 1_000_001]),
@@ -130,3 +131,19 @@ def test_a_cosine_rate_falls_and_stays_positive(rounds: int) -> None:
 @pytest.mark.parametrize("step", [0, 1, 10**6])
 def test_rates_are_finite_at_any_step(rate: float, step: int) -> None:
     assert math.isfinite(TrainingSettings(rounds=10, learning_rate=rate).rate(step))
+
+
+@pytest.mark.parametrize(
+    ("changes", "quorum"),
+    [
+        ({}, 4),
+        ({"devices": 2}, 2),
+        ({"devices": 40, "participants": 3}, 3),
+        ({"devices": 40}, 4),
+        ({"devices": 8, "aggregation": AggregationSettings("krum", hostile=2)}, 7),
+        ({"devices": 2, "quorum": 1}, 1),
+    ],
+)
+def test_the_quorum_that_nobody_names(changes: dict[str, Any], quorum: int) -> None:
+    """Four, all of a fleet that is smaller, and more where the rule needs more."""
+    assert RunSettings(training=TrainingSettings(assignment="shared"), **changes).quorum == quorum
