@@ -1,6 +1,7 @@
 """Fixtures for every test."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,11 @@ settings.load_profile("fedzo")
 
 
 @pytest.fixture(autouse=True)
-def _as_large_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that ran in this process leaves its way with memory to no later test."""
-    monkeypatch.setattr(resident, "_small", resident._small)
+def _as_large_as_before() -> Iterator[None]:
+    """A device that ran in this process leaves its way with memory to no later test.
+
+    Not by ``monkeypatch``: it would be older than all other fixtures, so that its patches were undone after theirs.
+    """
+    before = resident._small
+    yield
+    resident._small = before
