@@ -25,6 +25,11 @@ SGD step of the same batch in torch, on the CPU, in a process without anything e
 that of micro-batch 32. ``plan_worst_error_percent``: largest difference between planned and measured over all rows,
 ``run_worst_error`` over the whole runs alone, ``anonymous_worst_error`` without code. ``…_worst_under_mib``: by how
 much a measured peak was over its plan at most, negative if it never was.
+
+Rows that name an estimator are LeNet-5's training with it at batch 64, with graphs that stay loaded, and under the
+target with one graph at a time. ``estimators_worst_error_percent`` and ``estimators_worst_under_mib`` are those of the
+latter, ``kept_worst_under_mib`` and ``kept_worst_over_mib`` of the former: by how much the peak was over and under the
+plan at most.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ from .report import Report
 
 SHAPES = {"lenet5": (1, 32, 32), "resnet20": (3, 32, 32)}
 BUDGET_MIB = 160.0  # of the smallest 64-bit board, rpi-zero-2w
+ESTIMATORS = {"split": False, "node": False, "coordinate": False, "local": True, "local-node": True}
+"""Those beside ``stein``, and whether they need local heads."""
 TARGETS_MIB = {"lenet5": 60.0, "resnet20": 66.0}
 FIGURE_BATCH = 64
 TIMED_PROCESSES = 3
@@ -141,7 +148,12 @@ def measure(models: Sequence[str], batches: Sequence[int], sparsities: Sequence[
                         needs = [phase["tensors_mib"] for phase in found["phases"]]
                         if None not in needs:
                             figures[f"tensor_mib_{name}"] = max(needs)
+        wanted = "lenet5" in models and FIGURE_BATCH in batches
+        of_estimators = estimator_rows(Path(folder), sparsities[0]) if wanted else []
+    if of_estimators:
+        figures |= _estimator_figures(of_estimators)
     ours = [row for row in rows if row["phase"] != "torch"]
+    rows += of_estimators
     phases = [row for row in ours if row["phase"] != "run"]
     for name, part, planned, measured in (
         ("plan", ours, "planned_mib", "measured_mib"),
@@ -161,6 +173,36 @@ def measure(models: Sequence[str], batches: Sequence[int], sparsities: Sequence[
         "onnxruntime": installed_versions()["onnxruntime"],
     }
     return Report(settings, rows, figures)
+
+
+def estimator_rows(folder: Path, sparsity: float) -> list[dict[str, Any]]:
+    """Training of LeNet-5 with every estimator, where graphs stay loaded and where one is loaded at a time."""
+    rows = []
+    for local_heads in (False, True):
+        artifact = folder / ("with_heads" if local_heads else "without_heads")
+        export_artifact("lenet5", SHAPES["lenet5"], 10, sparsity, 1, artifact, local_heads=local_heads)
+        for estimator in (name for name, has_heads in ESTIMATORS.items() if has_heads is local_heads):
+            for budget in (BUDGET_MIB, TARGETS_MIB["lenet5"]):
+                more = ["--estimator", estimator, "--pruning", "erk"]  # so that nothing is scored
+                found = phases_of(artifact, FIGURE_BATCH, sparsity, budget, *more)
+                (training,) = found["phases"]
+                graphs = "stay loaded" if training["keeps_graphs"] else "one at a time"
+                row = _row("lenet5", FIGURE_BATCH, sparsity, found, training)
+                rows.append({**row, "estimator": estimator, "graphs": graphs})
+    return rows
+
+
+def _estimator_figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    kept = [row for row in rows if row["graphs"] == "stay loaded"]
+    single = [row for row in rows if row not in kept]
+    return {
+        "estimators_worst_error_percent": max(
+            100 * abs(row["planned_mib"] - row["measured_mib"]) / row["measured_mib"] for row in single
+        ),
+        "estimators_worst_under_mib": max(row["measured_mib"] - row["planned_mib"] for row in single),
+        "kept_worst_under_mib": max(row["measured_mib"] - row["planned_mib"] for row in kept),
+        "kept_worst_over_mib": max(row["planned_mib"] - row["measured_mib"] for row in kept),
+    }
 
 
 _COLUMNS = ("micro_batch", "planned_mib", "measured_mib", "planned_anonymous_mib", "anonymous_mib", "code_mib")
@@ -185,6 +227,7 @@ def _run_row(model: str, batch: int, sparsity: float, budget_mib: float, summary
 def _torch_row(model: str, batch: int, torch: dict[str, Any]) -> dict[str, Any]:
     growth = torch["peak_mib"] - torch["before_mib"]
     row = _start(model, batch, 0.0, "torch", None)
+    row |= {"estimator": None, "graphs": None}
     return {**row, "micro_batch": batch, "measured_mib": torch["peak_mib"], "growth_mib": growth}
 
 
@@ -192,7 +235,7 @@ def _start(model: str, batch: int, sparsity: float, phase: str, budget_mib: floa
     """A row with every column, so that all rows have the same."""
     values = (*_COLUMNS, "growth_mib", "planned_tensors_mib", "tensors_mib", "query_ms")
     head = {"model": model, "batch": batch, "sparsity": sparsity, "phase": phase, "budget_mib": budget_mib}
-    return {**head, **dict.fromkeys(values)}
+    return {**head, **dict.fromkeys(values), "estimator": "stein", "graphs": "one at a time"}
 
 
 def main() -> None:

@@ -32,7 +32,11 @@ _Pruning = Annotated[
     str | None, typer.Option(help="Of the run: boards score only for diagonal and ntk-sap, not for the others.")
 ]
 _Estimator = Annotated[
-    str | None, typer.Option(help="Of the run: those with several graphs keep them loaded where there is room.")
+    str | None,
+    typer.Option(
+        help="Of the run: those with several graphs keep them loaded where there is room. "
+        "That of fedzo serve by default, local for an artifact with local heads."
+    ),
 ]
 _MicroBatch = Annotated[int | None, typer.Option(min=1, help="Samples of one forward pass; what fits by default.")]
 
@@ -78,6 +82,7 @@ def plan_boards(
     from ..hardware_profiles import list_profiles, load_profile
 
     manifest = load_artifact(artifact).manifest
+    _check_estimator(manifest, estimator)
     boards = list_profiles() if profile == _ALL else [load_profile(profile)]
     plans: list[tuple[Profile, BoardPlan]] = []
     for board in boards:
@@ -136,6 +141,7 @@ def profile_board(
     sparsity: _Sparsity = None,
     fill: _Fill = None,
     pruning: _Pruning = None,
+    estimator: _Estimator = None,
     micro_batch: _MicroBatch = None,
 ) -> None:
     """Run an artifact on this machine under the budget of a board: what was planned, and what was measured.
@@ -146,6 +152,7 @@ def profile_board(
 
     Example:
         $ fedzo profile artifact --profile rpi-zero-2w --batch 64
+        $ fedzo profile artifact --profile rpi-zero-2w --estimator node
     """
     import importlib.util
 
@@ -156,13 +163,15 @@ def profile_board(
     from ..protocol.errors import FedzoError
 
     board, manifest = load_profile(profile), load_artifact(artifact).manifest
-    sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning)
+    _check_estimator(manifest, estimator)
+    sizes = _sizes(board, batch, samples, sparsity, micro_batch, manifest, fill, pruning, estimator)
     limit = budget_mib or board.ram_budget_mib
     plan_board(manifest, limit, sizes).check()
     arguments = [str(artifact), "--budget-mib", str(limit), "--batch", str(sizes.batch)]
     arguments += ["--samples", str(sizes.samples), "--threads", str(sizes.threads), "--tensors"]
     arguments += ["--variant"] if any(variant.machine != "any" for variant in sizes.variants) else []
-    given = (("--sparsity", sparsity), ("--micro-batch", micro_batch), ("--fill", fill), ("--pruning", pruning))
+    given: tuple[tuple[str, object], ...] = (("--sparsity", sparsity), ("--micro-batch", micro_batch), ("--fill", fill))
+    given += (("--pruning", pruning), ("--estimator", sizes.estimator))
     for name, value in given:
         arguments += [] if value is None else [name, str(value)]
     measured = answer_of("fedzo.edge_runtime.planning.measure", arguments)
@@ -196,11 +205,26 @@ def profile_board(
     output.text(
         f"peak {measured['peak_mib']:.1f} MiB of {limit:g}, {measured['floor_mib']:.1f} before a graph is loaded"
     )
+    if sizes.estimator != "stein":  # that one changes graphs at an evaluation only
+        loading = "graphs stay loaded" if measured["phases"][-1]["keeps_graphs"] else "one graph at a time"
+        output.text(f"estimator {sizes.estimator}: {loading}")
     ratio = None
     if torch is not None:
         ratio = torch["peak_mib"] / measured["peak_mib"]
         output.text(f"a torch step of batch {sizes.batch} takes {ratio:.1f} times as much")
-    output.result({"profile": board.name, **measured, "torch": torch, "torch_over_ours": ratio})
+    answer = {"profile": board.name, "estimator": sizes.estimator, **measured}
+    output.result({**answer, "torch": torch, "torch_over_ours": ratio})
+
+
+def _check_estimator(manifest: Manifest, estimator: str | None) -> None:
+    """Refuse one that the artifact has no graphs for, as fedzo serve does."""
+    from ..protocol.perturbation.blocks import blocks_of
+    from ..protocol.pruning.mask import Mask
+    from ..protocol.settings import TrainingSettings
+
+    if estimator is not None:
+        training = TrainingSettings(estimator=estimator)  # type: ignore[arg-type]  # any text, until it is checked
+        blocks_of(training, manifest, Mask.dense(manifest.layout))
 
 
 def _sizes(
@@ -218,12 +242,13 @@ def _sizes(
     from ..protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
     usual = RunSizes()
+    estimator = estimator or ("local" if manifest.learns_locally else usual.estimator)
     removed = manifest.sparsity if sparsity is None else sparsity
     settings = RunSettings(  # which refuses what fedzo serve would
         sparsity=removed,
         fill=fill or usual.fill,  # type: ignore[arg-type]  # any text, until it is checked
         saliency=SaliencySettings(method=pruning or usual.pruning),  # type: ignore[arg-type]  # likewise
-        training=TrainingSettings(estimator=estimator or usual.estimator),  # type: ignore[arg-type]  # likewise
+        training=TrainingSettings(estimator=estimator),  # type: ignore[arg-type]  # likewise
     )
     # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
     own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ...protocol.errors import FedzoError, MemoryBudgetError
+from ...protocol.errors import FedzoError
 
 __all__ = ["answer_of"]
 
@@ -19,8 +19,7 @@ def answer_of(module: str, arguments: Sequence[str], *, timeout_s: float = 600.0
     """Run ``python -m module`` as a device is run, and read the JSON object on its stdout.
 
     Raises:
-        MemoryBudgetError: The module says so.
-        FedzoError: It says so, died, or took too long.
+        FedzoError: The module says so, with the exit code of the error there; it died, or took too long.
     """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     try:
@@ -46,8 +45,8 @@ def answer_of(module: str, arguments: Sequence[str], *, timeout_s: float = 600.0
         raise FedzoError(f"{module} failed: {line[:300]}") from None
     if "error" in answer:
         failure = answer["error"]
-        cls = MemoryBudgetError if failure["exit_code"] == MemoryBudgetError.exit_code else FedzoError
-        raise cls(failure["message"], hint=failure["hint"])
+        kinds = {kind.exit_code: kind for kind in FedzoError.__subclasses__()}
+        raise kinds.get(failure["exit_code"], FedzoError)(failure["message"], hint=failure["hint"])
     return answer
 
 

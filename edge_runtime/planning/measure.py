@@ -34,6 +34,7 @@ def main() -> int:
     add("--micro-batch", type=int)
     add("--fill", choices=("zero", "init"), help="[default: that of fedzo serve]")
     add("--pruning", help="[default: that of fedzo serve]")
+    add("--estimator", help="[default: that of fedzo serve, local for an artifact with local heads]")
     add("--variant", action="store_true", help="plan and run the graphs for this machine where they fit")
     add("--tensors", action="store_true", help="look for the tensor bytes as well")
     options = parser.parse_args()
@@ -63,6 +64,7 @@ def _answer(options: argparse.Namespace, watch: Watch) -> tuple[dict[str, object
             variants=wanted_variants(artifact.manifest, portable=not options.variant),
             fill=options.fill or usual.fill,
             pruning=options.pruning or usual.pruning,
+            estimator=options.estimator or ("local" if artifact.manifest.learns_locally else usual.estimator),
         )
         return measure(artifact, options.budget_mib, sizes, watch, tensors=options.tensors), 0
     except (FedzoError, MemoryError, OSError) as error:

@@ -8,25 +8,26 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...protocol.artifact.layout import initial_weights
-from ...protocol.artifact.manifest import Manifest, golden_batch
+from ...protocol.artifact.manifest import golden_batch
 from ...protocol.errors import FedzoError, SelfTestError
-from ...protocol.perturbation.blocks import whole_block
-from ...protocol.perturbation.directions import Directions
+from ...protocol.perturbation.blocks import Deal, blocks_of, deal
 from ...protocol.pruning.mask import Fill, Mask, threshold
 from ...protocol.pruning.saliency import gaussian_inputs
 from ...protocol.replay.optimisers import OptimiserConfig
 from ...protocol.replay.update import Replica
+from ...protocol.settings import TrainingSettings
 from .. import join as _join
 from ..datasets.data import Batch
-from ..estimation.estimators import SteinEstimator
+from ..estimation.block_estimators import BlockEstimator, ProbeRequest, make_estimator
 from ..inference.engine import Engine, LayoutChoice
-from ..inference.ort import arena_limit_holds, runtime_version
+from ..inference.ort import arena_limit_holds, runtime_version, sessions_kept
 from ..storage.artifact import Artifact
 from .board_plan import BoardPlan, PhasePlan, RunSizes, plan_board
 from .calibration import calibrate, predicted_query_s
@@ -61,6 +62,7 @@ class PhaseMeasurement:
         tensors_mib: What they need; None if not asked for, or if this ONNX Runtime enforces no limit.
         feeds_mib: Arrays of this package as planned.
         query_s: Median time of a loss of the batch; None while weights are scored.
+        keeps_graphs: Whether all graphs of the phase stay loaded.
     """
 
     phase: str
@@ -74,6 +76,7 @@ class PhaseMeasurement:
     tensors_mib: float | None
     feeds_mib: float
     query_s: float | None
+    keeps_graphs: bool
 
 
 class _Run:
@@ -83,6 +86,8 @@ class _Run:
         self.artifact, self.plan, self.sizes = artifact, plan, sizes
         self.masks = {"scoring": Mask.dense(artifact.manifest.layout), "training": mask}
         self.layout: LayoutChoice = "auto" if any(v.machine != "any" for v in sizes.variants) else "portable"
+        # Few directions, since each takes the memory of the one before; of a sketch as many coordinates as in a run.
+        self.training = TrainingSettings(estimator=sizes.estimator, batch=sizes.batch, k=_POSITIONS)
         self.checked = False
         self.query_s = 0.0
 
@@ -105,7 +110,7 @@ class _Run:
             MemoryBudgetError: A tensor does not fit under the plan's limit.
         """
         manifest, mask = self.artifact.manifest, self.masks[phase.phase]
-        replica = _replica(manifest, mask)
+        replica = self._replica(mask)
         with self.engine(phase, phase.memory.arena_bytes) as engine:
             if not self.checked:
                 engine.check_golden()
@@ -114,15 +119,26 @@ class _Run:
                 score(engine, replica.weights.copy(), gaussian_inputs(manifest, 1, 0, 0, self.sizes.samples))
                 # The mask arrives, and the state machine makes the sparse replica, before the engine is told.
                 mask = self.masks["training"]
-                following = _replica(manifest, Mask.decode(mask.encode(), manifest.layout, mask.fill))
+                following = self._replica(Mask.decode(mask.encode(), manifest.layout, mask.fill))
                 del following
-            else:
-                self.query_s = train(engine, replica, manifest, self.sizes.batch)
+                return
+            with sessions_kept() if phase.memory.keeps_graphs else nullcontext():
+                self.query_s = train(engine, replica, self._estimator(replica), self.sizes.batch)
+
+    def _replica(self, mask: Mask) -> Replica:
+        manifest = self.artifact.manifest
+        blocks = blocks_of(self.training, manifest, mask)
+        return Replica(manifest.layout, mask, manifest.seed, 1, blocks, OptimiserConfig("adam"))
+
+    def _estimator(self, replica: Replica) -> BlockEstimator:
+        """As in the agent: directions of its own for the thread that computes."""
+        return make_estimator(self.training, replica.blocks, 1)
 
     def tensor_bytes(self, phase: PhasePlan) -> int:
         """The smallest limit of the arena under which every graph of the phase runs."""
         manifest, mask = self.artifact.manifest, self.masks[phase.phase]
-        weights = initial_weights(manifest.layout, manifest.seed)[mask.kept]
+        replica = self._replica(mask)
+        weights, estimator = replica.weights, self._estimator(replica)
         count = min(phase.memory.micro_batch, self.sizes.batch if phase.phase == "training" else self.sizes.samples)
         x, y = golden_batch(manifest.input_shape, manifest.n_classes, 1, count)
         calls: list[Callable[[Engine], object]]
@@ -130,7 +146,12 @@ class _Run:
             shift = np.zeros(manifest.n_units, np.float32)
             calls = [lambda e: e.moments(weights, x), lambda e: e.shifted_logits(weights, x, shift)]
         else:
-            calls = [lambda e: e.loss(weights, x, y), lambda e: e.logits(weights, x)]
+            request = _request(replica, Batch(x, y))
+            calls = [
+                lambda e: estimator.probe(e, request),
+                lambda e: e.loss(weights, x, y),
+                lambda e: e.logits(weights, x),
+            ]
         return max(self._smallest(phase, call) for call in calls)
 
     def _smallest(self, phase: PhasePlan, call: Callable[[Engine], object]) -> int:
@@ -162,21 +183,25 @@ def score(engine: Engine, weights: NDArray[np.float32], x: NDArray[np.float32]) 
         shift[0] = 0.0
 
 
-def train(engine: Engine, replica: Replica, manifest: Manifest, batch: int) -> float:
+def train(engine: Engine, replica: Replica, estimator: BlockEstimator, batch: int) -> float:
     """Probes, updates and an evaluation of one batch.
 
     Returns:
         Median seconds of one loss of the batch.
     """
-    # As in the agent: directions of their own for the thread that computes.
-    directions = Directions("hadamard", 1, replica.weights.size)
-    estimator = SteinEstimator(directions, 2.0**-10)
+    manifest = engine.artifact.manifest
     samples = Batch(*golden_batch(manifest.input_shape, manifest.n_classes, 1, batch))
     for update in range(_UPDATES):
-        positions = np.arange(update * _POSITIONS, (update + 1) * _POSITIONS, dtype=np.int64)
-        estimator.probe(engine, replica.weights, samples, update, positions)
-        coefficients = np.full(_POSITIONS, 0.5, np.float32)
-        replica.prepare(update, update, 2.0**-10, ((update * _POSITIONS, _POSITIONS),), coefficients)
+        before = estimator.state()  # a device holds it until its report is on the disk
+        request = _request(replica, samples)
+        estimator.probe(engine, request)
+        after = estimator.state()
+        counts = [len(positions) for positions in request.positions]
+        segments = tuple(
+            (one.block.offset + one.first, count) for one, count in zip(_deals(replica), counts, strict=True)
+        )
+        replica.prepare(update, update, 2.0**-10, segments, np.full(sum(counts), 0.5, np.float32))
+        del before, after
     seconds = []
     for _ in range(_TIMED_QUERIES):
         started = time.perf_counter()
@@ -186,9 +211,17 @@ def train(engine: Engine, replica: Replica, manifest: Manifest, batch: int) -> f
     return statistics.median(seconds)
 
 
-def _replica(manifest: Manifest, mask: Mask) -> Replica:
-    blocks = whole_block("hadamard", mask.n_survivors)
-    return Replica(manifest.layout, mask, manifest.seed, 1, blocks, OptimiserConfig("adam"))
+def _deals(replica: Replica) -> tuple[Deal, ...]:
+    """The positions of the next round, for the only device."""
+    return deal(replica.blocks, "shared", replica.index, 1)
+
+
+def _request(replica: Replica, batch: Batch) -> ProbeRequest:
+    positions = tuple(
+        replica.coordinates(one.block.number, one.k) if one.block.kind == "sketch" else one.positions(0)
+        for one in _deals(replica)
+    )
+    return ProbeRequest(replica.weights.copy(), batch, replica.index, 0, positions)
 
 
 def removed_by_magnitude(artifact: Artifact, sparsity: float, fill: Fill = "zero") -> Mask:
@@ -268,6 +301,7 @@ def measure(
                 None if need is None else need / (1 << 20),
                 memory.feeds_mib,
                 run.query_s if phase.phase == "training" else None,
+                memory.keeps_graphs,
             )
         )
     return {

@@ -23,7 +23,7 @@ from fedzo.edge_runtime.planning.run_plan import Limits, plan_run
 from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.hardware_profiles import list_profiles, load_profile
 from fedzo.protocol.artifact.manifest import GraphMemory
-from fedzo.protocol.errors import FedzoError, MemoryBudgetError, SelfTestError
+from fedzo.protocol.errors import ConfigError, FedzoError, MemoryBudgetError, SelfTestError
 from fedzo.protocol.settings import RunSettings, TrainingSettings
 
 PARTS = ("process_mib", "code_mib", "session_mib", "feeds_mib", "live_mib", "margin_mib", "kept_mib")
@@ -35,6 +35,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exporter = pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
     folder = tmp_path_factory.mktemp("plan") / "lenet5"
     exporter.export_artifact("lenet5", (1, 32, 32), 10, 0.8, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exporter = pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
+    folder = tmp_path_factory.mktemp("local") / "lenet5"
+    exporter.export_artifact("lenet5", (1, 32, 32), 10, 0.8, 1, folder, local_heads=True)
     return folder
 
 
@@ -179,7 +187,7 @@ def test_the_graphs_of_an_estimator_are_planned_as_a_device_does(
     ("arguments", "code"),
     [
         (["--estimator", "none"], 3),
-        (["--estimator", "local"], 6),
+        (["--estimator", "local"], 3),
         (["--profile", "rpi-9"], 3),
         (["--sparsity", "1"], 3),
         (["--fill", "ones"], 3),
@@ -245,6 +253,47 @@ def test_initial_values_in_removed_places_are_measured(artifact: Path) -> None:
     assert training["anonymous_mib"] < training["planned_anonymous_mib"] + 1.0
 
 
+@needs_proc
+@pytest.mark.parametrize(
+    ("estimator", "budget_mib", "keeps_graphs"),
+    [("split", 160, True), ("node", 160, True), ("node", 58.5, False), ("coordinate", 160, True)],
+)
+def test_every_estimator_is_measured(artifact: Path, estimator: str, budget_mib: float, keeps_graphs: bool) -> None:
+    arguments = [str(artifact), "--budget-mib", str(budget_mib), "--estimator", estimator, "--pruning", "erk"]
+    _holds(answer_of("fedzo.edge_runtime.planning.measure", arguments), keeps_graphs)
+
+
+@needs_proc
+@pytest.mark.parametrize(("estimator", "budget_mib"), [("local", 160), ("local", 56), ("local-node", 160)])
+def test_local_estimators_are_measured(local_artifact: Path, estimator: str, budget_mib: float) -> None:
+    arguments = [str(local_artifact), "--budget-mib", str(budget_mib), "--pruning", "erk"]
+    arguments += [] if estimator == "local" else ["--estimator", estimator]  # what an artifact with heads has
+    _holds(answer_of("fedzo.edge_runtime.planning.measure", arguments), budget_mib == 160)
+
+
+def test_an_artifact_with_local_heads_is_planned_for_their_estimator(
+    local_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [
+        answer(capsys, "plan", local_artifact, "--profile", "rpi-zero-2w", *more)
+        for more in ([], ["--estimator", "local"])
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 0
+    for command in ("plan", "profile"):
+        code, refused = answer(capsys, command, local_artifact, "--profile", "rpi-zero-2w", "--estimator", "node")
+        assert code == 3
+        assert "has local heads, the estimator node does not train them" in refused["error"]["message"]
+
+
+def _holds(found: dict[str, Any], keeps_graphs: bool) -> None:
+    """A plan with graphs that stay counts every tensor of each of them, and may be well above."""
+    (training,) = found["phases"]
+    assert training["keeps_graphs"] is keeps_graphs
+    over = training["planned_anonymous_mib"] - training["anonymous_mib"]
+    assert -1.0 < over < (18.0 if keeps_graphs else 0.05 * training["anonymous_mib"] + 3.0)
+
+
 def test_a_budget_that_is_too_small_runs_nothing(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, refused = answer(capsys, "profile", artifact, "--profile", "rpi-zero-2w", "--budget-mib", 40)
     assert code == 4
@@ -274,6 +323,8 @@ def test_a_measurement_that_cannot_be_made(artifact: Path, script: str, code: in
 def test_a_child_says_what_went_wrong(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryBudgetError, match="the budget is 40 MiB"):
         answer_of("fedzo.edge_runtime.planning.measure", [str(artifact), "--budget-mib", "40"])
+    with pytest.raises(ConfigError, match="estimator is 'nod'"):
+        answer_of("fedzo.edge_runtime.planning.measure", [str(artifact), "--budget-mib", "160", "--estimator", "nod"])
     with pytest.raises(FedzoError, match=r"No module named fedzo\.nothing"):
         answer_of("fedzo.nothing", [])
     (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
