@@ -9,7 +9,7 @@ public data only. There is no signing here, and none must be added: that would l
 Strict means: ``S`` below the group's order (else a signature has a second form), both points in their one canonical
 encoding, no key of small order (under such a key one signature fits many messages), and the equation without the
 cofactor, ``R = S B - k A``, compared as bytes. The cases are those of "Taming the many EdDSAs" (Chalkias, Garillot and
-Nikolaenko 2020, table 5), which ``tests/protocol/test_ed25519.py`` goes through.
+Nikolaenko 2020, table 5), which ``tests/protocol/wire/test_ed25519.py`` goes through.
 """
 
 from __future__ import annotations

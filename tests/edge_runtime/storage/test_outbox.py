@@ -109,13 +109,13 @@ def test_a_writer_that_is_killed_leaves_a_whole_report(outbox: Outbox) -> None:
         "import sys, pathlib, itertools\n"
         "sys.path.insert(0, sys.argv[2])\n"
         "from fedzo.edge_runtime.storage.outbox import Outbox\n"
-        "from tests.edge_runtime.test_outbox import report\n"
+        "from tests.edge_runtime.storage.test_outbox import report\n"
         "outbox = Outbox(pathlib.Path(sys.argv[1]))\n"
         "for round_ in itertools.count():\n"
         "    outbox.save('run-1', report(round_, 60_000 if round_ % 2 else 1))\n"
         "    print(round_, flush=True)\n"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     saved = -1
     for _ in range(5):
         writer = subprocess.Popen(

@@ -17,8 +17,8 @@ from fedzo.protocol.server_side import snapshots
 from fedzo.protocol.server_side.snapshots import Snapshot, SnapshotClock
 from fedzo.protocol.wire.messages import UpdateRecord
 from fedzo.protocol.wire.topics import Channel
+from tests.protocol.server_side.test_coordinator_restart import SPARSE, VARIANTS, outcome
 from tests.protocol.simulation.desk import NAMES, Desk, change
-from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS, outcome
 
 STRIDE = 7
 

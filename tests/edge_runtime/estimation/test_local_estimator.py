@@ -31,8 +31,8 @@ from fedzo.protocol.replay.update import Replica, estimate_gradient
 from fedzo.protocol.server_side.aggregation import combine_probes
 from fedzo.protocol.settings import LOCAL_ESTIMATORS, EstimatorName, RunSettings, TrainingSettings
 from fedzo.protocol.wire.messages import Report, ReportKind, UpdateRecord
-from tests.edge_runtime.test_local_gradient import Case
-from tests.edge_runtime.test_local_gradient import case as made_case
+from tests.edge_runtime.estimation.test_local_gradient import Case
+from tests.edge_runtime.estimation.test_local_gradient import case as made_case
 
 SEED = 7
 

@@ -14,7 +14,7 @@ from fedzo.protocol.replay.update import Replica, weights_digest
 from fedzo.protocol.wire.codec import decode
 from fedzo.protocol.wire.messages import UpdateRecord
 from tests.protocol.builders import seeded_coefficients, seeded_normals, small_layout
-from tests.protocol.test_update import RATE, small_mask, whole
+from tests.protocol.replay.test_update import RATE, small_mask, whole
 
 DECAY = 0.875
 

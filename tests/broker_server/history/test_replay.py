@@ -20,9 +20,9 @@ from fedzo.protocol.server_side.snapshots import Snapshot
 from fedzo.protocol.wire.documents import Announcement, parse
 from fedzo.protocol.wire.messages import Decline, Report
 from fedzo.protocol.wire.topics import Channel
+from tests.protocol.server_side.test_coordinator_restart import SPARSE, VARIANTS
 from tests.protocol.simulation.desk import NAMES, Desk, change
 from tests.protocol.simulation.fakes import manifest_for
-from tests.protocol.test_coordinator_restart import SPARSE, VARIANTS
 
 Entries = list[tuple[Any, int, str, bytes]]
 

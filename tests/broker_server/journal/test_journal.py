@@ -509,7 +509,7 @@ def test_a_copy_of_a_journal_that_is_written(path: Path) -> None:
 
 
 def test_the_page_names_every_kind() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "journal.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "journal.md").read_text(encoding="utf-8")
     table = text[text.index("| kind |") :].split("\n\n")[0].splitlines()[2:]
     assert [row.split("|")[1].strip().strip("`") for row in table] == list(get_args(RecordKind))
 

@@ -22,7 +22,7 @@ from fedzo.protocol.artifact.manifest import golden_batch
 from fedzo.protocol.errors import ArtifactError
 from fedzo.protocol.pruning.mask import Mask, threshold
 
-from .conftest import Tiny
+from ..conftest import Tiny
 
 SHAPES = {"lenet5": (3, 32, 32), "cnn1d": (9, 40)}
 BATCH = 11

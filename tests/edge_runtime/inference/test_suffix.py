@@ -20,7 +20,7 @@ from fedzo.protocol.artifact.manifest import CUT_GRAPHS, golden_batch
 from fedzo.protocol.errors import ArtifactError, DataError, MemoryBudgetError
 from fedzo.protocol.pruning.mask import Mask, threshold
 
-from .conftest import Tiny
+from ..conftest import Tiny
 
 MODELS = {"lenet5": (1, 32, 32), "resnet8": (3, 16, 16)}
 

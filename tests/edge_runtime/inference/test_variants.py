@@ -26,7 +26,7 @@ from fedzo.protocol.artifact.manifest import GraphMemory, Manifest
 from fedzo.protocol.artifact.placement import PLACEMENTS_KEY, BlockedAxis, Placement, encode_placements
 from fedzo.protocol.errors import ArtifactError, ConfigError, SelfTestError
 
-from .conftest import LAYOUT, Tiny, build_graph
+from ..conftest import LAYOUT, Tiny, build_graph
 
 NAME = "probe.nchwc16.onnx"
 # fc1.weight (5, 6) transposed and padded to (6, 16); the others as they are.

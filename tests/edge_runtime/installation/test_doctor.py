@@ -31,7 +31,7 @@ from fedzo.protocol.errors import ConfigError, SelfTestError
 from tests.broker_fixtures import needs_mosquitto
 from tests.protocol.golden import cases
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = json.loads((ROOT / "tests" / "protocol" / "golden" / "vectors.json").read_text(encoding="utf-8"))
 
 

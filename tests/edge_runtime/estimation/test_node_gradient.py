@@ -27,7 +27,7 @@ from fedzo.protocol.errors import ArtifactError
 from fedzo.protocol.pruning.mask import Mask, threshold
 from fedzo.protocol.settings import TrainingSettings
 
-from .conftest import Tiny
+from ..conftest import Tiny
 
 SIGMA = np.float32(1e-3)
 MODELS = {"lenet5": (1, 32, 32), "resnet8": (3, 16, 16), "cnn1d": (3, 64)}
