@@ -155,9 +155,8 @@ class Device:
         if isinstance(event, Connected):
             self._online = True
             self._forget_requests()
-            self._heartbeat.postpone(now)
             self._knock.start(now)
-            self._out.append(Send(Channel.STATE, self._presence))
+            self._say(self._presence.status, detail=self._presence.detail)
         elif isinstance(event, Disconnected):
             self._online = False
         elif isinstance(event, Received):
@@ -177,14 +176,13 @@ class Device:
 
     def _receive(self, event: Received) -> None:
         message = event.message
-        if isinstance(message, RunDocument):
-            if self._run is None or self._run != message:
-                self._start_run(message)
+        if isinstance(message, RunDocument) and message != self._run:
+            self._start_run(message)
         elif isinstance(message, ServerPresence):
             self._delivery.hear_server(message.online)
             if message.online and message.birth != self._server_birth:
                 self._server_birth = message.birth
-                self._out.append(Send(Channel.STATE, self._presence))
+                self._say(self._presence.status, detail=self._presence.detail)
         elif isinstance(message, Order):
             self._obey(message)
         elif isinstance(message, Announcement):
@@ -217,22 +215,24 @@ class Device:
         self._say("joining")
 
     def _obey(self, order: Order) -> None:
-        if self._preparation is None or self._run is None or order.run != self._run.run:
+        run = self._run
+        if self._preparation is None or run is None or (order.run, order.session) != (run.run, self._hello.session):
             return
-        if order.session != self._hello.session:
-            return
-        if order.action == "refuse":
+        self._greeting.forget()
+        if order.action == "introduce":
+            self._head = None  # Its round may be larger than those to come.
+            self._start_run(run)
+        elif order.action == "refuse":
             self._refuse(ProtocolError(f"the server refuses this device: {order.detail}"))
-            return
-        if order.action == "excuse":
+        elif order.action == "excuse":
             self._refuse(MemoryBudgetError(order.detail, hint="use a smaller model, or allow it more memory"))
+        if order.action not in ("enrol", "welcome"):
             return
         if order.micro_batch and self._preparation.limit(order.micro_batch):
             self._cancel()
         self._is_enrolled = True
         if order.action == "welcome":
             self._ordinal = order.ordinal
-        self._greeting.forget()
 
     def _computed(self, event: Computed) -> None:
         task, outcome = self._computing, event.outcome
@@ -380,6 +380,7 @@ class Device:
             status=status,
             run=self._run.run if self._run else "",
             detail=one_line(detail),
+            round=self._head.round if self._head else 0,
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
             planned_peak_mib=self._preparation.peak_mib if self._preparation else 0.0,
@@ -390,8 +391,7 @@ class Device:
             self._out.append(Send(Channel.STATE, self._presence))
 
     def _refuse(self, error: FedzoError) -> None:
-        kind = "does not fit: " if isinstance(error, MemoryBudgetError) else ""
-        self._say("refused", detail=f"{kind}{error.message}")
+        self._say("refused", detail="does not fit: " * isinstance(error, MemoryBudgetError) + error.message)
         self._finish(error)
 
     def _finish(self, error: FedzoError | None) -> None:

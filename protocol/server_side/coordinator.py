@@ -41,11 +41,13 @@ from .coordinator_events import (
 )
 from .journaled_run import DONE, JournaledRun
 from .open_round import OpenRound
-from .roster import REPLACED, Member, refusal
+from .roster import REPLACED, Member, introduction, refusal
 
 __all__ = ["Coordinator"]
 
 REPUBLISH_S = 30.0
+SKIPPED_ROUNDS = 1 << 20
+"""How far a server goes beyond its journal's last round when devices know of later ones."""
 
 
 class Coordinator(JournaledRun):
@@ -70,6 +72,7 @@ class Coordinator(JournaledRun):
         self._presence = ServerPresence(True, birth)
         self._has_test_set = has_test_set
         self._failures = 0
+        self._least_round = 0
         self._again = Repeater(REPUBLISH_S)
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -135,6 +138,12 @@ class Coordinator(JournaledRun):
                 self._publish()  # It repeats itself, so it may lack what the broker should have kept.
             self._greet(event.device, message)
             return
+        if isinstance(message, Presence) and message.run == self.run.run:
+            if message.round > self.head.round or message.log_length > self.replica.index:
+                self._skip_rounds(now)
+            if member is None and message.status == "ready":  # Its hello was heard by a later journal.
+                order = introduction(self.run.run, message.session)
+                self._out.append(Send(Channel.COMMAND, order, event.device))
         if member is None:
             return  # A stranger's report means nothing; its hello will come.
         if isinstance(message, Presence):
@@ -148,6 +157,20 @@ class Coordinator(JournaledRun):
             self._out.append(ServeBlob(event.device, message))
         elif isinstance(message, LogRequest):
             self._out += self._catch_up.answer(event.device, message, self.replica, self.head.round)
+
+    def _skip_rounds(self, now: float) -> None:
+        """Rounds after the journal's last one were announced before: it is an older copy, or was begun again.
+
+        Devices listen to announcements with larger numbers only, so the next one gets a number beyond all those, and
+        they start over from this log. Once a start, since a device may say anything.
+        """
+        beyond = self.head.round + SKIPPED_ROUNDS
+        if self._least_round or self.head.phase == "done" or beyond >= 1 << 32:
+            return
+        self._least_round = beyond
+        if self._round is not None:
+            self._record_close(self._round, "skipped", now)
+            self._gather(now)
 
     def _take_presence(self, member: Member, presence: Presence) -> None:
         """Note it; a device that has ended is not waited for, nor asked again, after a restart.
@@ -221,7 +244,7 @@ class Coordinator(JournaledRun):
         newly_numbered = not self.roster.is_numbered
         self.roster.number()
         members = self.roster.ready() if phase != "done" else self.roster.finalists(self.head.participants)
-        self.head = self._progress.announce(phase, self.head.round + 1, members)
+        self.head = self._progress.announce(phase, max(self.head.round + 1, self._least_round), members)
         self._record("announce", self.head.encode())
         if newly_numbered:
             for member in self.roster.members.values():
@@ -269,6 +292,10 @@ class Coordinator(JournaledRun):
         if self.roster.count_ready() >= self._settings.quorum:
             self._record_close(current, "missed", now)
             self._open(self.head.phase, now)
+        elif self._may_be_older:
+            self._may_be_older = False
+            self._record_close(current, "missed", now)
+            self._gather(now)
         else:
             current.is_overdue = False
             self._out.append(Send(Channel.HEAD, self.head))  # Those that are there have perhaps never got it.

@@ -29,9 +29,10 @@ from .staleness import LateReports
 
 __all__ = ["Ending", "OpenRound"]
 
-Ending = Literal["wait", "close", "others", "lowered", "short", "nobody", "missed"]
+Ending = Literal["wait", "close", "others", "lowered", "short", "nobody", "missed", "skipped"]
 """What a round has come to: it goes on; it can be closed; others who could answer have come; a board plans with less
-memory; one still has to; nobody is left who could answer; the deadline is over without a quorum."""
+memory; one still has to; nobody is left who could answer; the deadline is over without a quorum; devices know of later
+rounds, as the journal is an older copy."""
 
 
 class OpenRound:

@@ -10,7 +10,7 @@ from ..wire.documents import Hello, Order, Presence, Status
 from ..wire.messages import Decline, Report, ReportKind, Verdict
 from ..wire.participants import unpack_participants
 
-__all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "refusal"]
+__all__ = ["MAX_DEVICES", "REPLACED", "Member", "Roster", "introduction", "refusal"]
 
 MAX_DEVICES = 100_000
 LEAST_MS = 0.5
@@ -178,6 +178,11 @@ class Member:
 def refusal(run: str, session: int, detail: str) -> Order:
     """The order to leave for good."""
     return Order(run, "refuse", session, detail=detail)
+
+
+def introduction(run: str, session: int) -> Order:
+    """The order to say hello, for a device that takes itself for enrolled: the journal may be an older copy."""
+    return Order(run, "introduce", session)
 
 
 class Roster:

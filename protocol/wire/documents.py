@@ -238,6 +238,7 @@ class Presence(Document):
         weights_digest: Digest of its weights, 32 hex digits; empty before training.
         planned_peak_mib: What its memory plan says; 0 before there is one.
         micro_batch: Samples of one run of a graph in that plan; 0 before there is one.
+        round: The last round of that run that was announced to it; 0 for none.
     """
 
     KIND: ClassVar[str] = "state"
@@ -249,10 +250,12 @@ class Presence(Document):
     weights_digest: str = ""
     planned_peak_mib: float = 0.0
     micro_batch: int = 0
+    round: int = 0
 
     def __post_init__(self) -> None:
         check_unsigned("micro-batch", self.micro_batch, 16)
         check_unsigned("session", self.session, 32)
+        check_unsigned("round", self.round, 32)
         check_unsigned("log length", self.log_length, 32)
         if self.run:
             check_name("run", self.run)
@@ -266,8 +269,9 @@ class Order(Document):
 
     Attributes:
         run: Run id.
-        action: ``enrol``: known, wait for a number; ``welcome``: the ordinal holds from now on; ``excuse``: it needs
-            more memory than it may use, the run goes on without it; ``refuse`` for good.
+        action: ``enrol``: known, wait for a number; ``welcome``: the ordinal holds from now on; ``introduce``: not
+            known any more, say hello; ``excuse``: it needs more memory than it may use, the run goes on without it;
+            ``refuse`` for good.
         session: The session that it answers.
         ordinal: The device's number in the run, from 0; its place in every round follows from it.
         detail: One line for people.
@@ -277,7 +281,7 @@ class Order(Document):
 
     KIND: ClassVar[str] = "order"
     run: str
-    action: Literal["enrol", "welcome", "excuse", "refuse"]
+    action: Literal["enrol", "welcome", "introduce", "excuse", "refuse"]
     session: int
     ordinal: int = 0
     detail: str = ""

@@ -212,5 +212,5 @@ documents: st.SearchStrategy[Document] = st.one_of(
         st.just("") | digests.map(bytes.hex),
         st.floats(0.0, 1e6),
     ),
-    st.builds(Order, names, st.sampled_from(["welcome", "refuse"]), u32, u32, texts),
+    st.builds(Order, names, st.sampled_from(["welcome", "introduce", "refuse"]), u32, u32, texts),
 )

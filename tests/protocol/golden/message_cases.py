@@ -94,7 +94,7 @@ DOCUMENTS: dict[str, Document] = {
         ),
     ),
     "hello": Hello(4, "rpi-zero-2w", 128.0, 600, 60, "onnxruntime 1.32.0,numpy 2.3.1", "aarch64"),
-    "state": Presence(4, "refused", "lenet-1", "needs 300 MiB – too much", 11, _DIGEST.hex(), 96.5, 8),
+    "state": Presence(4, "refused", "lenet-1", "needs 300 MiB – too much", 11, _DIGEST.hex(), 96.5, 8, 12),
     "order": Order("lenet-1", "welcome", 4, 17, "", 4),
 }  # fmt: skip
 

@@ -60,6 +60,7 @@ class DeviceNode(Node):
         self.wanted: tuple[GraphFile, ...] = ()
         self.given_back: list[int] = []
         self.fits, self.opens = 8, True
+        self.may_start_over = False
         self.micro_batch = 0
         self._prepared: tuple[RunDocument, Mask] | None = None
         self._task: Task | None = None
@@ -104,7 +105,7 @@ class DeviceNode(Node):
                 return
             self._do(command)
         if before is not None and self.machine.replica is before[0]:
-            assert before[0].index >= before[1], f"{self.name} started over without need"
+            assert before[0].index >= before[1] or self.may_start_over, f"{self.name} started over without need"
         self.stages.add(self.machine.stage)
         if self.machine.stage in ("greeting", "following", "reporting") and self.online and not self.left:
             assert self.machine.wakeup is not None, f"{self.name} would wait for ever, {self.machine.stage}"
