@@ -10,7 +10,7 @@ from onnx import ModelProto
 from ..protocol.artifact.dense_tail import DenseLayer, DenseTail
 from ..protocol.artifact.layout import Layout
 from .cuts import cut_points
-from .units import UnitNode
+from .units import UnitNode, scales_its_bias
 
 __all__ = ["TailPoint", "find_dense_tail"]
 
@@ -51,6 +51,8 @@ def find_dense_tail(model: ModelProto, layout: Layout, units: Sequence[UnitNode]
         if unit.window is not None or unit.rank != 2 or unit.positions != 1:
             continue
         node, weight = nodes[unit.output], position[unit.layer.parameter]
+        if scales_its_bias(node):
+            continue
         bias = position.get(node.input[2]) if node.op_type == "Gemm" and len(node.input) > 2 else None
         if bias is None:
             bias = _added_bias(model, unit, position)

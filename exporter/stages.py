@@ -14,7 +14,7 @@ from .cuts import multiply_accumulates
 from .forward import BATCH
 from .passes.chain_rules import CHAIN_OPERATORS, follows
 from .passes.editing import value_shapes
-from .units import UnitNode
+from .units import UnitNode, scales_its_bias
 
 __all__ = ["StagePoint", "find_stages"]
 
@@ -40,8 +40,8 @@ def find_stages(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) ->
     """The stages of a network, front to back.
 
     A chain is a network in which every value has one consumer. Its layers are convolutions of one group over one or two
-    axes and fully connected layers on rows of numbers; between them are the operators that
-    :mod:`.passes.chain_rules` can follow backwards.
+    axes and fully connected layers on rows of numbers, all with a bias that counts once or with none; between them are
+    the operators that :mod:`.passes.chain_rules` can follow backwards.
 
     Args:
         model: A forward graph.
@@ -63,6 +63,8 @@ def find_stages(model: ModelProto, layout: Layout, units: Sequence[UnitNode]) ->
         unit = layers.get(node.output[0])
         if unit is not None:
             if unit.layer.groups != 1 or (unit.window is None and (unit.rank != 2 or unit.positions != 1)):
+                return ()
+            if scales_its_bias(node):
                 return ()
             begins.append(place)
         elif node.op_type not in CHAIN_OPERATORS or not follows(node, shapes, constants, set(position)):

@@ -15,7 +15,7 @@ from ..protocol.artifact.manifest import UnitLayer
 from .forward import BATCH
 from .passes.editing import attribute, value_shapes
 
-__all__ = ["ConvolutionWindow", "UnitNode", "find_units"]
+__all__ = ["ConvolutionWindow", "UnitNode", "find_units", "scales_its_bias"]
 
 _ALIASES = ("Identity", "Flatten", "Reshape", "Squeeze")
 
@@ -122,6 +122,15 @@ def find_units(model: ModelProto, layout: Layout) -> tuple[UnitNode, ...]:
         )
         shift, moment = shift + shape[0], moment + n_moments
     return tuple(units)
+
+
+def scales_its_bias(node: NodeProto) -> bool:
+    """Whether a layer adds a multiple of its bias: its pre-activations move by that when the bias moves by one.
+
+    Args:
+        node: A unit layer.
+    """
+    return node.op_type == "Gemm" and len(node.input) > 2 and attribute(node, "beta", 1.0) != 1.0
 
 
 def _linear_weight(node: NodeProto, parameters: dict[str, tuple[int, ...]], transposed: dict[str, str]) -> str | None:

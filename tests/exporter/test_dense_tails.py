@@ -54,6 +54,16 @@ def test_the_tail_begins_behind_the_last_convolution() -> None:
     assert point.tail.shapes(layout) == ((6, 3), (5, 6), (4, 5))
 
 
+def test_a_layer_that_scales_its_product_or_bias_is_in_no_tail() -> None:
+    """Node perturbation takes the bias for one number a unit."""
+    for scaled in ("alpha = 0.5", "beta = 0.5"):
+        model = parse(TOWER.replace("a = Gemm <transB = 1>", f"a = Gemm <transB = 1, {scaled}>"))
+        layout = layout_of(model)
+        point = find_dense_tail(model, layout, find_units(model, layout))
+        assert point is not None
+        assert point.tail.layers == (DenseLayer(3, 4), DenseLayer(5, None))
+
+
 BRANCHES = """
 branches (float[batch, 2, 5, 4] x, float[3, 2, 3, 2] conv_weight, float[6, 3] a_weight, float[6, 3] b_weight,
           float[4, 6] c_weight) => (float[batch, 4] logits) {

@@ -77,6 +77,7 @@ net (float[batch, 4] x, float[4, 4] w1, float[3, 4] w2) => (float[batch, 3] logi
     logits = Gemm <transB = 1> (h, w2)
 }
 """
+BIASED = DENSE.replace("w1,", "w1, float[4] b1,").replace("(x, w1)", "(x, w1, b1)")
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,9 @@ net (float[batch, 4] x, float[4, 4] w1, float[3, 4] w2) => (float[batch, 3] logi
         (DENSE.replace("h = Relu (c)", "h = Add (c, c)"), 0),
         (DENSE.replace("h = Relu (c)", "h = Softmax (c)"), 0),
         (DENSE.replace("transB = 1> (h, w2)", "transB = 1, alpha = 2.0> (h, w2)"), 0),
+        (BIASED, 2),
+        (BIASED.replace("<transB = 1> (x,", "<transB = 1, beta = 1.0> (x,"), 2),
+        (BIASED.replace("<transB = 1> (x,", "<transB = 1, beta = 0.5> (x,"), 0),
     ],
 )
 def test_which_networks_are_chains(text: str, n_stages: int) -> None:
