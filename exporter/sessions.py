@@ -49,12 +49,17 @@ def open_graph(model: ModelProto | bytes, *, optimised: bool = False) -> Callabl
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
     data = model if isinstance(model, bytes) else model.SerializeToString()
-    failures = (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail)
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    own = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+    failures = (RuntimeError, ValueError, *own)
 
     def refused(error: Exception) -> ConfigError:
+        text = str(error).splitlines()[0]
         return ConfigError(
-            f"onnxruntime {onnxruntime.__version__} cannot run the graph: {str(error).splitlines()[0]}",
-            hint="the model uses an operator or a shape that the board runtime lacks",
+            f"onnxruntime {onnxruntime.__version__} cannot run the graph: {text}",
+            hint="map any number to an index, such as x.long().clamp(0, n - 1): inputs may be normal numbers"
+            if "out of data bounds" in text
+            else "the model uses an operator or a shape that the board runtime lacks",
         )
 
     try:

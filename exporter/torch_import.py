@@ -26,10 +26,13 @@ from torch import Tensor, nn
 
 from ..protocol.artifact.layout import Initialiser, Layout, Parameter
 from ..protocol.errors import ArtifactError, ConfigError
+from .adaptive_pools import PlainPools
 from .forward import BATCH, OPSET, RESERVED_NAMES, ForwardGraph, float_value, new_model
 from .passes.fold_constants import FoldConstants
 from .passes.static_reshapes import StaticReshapes
+from .quiet_stdout import quiet_stdout
 from .sessions import run_every_value, run_graph
+from .torch_refusals import cannot_export, cannot_run
 
 __all__ = ["import_torch_model"]
 
@@ -51,7 +54,7 @@ def import_torch_model(reference: str, input_shape: tuple[int, ...], n_classes: 
     The module is used in evaluation mode. Parameters with ``requires_grad`` that reach the logits are trained; the
     others and all buffers become constants. A trained parameter's first values come from the run's seed: the module's
     own constant where all its entries are equal, else normal with mean 0 and the standard deviation of the module's
-    own entries.
+    own entries. Nothing is written to stdout: what the user's code prints goes to stderr.
 
     Args:
         reference: ``package.module:function``; the function takes no arguments. The current folder is searched too.
@@ -62,6 +65,11 @@ def import_torch_model(reference: str, input_shape: tuple[int, ...], n_classes: 
     Raises:
         ConfigError: The function cannot be imported, does not return a module, or the module cannot be exported.
     """
+    with quiet_stdout():
+        return _import(reference, input_shape, n_classes, seed)
+
+
+def _import(reference: str, input_shape: tuple[int, ...], n_classes: int, seed: int) -> ForwardGraph:
     module = _build(reference, seed)
     _refuse_batch_statistics(module, reference)
     trained = _trained(module, reference)
@@ -155,6 +163,11 @@ def _trained(module: nn.Module, reference: str) -> dict[str, _Trained]:
     """The trained parameters by their name in the module."""
     found: dict[str, _Trained] = {}
     for name, parameter in module.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigError(
+                f"parameter {name!r} of {reference} has no shape yet: its layer is a lazy one",
+                hint="call the module once with a batch of the right shape before returning it",
+            )
         if not parameter.requires_grad:
             continue
         if parameter.dtype != torch.float32:
@@ -189,10 +202,7 @@ def _logits(reference: str, module: nn.Module, x: Tensor, n_classes: int) -> NDA
         with torch.no_grad():
             logits = module(x)
     except Exception as error:
-        raise ConfigError(
-            f"{reference} cannot take a batch of shape {tuple(x.shape)}: {type(error).__name__}: {error}",
-            hint="check --input: the shape of one sample without the batch axis",
-        ) from error
+        raise cannot_run(reference, module, x, error) from error
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(x), n_classes):
         shape = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
@@ -209,7 +219,7 @@ def _trace(reference: str, module: nn.Module, x: Tensor) -> ModelProto:
             if parameter.requires_grad:
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.1, 0.2, generator=generator))
     try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, PlainPools(reference, module):
             file = Path(folder) / "traced.onnx"
             warnings.simplefilter("ignore")  # deprecation, and values that tracing freezes: both are checked for
             torch.onnx.export(
@@ -225,11 +235,10 @@ def _trace(reference: str, module: nn.Module, x: Tensor) -> ModelProto:
                 keep_initializers_as_inputs=True,
             )
             return onnx.load(file)
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ConfigError(
-            f"torch cannot export {reference}: {type(error).__name__}: {str(error).splitlines()[0]}",
-            hint=f"the module uses an operation that ONNX opset {OPSET} lacks",
-        ) from error
+        raise cannot_export(reference, module, x, error) from error
 
 
 def _to_forward(
@@ -250,7 +259,7 @@ def _to_forward(
     for node in traced.graph.node:
         if node.domain or any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
             raise ConfigError(
-                f"{reference} needs the operator {node.domain or 'with a sub-graph:'} {node.op_type}",
+                f"{reference} needs the operator {node.domain or 'with a sub-graph:'} {node.op_type} (at {node.name})",
                 hint="write the layer with plain tensor operations",
             )
         node.doc_string = ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,13 +147,54 @@ def test_a_model_without_layers_to_prune(tmp_path: Path) -> None:
         ("linear", (4,), 3, r"returns \(2,\) a sample, not 3 logits", "--classes"),
         ("dependent", (4,), 2, "something else for a sample alone", "every sample must be processed on its own"),
         ("mixing", (4,), 2, "something else for a sample alone", "every sample must be processed on its own"),
+        ("lazy", (4,), 2, "'1.weight' of .*:lazy has no shape yet", "call the module once"),
+        ("token", (4,), 2, "takes its input for indices", "such as x.long().clamp(0, n - 1)"),
+        ("float_token", (4,), 2, "takes its input for indices", "between -1 and 1"),
+        ("position", (7,), 2, r"cannot take a batch of shape \(3, 7\): IndexError", "--input"),
+        ("bilinear", (4,), 2, r"'aten::bilinear' .*, in layer 'blocks\.1'", "operations that torch's exporter has"),
+        ("projected", (4, 5), 2, r"LSTMs with projections, in layer 'first'", "operations that torch's exporter has"),
+        ("choosing", (4,), 4, r"the operator with a sub-graph: If \(at /2/If", "plain tensor operations"),
         ("baked", (4,), 2, r"does not compute what the module computes \(batch of 3\)", "as Python numbers"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_what_cannot_be_imported(function: str, shape: tuple[int, ...], classes: int, message: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         build_forward(f"{HERE}:{function}", shape, classes, 0)
     assert hint in caught.value.hint
+
+
+def test_indices_of_any_number(tmp_path: Path) -> None:
+    """What the refusals advise; a mapping that only suits numbers under one fails on the known answer."""
+    export_artifact(f"{HERE}:clamped_token", (4,), 2, 0.0, 0, tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"Name:'/rows/Gather'.*out of data bounds") as caught:
+        export_artifact(f"{HERE}:scaled_token", (4,), 2, 0.0, 0, tmp_path / "b")
+    assert "x.long().clamp(0, n - 1)" in caught.value.hint
+
+
+def test_nothing_but_results_on_stdout(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """torch writes its graph there from C++ when it fails, and the user's module may print."""
+    caplog.set_level(logging.DEBUG, "fedzo.exporter")
+    sys.stdout.write("before\n")
+    with pytest.raises(ConfigError):
+        build_forward(f"{HERE}:bilinear", (4,), 2, 0)
+    sys.stdout.write("after\n")
+    ctypes.CDLL(None).fflush(None)
+    captured = capfd.readouterr()
+    assert captured.out == "before\nafter\n"
+    assert "printed by the model" in captured.err
+    assert "aten::bilinear" in caplog.text
+
+
+def test_a_closed_stdout() -> None:
+    """In a process of its own: file 1 is not there."""
+    code = f"""
+import os, sys
+os.close(1)
+from fedzo.exporter.models.registry import build_forward
+sys.exit(build_forward("{HERE}:linear", (4,), 2, 0).layout.size)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 10
 
 
 @pytest.mark.parametrize("reference", ["os.path:", ":build", "a b:build", "models.py:build()", "x:y:z"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -228,3 +230,183 @@ def two_layers() -> nn.Module:
 def deep() -> nn.Module:
     layers = [layer for _ in range(11) for layer in (nn.Linear(6, 6), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(6, 3))
+
+
+class Pooled(nn.Module):
+    """A block between a convolution and adaptive pooling."""
+
+    def __init__(self, block: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 3, padding=1)
+        self.block = block
+        self.pool = pool
+        self.last = nn.LazyLinear(3)
+        self(torch.zeros(1, 2, 12, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(self.block(torch.relu(self.first(x)))).flatten(1))  # type: ignore[no-any-return]
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excitation, with a reshape to sizes that an exporter does not see through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3))))))
+        return x * gate.view(-1, 8, 1, 1)
+
+
+class Attend(nn.Module):
+    """Self-attention over the positions of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.project(x.flatten(2).transpose(1, 2)).view(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        h = nn.functional.scaled_dot_product_attention(*rows)
+        return h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], 8).permute(0, 3, 1, 2)
+
+
+class Causal(nn.Module):
+    """A convolution over time that sees no later step."""
+
+    def __init__(self, inputs: int, outputs: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, 3, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(nn.functional.pad(x, (2 * self.conv.dilation[0], 0))))
+
+
+class Normalised(nn.Module):
+    """Normal length, and pooling by a function of two results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = nn.functional.adaptive_max_pool2d(nn.functional.normalize(x), (6, 8), return_indices=True)
+        return nn.functional.adaptive_avg_pool2d(h, (3, 4))
+
+
+def squeezed() -> nn.Module:
+    return Pooled(Squeeze(), nn.AdaptiveAvgPool2d(4))
+
+
+def attended() -> nn.Module:
+    return Pooled(Attend(), nn.AdaptiveMaxPool2d((6, 4)))
+
+
+def reflected() -> nn.Module:
+    return Pooled(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.AdaptiveAvgPool2d((3, None)))
+
+
+def shuffled() -> nn.Module:
+    return Pooled(nn.PixelUnshuffle(2), nn.AdaptiveAvgPool2d(1))
+
+
+def normalised() -> nn.Module:
+    return Pooled(nn.Identity(), Normalised())
+
+
+def temporal() -> nn.Module:
+    layers = [Causal(3, 8, 1), Causal(8, 8, 2), nn.AdaptiveMaxPool1d(12), Causal(8, 8, 4), nn.AdaptiveAvgPool1d(3)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(24, 4))
+
+
+def uneven() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d((4, 7))), nn.Flatten())
+
+
+class Bilinear(nn.Module):
+    """An operator that torch's exporter does not know, deep inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Bilinear(4, 4, 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("printed by the model")  # noqa: T201
+        h = self.blocks[0](x)
+        return self.blocks[1](h, h)  # type: ignore[no-any-return]
+
+
+def bilinear() -> nn.Module:
+    return Bilinear()
+
+
+class Projected(nn.Module):
+    """A recurrent layer of a kind that torch's exporter does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(5, 4, proj_size=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)[0][:, -1]  # type: ignore[no-any-return]
+
+
+def projected() -> nn.Module:
+    return Projected()
+
+
+def choosing() -> nn.Module:
+    """Torch's exporter writes its squeeze of an unknown size as a choice."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (4, 1)), nn.LocalResponseNorm(2), nn.Flatten())
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+
+
+class Embedded(nn.Module):
+    """Takes the numbers of a sample for rows of an embedding, by way of ``index``."""
+
+    def __init__(self, index: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.index = index
+        self.rows = nn.Embedding(6, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rows(self.index(x)).mean(1))  # type: ignore[no-any-return]
+
+
+def token() -> nn.Module:
+    return Embedded(Tensor.long)
+
+
+def float_token() -> nn.Module:
+    return Embedded(lambda x: x)
+
+
+def position() -> nn.Module:
+    return Embedded(lambda x: torch.arange(x.shape[1]).expand(x.shape[0], -1))
+
+
+def clamped_token() -> nn.Module:
+    return Embedded(lambda x: x.long().clamp(0, 5))
+
+
+def scaled_token() -> nn.Module:
+    return Embedded(lambda x: x.abs().mul(5).long())
+
+
+class HalfBias(nn.Module):
+    """Its first layer adds half of its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(torch.addmm(self.first.bias, x, self.first.weight.t(), beta=0.5))
+        return self.last(torch.tanh(self.second(h)))  # type: ignore[no-any-return]
+
+
+def half_bias() -> nn.Module:
+    return HalfBias()
