@@ -239,6 +239,7 @@ def _sizes(
     estimator: str | None = None,
 ) -> RunSizes:
     from ..edge_runtime.planning.board_plan import RunSizes
+    from ..protocol.pruning.mask_choice import check_pruning
     from ..protocol.settings import RunSettings, SaliencySettings, TrainingSettings
 
     usual = RunSizes()
@@ -250,6 +251,7 @@ def _sizes(
         saliency=SaliencySettings(method=pruning or usual.pruning),  # type: ignore[arg-type]  # likewise
         training=TrainingSettings(estimator=estimator),  # type: ignore[arg-type]  # likewise
     )
+    check_pruning(manifest, settings)
     # Which of its kind a board would take is not known here; they differ little. A device asks its processor.
     own = {v.queries > 1: v for v in reversed(manifest.variants) if v.machine == board.machine}
     variants = tuple(own[batched] for batched in (False, True) if batched in own)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from bisect import bisect_left
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,17 +169,17 @@ class RunFollower:
 
     def _skip_to(self, recent: int, announced: list[int]) -> None:
         """Count what there may be millions of, read the little else, and let :meth:`poll` begin at the last round."""
-        reports = self._journal.sequences("report")
-        self._reports = bisect_left(reports, recent)
-        self._updates = bisect_left(self._journal.sequences("update"), recent)
+        paced = announced[-_RATE_ROUNDS - 1 : -2]
+        self._reports, *reports = self._journal.count_before("report", [recent, *paced])
+        (self._updates,) = self._journal.count_before("update", [recent])
         for sequence, entry in self._journal.read(_SMALL_KINDS):
             if sequence >= recent:
                 break
             if sequence > announced[0] and self._numbered is None:
                 self._numbered = sorted(self._devices)
             self._take(entry)
-        for sequence in announced[-_RATE_ROUNDS - 1 : -2]:
-            self._announced_at.append((self._journal.get(sequence).at, bisect_left(reports, sequence)))
+        for sequence, count in zip(paced, reports, strict=True):
+            self._announced_at.append((self._journal.get(sequence).at, count))
         self._numbered = sorted(self._devices) if self._numbered is None else self._numbered
         self._last = recent - 1
 

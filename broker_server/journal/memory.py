@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 
 from .entry import Entry
@@ -60,6 +61,11 @@ class MemoryJournal:
     def sequences(self, kind: str) -> list[int]:
         """See `Journal.sequences`."""
         return [sequence for sequence, _ in self.read({kind})]
+
+    def count_before(self, kind: str, marks: Sequence[int]) -> list[int]:
+        """See `Journal.count_before`."""
+        places = self.sequences(kind)
+        return [bisect_left(places, mark) for mark in marks]
 
     def tally(self) -> list[Tally]:
         """See `Journal.tally`."""

@@ -66,6 +66,9 @@ class Journal(Protocol):
     def sequences(self, kind: str) -> list[int]:
         """Where the entries of a kind are, in order, without reading them."""
 
+    def count_before(self, kind: str, marks: Sequence[int]) -> list[int]:
+        """How many entries of a kind lie in front of each of some places, without remembering where."""
+
     def tally(self) -> list[Tally]:
         """What there is, by round and kind, in the order of rounds and of first entries."""
 

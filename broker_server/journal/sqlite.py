@@ -163,6 +163,16 @@ class SqliteJournal:
         report = "" if kind == "report" else "kind <> 'report' AND "
         return [row[0] for row in self._rows(f"SELECT sequence FROM entry WHERE {report}kind = ? ORDER BY 1", (kind,))]
 
+    def count_before(self, kind: str, marks: Sequence[int]) -> list[int]:
+        """See `Journal.count_before`."""
+        check_kinds([kind])
+        report = "" if kind == "report" else "kind <> 'report' AND "
+        if not marks:
+            return []
+        sums = ", ".join("coalesce(sum(sequence < ?), 0)" for _ in marks)
+        (row,) = self._rows(f"SELECT {sums} FROM entry WHERE {report}kind = ?", (*marks, kind))
+        return list(row)
+
     def tally(self) -> list[Tally]:
         """See `Journal.tally`; reads the whole file."""
         sums = "count(*), sum(length(payload)), min(at), max(at)"
@@ -243,6 +253,8 @@ class SqliteJournal:
             if "malformed" in text or "no such" in text:
                 raise damaged(self._path, text) from error
             raise FedzoError(f"the journal {self._path} cannot be used: {text}", hint="check the disk") from error
+        except sqlite3.DataError as error:
+            raise FedzoError(f"the journal {self._path} takes no entry as large as this: {error}") from error
         except sqlite3.DatabaseError as error:
             raise damaged(self._path, str(error)) from error
 

@@ -129,7 +129,7 @@ class Sections:
         """
         behind = range(1, len(self))
         roots = [math.sqrt(self.gains[i] * sizes[i] / max(self.cost(i), 1e-12)) for i in behind]
-        whole = sum(roots) or 1.0
+        whole = math.fsum(roots) or 1.0  # as the sum of Python 3.12 differs from older ones in the last bit
         return tuple(max(1, round(total * root / whole / multiple)) * multiple for root in roots)
 
     def to_json(self) -> dict[str, Any]:

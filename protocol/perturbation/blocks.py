@@ -182,7 +182,8 @@ def _local_blocks(training: TrainingSettings, manifest: Manifest, mask: Mask) ->
     roots = [math.sqrt(size) for size in sizes]
     blocks: list[Block] = []
     for number, (size, root) in enumerate(zip(sizes, roots, strict=True)):
-        k = max(1, round(training.tail_k * root / sum(roots)))
+        # Correctly rounded: the sum of Python 3.12 differs from older ones in the last bit.
+        k = max(1, round(training.tail_k * root / math.fsum(roots)))
         blocks.append(Block(number, sum(sizes[:number]), size, "sketch", "ranked", k))
     return tuple(blocks)
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from ..artifact.layout import initial_weights
 from ..artifact.manifest import Manifest
+from ..errors import ConfigError
 from ..settings import RunSettings
+from ..wire.framing import MAX_SCALARS
 from .layer_densities import check_floor, erk_densities, uniform_densities
 from .mask import Mask, threshold
 from .saliency import diagonal_scores, kernel_scores
@@ -23,8 +25,15 @@ def check_pruning(manifest: Manifest, settings: RunSettings) -> None:
     Raises:
         ConfigError: It cannot.
     """
+    saliency = settings.saliency
     if settings.sparsity > 0:
-        check_floor(manifest.layout, settings.sparsity, settings.saliency.floor)
+        check_floor(manifest.layout, settings.sparsity, saliency.floor)
+    n_scores = manifest.n_units + manifest.n_moments + (len(manifest.units) if saliency.draws else 0)
+    if settings.sparsity > 0 and saliency.is_federated and n_scores > MAX_SCALARS:
+        raise ConfigError(
+            f"the scores of {manifest.model} are {n_scores:,} numbers a board, a report holds {MAX_SCALARS:,}",
+            hint="use --pruning magnitude, erk or random, or no pruning (--sparsity 0)",
+        )
 
 
 def federated_mask(

@@ -74,6 +74,7 @@ class OpenRound:
         self.participants = tuple(roster.names_of(head.participants))
         self._ranks = {name: rank for rank, name in enumerate(self.participants)}
         self._unanswered = dict.fromkeys(self.participants)
+        self._waited_for = ""
         self.n_usable = 0
         self.reports: dict[str, Report] = {}
         self.server_result: ServerEvaluated | None = None
@@ -171,8 +172,13 @@ class OpenRound:
 
     def is_waiting(self) -> bool:
         """Whether a participant has not answered and may still do, or a report has not been checked."""
-        members, round_ = self._roster.members, self._head.round
-        return bool(self.unchecked) or any(members[name].may_answer(round_) for name in self._unanswered)
+        members, round_, name = self._roster.members, self._head.round, self._waited_for
+        if self.unchecked or (name in self._unanswered and members[name].may_answer(round_)):
+            return True
+        # The last one: reports come roughly in the order of names, so that it will do for many of them.
+        found = (name for name in reversed(self._unanswered) if members[name].may_answer(round_))
+        self._waited_for = next(found, "")
+        return bool(self._waited_for)
 
     def silence(self) -> None:
         """Those that had all the time and have not answered are not waited for again until they are heard of."""

@@ -8,6 +8,7 @@ know no difference: they follow from one run document to the next.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -81,7 +82,7 @@ class RangeTest:
             ConfigError: The loss never fell.
         """
         best = min(range(len(self.losses)), key=self.losses.__getitem__, default=0)
-        start = sum(self.losses[:LEAST_UPDATES]) / LEAST_UPDATES
+        start = math.fsum(self.losses[:LEAST_UPDATES]) / LEAST_UPDATES
         if best < LEAST_UPDATES or not self.losses[best] < (1.0 - LEAST_FALL) * start:
             raise ConfigError(
                 f"after {len(self.losses)} updates of the range test no rate has made the loss fall",

@@ -17,7 +17,16 @@ from typing import Any, Final
 
 from ..errors import ProtocolError
 
-__all__ = ["LEAST_BYTES", "LEAST_UPDATES", "MOST_ENTRIES", "MOST_UPDATES", "SHARE", "Snapshot", "SnapshotClock"]
+__all__ = [
+    "LEAST_BYTES",
+    "LEAST_UPDATES",
+    "MOST_BYTES",
+    "MOST_ENTRIES",
+    "MOST_UPDATES",
+    "SHARE",
+    "Snapshot",
+    "SnapshotClock",
+]
 
 SHARE: Final = 16
 LEAST_BYTES: Final = 64 << 10
@@ -25,6 +34,8 @@ MOST_UPDATES: Final = 100
 LEAST_UPDATES: Final = 10
 MOST_ENTRIES: Final = 1 << 22
 """Weights that the updates since the last snapshot may have touched, counted once an update."""
+MOST_BYTES: Final = 900_000_000
+"""Of a snapshot that is made: SQLite takes entries of 1e9 bytes at most. Larger runs are replayed from their start."""
 _MAX_STATE_BYTES: Final = 256 << 20
 _HEADER = struct.Struct("<4sII")
 _MAGIC: Final = b"FZJ1"
@@ -98,4 +109,5 @@ class SnapshotClock:
             n_survivors: Weights that an update touches.
         """
         many = min(MOST_UPDATES, max(LEAST_UPDATES, MOST_ENTRIES // n_survivors))
-        return self._updates >= many or (self._updates > 0 and self._bytes >= max(LEAST_BYTES, SHARE * size))
+        is_due = self._updates >= many or (self._updates > 0 and self._bytes >= max(LEAST_BYTES, SHARE * size))
+        return is_due and size <= MOST_BYTES

@@ -202,7 +202,8 @@ def test_a_damaged_snapshot_cannot_be_decoded(cut: int) -> None:
         ([("report", 1000), ("update", 10)], 10, 100, False),
         ([("report", 1 << 20), ("update", 10)], 1 << 17, 100, False),
         ([("update", 10)] * 99, 10, 100, False),
-        ([("update", 10)] * 100, 1 << 30, 100, True),
+        ([("update", 10)] * 100, 1 << 29, 100, True),
+        ([("update", 10)] * 100, 1 << 30, 100, False),  # larger than what SQLite takes
         ([("update", 10)] * 41, 10, 100_000, True),
         ([("update", 10)] * 40, 10, 100_000, False),
         ([("update", 10)] * 9, 10, 10_000_000, False),

@@ -120,6 +120,10 @@ def test_where_the_entries_of_a_kind_are(journal: Journal) -> None:
     assert [journal.sequences(kind) for kind in ("phase", "report", "mask")] == [[1, 4], [2, 3], []]
     with pytest.raises(ValueError, match="reports"):
         journal.sequences("reports")
+    assert journal.count_before("report", [1, 2, 3, 4, 9]) == [0, 0, 1, 2, 2]
+    assert journal.count_before("phase", [2]) == [1]
+    assert journal.count_before("mask", [9]) == [0]
+    assert journal.count_before("report", []) == []
 
 
 def test_what_there_is_is_added_up(journal: Journal) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedzo.protocol.artifact.layout import Initialiser, Layout, Parameter
 from fedzo.protocol.device_side.tasks import make_task
 from fedzo.protocol.errors import ConfigError
 from fedzo.protocol.perturbation.blocks import Block, BlockKind, Deal, blocks_of, deal, directions_of, whole_block
@@ -24,6 +26,7 @@ from fedzo.protocol.wire.messages import Report, ReportKind
 from tests.protocol.builders import seeded_normals
 from tests.protocol.simulation.fakes import cut_manifest, run_document, tiny_manifest
 
+INIT = Initialiser("constant", 0.0)
 kinds: st.SearchStrategy[BlockKind] = st.sampled_from(["probe", "sketch"])
 families = st.sampled_from(FAMILIES)
 assignments: st.SearchStrategy[Assignment] = st.sampled_from(["shared", "dealt"])
@@ -53,6 +56,17 @@ def half_mask() -> Mask:
     mask = threshold(layout, scores, 1 - 16 / 36)
     assert mask.counts().tolist() == [10, 4, 6]
     return mask
+
+
+def test_equal_stages_share_scalars_alike_on_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tie: with the sum of Python 3.11 and before the last two got 32."""
+    layout = Layout(tuple(Parameter(f"w{i}", (n,), True, INIT) for i, n in enumerate((2400, 150, 150))))
+    stages = [types.SimpleNamespace(first_parameter=i, end_parameter=i + 1) for i in range(3)]
+    monkeypatch.setattr("fedzo.protocol.perturbation.blocks.local_stages", lambda found: found)
+    manifest = types.SimpleNamespace(learns_locally=True, stages=stages, model="ties")
+    training = TrainingSettings(estimator="local", tail_k=189)
+    blocks = blocks_of(training, manifest, Mask.dense(layout))  # type: ignore[arg-type]
+    assert [block.k for block in blocks] == [126, 31, 31]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ def test_a_report_takes_as_many_steps_whatever_the_number_of_devices(phase: str)
     assert taken[600] <= taken[30] + 5
 
 
+def test_lost_participants_are_not_looked_at_for_every_report() -> None:
+    taken = {}
+    for n in (40, 400):
+        desk, names, report = open_round(n, "train")
+        desk.presence(*names[5 : n // 2], status="lost").presence(*names[-3:], status="lost")
+        counts = [steps(desk, name, report)[0] for name in names[n // 2 : n // 2 + 9]]
+        taken[n] = sorted(counts)[5]
+        assert desk.head.phase == "train"
+    assert taken[400] <= taken[40] + 5
+
+
 def test_an_evaluation_is_asked_for_once_and_again_after_a_break_of_the_link() -> None:
     """It comes with a copy of the weights: thousands of them would not fit the memory."""
     desk, _, _ = open_round(30, "evaluate")
