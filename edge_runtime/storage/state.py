@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["DeviceState", "default_folder", "generate_id"]
 
 _MAX_SESSION = (1 << 32) - 1
+_LATEST_CLOCK_S = 4_102_444_800
+"""The year 2100: a later clock is wrong, and would leave few or no starts to count."""
 
 
 def default_folder(federation: str) -> Path:
@@ -64,7 +66,8 @@ class DeviceState:
     Attributes:
         folder: Where the state lies.
         device: The device id.
-        session: Boot counter, greater than in every start before; seconds since 1970 where the clock allows.
+        session: Boot counter, greater than in every start before; seconds since 1970 where the clock allows, which it
+            does not from the year 2100 on.
         blobs: Local store of graphs and masks.
         outbox: The undelivered report.
         residuals: What the estimator has not sent yet.
@@ -129,7 +132,8 @@ class DeviceState:
                 hint="write a number greater than in any start before, or use a new --id",
             )
         # The clock only helps a device whose state was lost: the server ignores sessions older than it has seen.
-        session = max(int(text or 0) + 1, min(int(time.time()), _MAX_SESSION - 1))
+        clock = int(time.time())
+        session = max(int(text or 0) + 1, clock if clock < _LATEST_CLOCK_S else 1)
         write_durably(path, f"{session}\n".encode())
         return session
 

@@ -87,6 +87,16 @@ def test_the_session_grows_also_when_the_clock_stands(tmp_path: Path, monkeypatc
     assert start(tmp_path)[1] == 1002
 
 
+@pytest.mark.parametrize("clock", [4_102_444_800.0, 2.0**32 + 5, 1e18])
+def test_a_clock_that_cannot_be_does_not_use_the_counter_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    monkeypatch.setattr("time.time", lambda: clock)
+    assert [start(tmp_path)[1] for _ in range(2)] == [1, 2]
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert [start(tmp_path)[1] for _ in range(2)] == [2_000_000_000, 2_000_000_001]
+
+
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "4294967295", "9" * 100, "\x00", "٣"])
 def test_a_damaged_counter_is_refused(tmp_path: Path, text: str) -> None:
     start(tmp_path, "dev-a")
