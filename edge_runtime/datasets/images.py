@@ -22,6 +22,7 @@ __all__ = ["count_images", "read_image_folder"]
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _TEST_NAMES = ("test", "val", "validation")
 _MAX_PIXELS = 50_000_000
+_EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 def read_image_folder(
@@ -29,7 +30,8 @@ def read_image_folder(
 ) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Decode ``path/CLASS/*.png`` or ``path/train/CLASS/*.png`` with ``path/test/CLASS/*.png``.
 
-    Images are converted to the model's number of channels (1 or 3) and scaled to its size with a bilinear filter.
+    Images are converted to the model's number of channels (1 or 3) and scaled to its size with a bilinear filter. Grey
+    values of 16 bits are rounded to 8; images of other numbers, whose range nobody knows, are refused.
 
     Args:
         path: The folder.
@@ -104,7 +106,7 @@ def _decoded(
                 with image_module.open(path) as image:
                     if image.width * image.height > _MAX_PIXELS:
                         raise DataError(f"{path} has {image.width} x {image.height} pixels, the limit is {_MAX_PIXELS}")
-                    pixels = image.convert("L" if channels == 1 else "RGB")
+                    pixels = _eight_bit(image, path).convert("L" if channels == 1 else "RGB")
                     if pixels.size != (width, height):
                         pixels = pixels.resize((width, height), image_module.Resampling.BILINEAR)
         except DataError:
@@ -116,6 +118,21 @@ def _decoded(
         values = np.asarray(pixels, dtype=np.uint8)
         out[position] = values[np.newaxis] if channels == 1 else np.moveaxis(values, -1, 0)
     return out, np.array([label for _, label in files], dtype=np.int64)
+
+
+def _eight_bit(image: Any, path: Path) -> Any:
+    """The image with values of 8 bits; Pillow's own conversion of others cuts off at 255."""
+    if image.mode in _EIGHT_BIT:
+        return image
+    # Older releases of Pillow read 16 bits as 32.
+    if not image.mode.startswith("I;16") and (image.mode != "I" or image.format not in ("PNG", "PPM")):
+        raise DataError(
+            f"{path} holds values of the kind {image.mode}, whose range is not known",
+            hint="convert it to PNG with 8 or 16 bits, or give the values as .npy files",
+        )
+    values = np.asarray(image).astype(np.uint16)
+    whole, rest = np.divmod(values, np.uint16(257))
+    return _pillow().fromarray((whole + (rest > 128)).astype(np.uint8))  # 65535 / 257 = 255
 
 
 def _pillow() -> Any:
