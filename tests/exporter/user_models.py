@@ -260,16 +260,16 @@ class Squeeze(nn.Module):
 
 
 class Attend(nn.Module):
-    """Self-attention over the positions of an image."""
+    """Self-attention over the positions of an image of 12x16."""
 
     def __init__(self) -> None:
         super().__init__()
         self.project = nn.Linear(8, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.project(x.flatten(2).transpose(1, 2)).view(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        rows = self.project(x.flatten(2).transpose(1, 2)).view(-1, 192, 3, 2, 4).permute(2, 0, 3, 1, 4)
         h = nn.functional.scaled_dot_product_attention(*rows)
-        return h.transpose(1, 2).reshape(x.shape[0], *x.shape[2:], 8).permute(0, 3, 1, 2)
+        return h.transpose(1, 2).reshape(-1, 12, 16, 8).permute(0, 3, 1, 2)
 
 
 class Causal(nn.Module):
