@@ -380,7 +380,7 @@ class Device:
             status=status,
             run=self._run.run if self._run else "",
             detail=one_line(detail),
-            round=self._head.round if self._head else 0,
+            round=max(self._head.round, self._delivery.answered + 1) if self._head else 0,
             log_length=replica.index if replica else 0,
             weights_digest=replica.digest.hex() if replica else "",
             planned_peak_mib=self._preparation.peak_mib if self._preparation else 0.0,

@@ -139,7 +139,7 @@ class Coordinator(JournaledRun):
             self._greet(event.device, message)
             return
         if isinstance(message, Presence) and message.run == self.run.run:
-            if message.round > self.head.round or message.log_length > self.replica.index:
+            if self._is_behind(event.device, message):
                 self._skip_rounds(now)
             if member is None and message.status == "ready":  # Its hello was heard by a later journal.
                 order = introduction(self.run.run, message.session)
@@ -157,6 +157,12 @@ class Coordinator(JournaledRun):
             self._out.append(ServeBlob(event.device, message))
         elif isinstance(message, LogRequest):
             self._out += self._catch_up.answer(event.device, message, self.replica, self.head.round)
+
+    def _is_behind(self, device: str, presence: Presence) -> bool:
+        """Whether a device knows of more than the journal: later rounds, later updates, or its report of this round."""
+        if presence.round > self.head.round + 1 or presence.log_length > self.replica.index:
+            return True
+        return presence.round > self.head.round and self._round is not None and self._round.lacks(device)
 
     def _skip_rounds(self, now: float) -> None:
         """Rounds after the journal's last one were announced before: it is an older copy, or was begun again.
@@ -292,10 +298,6 @@ class Coordinator(JournaledRun):
         if self.roster.count_ready() >= self._settings.quorum:
             self._record_close(current, "missed", now)
             self._open(self.head.phase, now)
-        elif self._may_be_older:
-            self._may_be_older = False
-            self._record_close(current, "missed", now)
-            self._gather(now)
         else:
             current.is_overdue = False
             self._out.append(Send(Channel.HEAD, self.head))  # Those that are there have perhaps never got it.

@@ -57,8 +57,6 @@ class JournaledRun(RunView):
         self._late = LateReports(self._settings, manifest)
         self._out: list[CoordinatorCommand] = []
         self._recorded_run, self._recorded_close = False, -1
-        # Devices may have answered a round of the next number already, of which an older copy knows nothing.
-        self._may_be_older = False
         self._clock = SnapshotClock()
         self._catch_up = CatchUp(self._settings.snapshots)
 
@@ -82,7 +80,7 @@ class JournaledRun(RunView):
             if kind == "run":
                 if parse(RunDocument, payload) != self.run:
                     raise ProtocolError("the journal belongs to a run with other settings or another artifact")
-                self._recorded_run = self._may_be_older = True
+                self._recorded_run = True
             elif kind == "enrolment":
                 self.roster.enrol(device, parse(Hello, payload))
             elif kind == "announce":

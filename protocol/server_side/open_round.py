@@ -180,6 +180,11 @@ class OpenRound:
         self._waited_for = next(found, "")
         return bool(self._waited_for)
 
+    def lacks(self, device: str) -> bool:
+        """Whether nothing is known of a participant's report, not even that it was refused."""
+        is_refused = device in self._ranks and self._roster.members[device].refused_round == self._head.round
+        return device in self._unanswered and not is_refused
+
     def silence(self) -> None:
         """Those that had all the time and have not answered are not waited for again until they are heard of."""
         if not self.is_overdue:

@@ -53,6 +53,7 @@ class RunProgress:
         replica: The weights.
         evaluations: What evaluation rounds found, oldest first.
         range_test: What a range test has found so far; None if this is none.
+        unscored: Weights of layers that the last scores said nothing about; empty after a restart.
     """
 
     def __init__(self, run: RunDocument, manifest: Manifest) -> None:
@@ -62,6 +63,7 @@ class RunProgress:
         self._evaluated_at = -1
         self._evaluated = (b"", b"")
         self.evaluations: list[EvaluationRecord] = []
+        self.unscored: tuple[str, ...] = ()
         self.range_test = RangeTest() if run.training.schedule == "range" else None
         check_pruning(manifest, run.settings)
         self._set_mask(Mask.dense(manifest.layout), b"")
@@ -154,9 +156,11 @@ class RunProgress:
     def choose_mask(self, reports: Sequence[Report]) -> bytes:
         """The encoded mask of the next sparsity step; still to be adopted."""
         blocks = [block.astype(np.float32) for block in combine_scores(reports, self._run.settings.aggregation)]
-        return federated_mask(
+        chosen = federated_mask(
             self._manifest, self._run.settings, self.mask, self.replica.weights, blocks, self._scored + 1
         )
+        self.unscored = chosen.unscored
+        return chosen.encoded
 
     def own_mask(self) -> bytes | None:
         """The encoded mask, if the next step is one that needs neither devices nor forward passes; to be adopted."""

@@ -26,6 +26,11 @@ class RunView:
         return self._progress.mask
 
     @property
+    def unscored(self) -> tuple[str, ...]:
+        """Weights of layers that the last scores said nothing about, see docs/pruning.md."""
+        return self._progress.unscored
+
+    @property
     def replica(self) -> Replica:
         """The weights."""
         return self._progress.replica

@@ -238,7 +238,8 @@ class Presence(Document):
         weights_digest: Digest of its weights, 32 hex digits; empty before training.
         planned_peak_mib: What its memory plan says; 0 before there is one.
         micro_batch: Samples of one run of a graph in that plan; 0 before there is one.
-        round: The last round of that run that was announced to it; 0 for none.
+        round: The first round of that run that it may still answer: the last one that was announced to it, or one
+            more if it has a receipt for that; 0 for none.
     """
 
     KIND: ClassVar[str] = "state"
