@@ -287,6 +287,9 @@ class Server:
                 known = {"event": "refused", "round": record.round, "device": record.device}
                 why = record.payload.decode()
                 _log.warning("refused in round %d: %s: %s", record.round, record.device, why, extra=known)
+            elif record.kind == "mask" and (unscored := self.coordinator.unscored):
+                known = {"event": "unscored", "round": record.round}
+                _log.warning("unit shifts do not show in %s: see docs/pruning.md", ", ".join(unscored), extra=known)
         updates = [s for s, r in zip(sequences, records, strict=True) if r.kind == "update"]
         self._log_sequences += updates
         keep_last_snapshot(self._journal, {record.kind for record in records})

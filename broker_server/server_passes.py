@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ..edge_runtime.datasets.data import Samples
 from ..edge_runtime.estimation.estimators import Cancelled
 from ..edge_runtime.estimation.saliency import UnitShiftScorer
 from ..edge_runtime.inference.engine import Engine
 from ..edge_runtime.storage.artifact import Artifact
+from ..protocol.pruning.blind_layers import visibility
 from ..protocol.pruning.saliency import gaussian_inputs
 from ..protocol.pruning.score_checks import largest_difference
 from ..protocol.server_side.coordinator_events import (
@@ -74,7 +77,10 @@ class ServerPasses:
                 found = scorer.score(engine, command.weights, x, command.round, self._cancelled)
         except Cancelled:
             return None
-        difference = largest_difference(manifest, found.blocks, command.blocks)
+        dense = np.zeros(manifest.layout.size, dtype=np.float32)
+        dense[command.mask.kept] = command.weights
+        noise = visibility(manifest, dense, found.sensitivities, found.moments, saliency.shift).level
+        difference = largest_difference(manifest, found.blocks, command.blocks, noise=noise)
         return ScoresChecked(command.round, command.device, difference)
 
     def _evaluate(self, command: Evaluate) -> ServerEvaluated | None:

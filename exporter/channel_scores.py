@@ -76,7 +76,7 @@ def parameter_gains(manifest: Manifest, files: Mapping[str, bytes]) -> NDArray[n
     weights, x = initial_weights(layout, manifest.seed), gaussian_inputs(manifest, manifest.seed, 0, 0, SCORING_SAMPLES)
     moments = open_graph(files["moments.onnx"])({**dense_feeds(layout, weights), "x": x})["moments"]
     ones = np.ones(layout.size, np.float32)
-    values = diagonal_scores(manifest, ones, _sensitivities(manifest, files, weights, x), moments)
+    values = diagonal_scores(manifest, ones, _sensitivities(manifest, files, weights, x), moments, shift=None)
     gains = np.zeros(len(layout.parameters), np.float64)
     for unit in manifest.units:
         position = layout.position_of(unit.parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,24 @@ from ..artifact.manifest import Manifest
 from ..errors import ConfigError
 from ..settings import RunSettings
 from ..wire.framing import MAX_SCALARS
+from .blind_layers import visibility
 from .layer_densities import check_floor, erk_densities, uniform_densities
 from .mask import Mask, threshold
 from .saliency import diagonal_scores, kernel_scores
 
-__all__ = ["check_pruning", "federated_mask", "mask_from_seed"]
+__all__ = ["ScoredMask", "check_pruning", "federated_mask", "mask_from_seed"]
+
+
+class ScoredMask(NamedTuple):
+    """A mask from scores.
+
+    Attributes:
+        encoded: As it travels.
+        unscored: Weights of layers that unit shifts said nothing about.
+    """
+
+    encoded: bytes
+    unscored: tuple[str, ...]
 
 
 def check_pruning(manifest: Manifest, settings: RunSettings) -> None:
@@ -43,8 +57,11 @@ def federated_mask(
     weights: NDArray[np.float32],
     blocks: Sequence[NDArray[np.float32]],
     step: int,
-) -> bytes:
+) -> ScoredMask:
     """The mask of one step of the schedule, from scores of the survivors of the step before.
+
+    Layers that forward passes say nothing about (:mod:`.blind_layers`) are scored by their weights and inputs, with
+    totals like those of the other layers, and named in the answer.
 
     Args:
         manifest: Of the artifact.
@@ -58,12 +75,18 @@ def federated_mask(
     layout, saliency = manifest.layout, settings.saliency
     dense = np.zeros(layout.size, dtype=np.float32)
     dense[mask.kept] = weights
+    kept, shift = mask.kept, saliency.shift
+    seen = visibility(manifest, dense, blocks[0], blocks[1], shift, kept)
     if saliency.method == "ntk-sap":
-        scores = kernel_scores(manifest, dense, blocks[0], blocks[1], mask.kept)
+        stand_ins = seen.blind
+        scores = kernel_scores(manifest, dense, blocks[0], blocks[1], kept, shift=shift)
     else:
-        scores = diagonal_scores(manifest, dense, blocks[0], blocks[1], blocks[2] if len(blocks) > 2 else None)
+        stand_ins = seen.unscored
+        totals = blocks[2] if len(blocks) > 2 else None
+        scores = diagonal_scores(manifest, dense, blocks[0], blocks[1], totals, kept=kept, shift=shift)
     sparsity = saliency.sparsity_after(step, settings.sparsity)
-    return threshold(layout, scores, sparsity, within=mask, floor=saliency.floor).encode()
+    chosen = threshold(layout, scores, sparsity, within=mask, floor=saliency.floor)
+    return ScoredMask(chosen.encode(), tuple(manifest.units[number].parameter for number in sorted(stand_ins)))
 
 
 def mask_from_seed(manifest: Manifest, settings: RunSettings) -> bytes:

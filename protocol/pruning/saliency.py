@@ -20,6 +20,7 @@ from ..errors import ArtifactError, ProtocolError
 from ..perturbation.directions import random_signs
 from ..perturbation.quantiles import gaussian_table
 from ..perturbation.streams import Purpose, uint16s
+from .blind_layers import Visibility, derivatives, visibility
 
 __all__ = ["diagonal_scores", "gaussian_inputs", "kernel_scores", "layer_draw"]
 
@@ -67,8 +68,16 @@ def diagonal_scores(
     sensitivities: NDArray[np.float32],
     moments: NDArray[np.float32],
     layer_totals: NDArray[np.float32] | None = None,
+    *,
+    kept: NDArray[np.bool_] | None = None,
+    shift: float | None = 1e-2,
 ) -> NDArray[np.float32]:
     """Score of every weight: ``theta**2 * sensitivity[unit] * moment[input]``.
+
+    A layer of which that says nothing (``unscored`` of :class:`~.blind_layers.Visibility`) is scored without the
+    factors that are noise or 0 altogether. Its sum is the measured total if there is one beyond the noise, else the
+    lower median of the other layers' sums: a relative change of a whole layer moves the logits about as much whatever
+    the layer's size.
 
     Args:
         manifest: Gives the layers.
@@ -78,6 +87,8 @@ def diagonal_scores(
         moments: ``float32[n_moments]``, mean squared inputs, not negative.
         layer_totals: ``float32[n_layers]`` in the order of ``manifest.units``: the scores of each layer are scaled
             to this sum. ``None`` leaves them.
+        kept: ``bool[layout.size]``, the survivors; ``None`` if nothing was removed.
+        shift: Of the units, that the sensitivities were measured with; ``None`` takes all of them as they are.
 
     Returns:
         ``float32[layout.size]``, owned by the caller; 0 outside the layers of ``manifest.units``.
@@ -94,19 +105,35 @@ def diagonal_scores(
     if uncovered:
         raise ArtifactError(f"the maskable parameter {min(uncovered)!r} is in no unit layer", hint="export it again")
 
-    scores = np.zeros(layout.size, dtype=np.float32)
-    for number, unit in enumerate(manifest.units):
-        part = layout.slice_of(layout.position_of(unit.parameter))
+    seen = Visibility(0.0, frozenset(), frozenset())
+    if shift is not None:
+        seen = visibility(manifest, weights, sensitivities, moments, shift, kept)
+    parts = [layout.slice_of(layout.position_of(unit.parameter)) for unit in manifest.units]
+    layers: list[NDArray[np.float64]] = []
+    unknown: list[int] = []
+    for number, (unit, part) in enumerate(zip(manifest.units, parts, strict=True)):
         # In float64, as squares of small weights times small moments would underflow float32.
         theta = weights[part].astype(np.float64)
         layer = np.multiply(theta, theta)
-        np.multiply(layer, _derivatives(unit, sensitivities, moments), out=layer)
-        if layer_totals is not None:
-            total = math.fsum(layer.ravel().tolist())
-            if total > 0.0:
-                np.multiply(layer, float(layer_totals[number]) / total, out=layer)
-        np.minimum(layer, float(np.finfo(np.float32).max), out=layer)
-        scores[part] = layer
+        if number in seen.unscored:
+            survivors = np.ones_like(layer) if kept is None else kept[part].astype(np.float64)
+            layer = _shares(unit, layer, sensitivities, moments, survivors, is_blind=number in seen.blind)
+        else:
+            np.multiply(layer, derivatives(unit, sensitivities, moments), out=layer)
+        if number in seen.unscored and (layer_totals is None or layer_totals[number] <= seen.level):
+            unknown.append(number)
+        elif layer_totals is not None:
+            _scale(layer, float(layer_totals[number]))
+        layers.append(layer)
+    if unknown:
+        sums = [math.fsum(layer.tolist()) for number, layer in enumerate(layers) if number not in unknown]
+        sums = sorted(total for total in sums if total > 0.0)
+        for number in unknown:
+            _scale(layers[number], sums[(len(sums) - 1) // 2] if sums else 1.0)
+
+    scores = np.zeros(layout.size, dtype=np.float32)
+    for part, layer in zip(parts, layers, strict=True):
+        scores[part] = np.minimum(layer, float(np.finfo(np.float32).max))
     return scores
 
 
@@ -116,14 +143,17 @@ def kernel_scores(
     sensitivities: NDArray[np.float32],
     moments: NDArray[np.float32],
     kept: NDArray[np.bool_],
+    *,
+    shift: float = 1e-2,
 ) -> NDArray[np.float32]:
     """NTK-SAP's score: how fast the kernel's trace changes when a weight's mask entry does, from the same passes.
 
     For small perturbations that is ``|2 G_j + theta_j dTr/dtheta_j|`` with ``G_j = E||df/dtheta_j||**2`` and ``Tr`` the
     sum of ``G`` over the survivors. In a chain of layers and ReLUs without offsets the logits are proportional to the
     weights of every layer, so over layer ``l`` the second term sums to twice the trace of all other layers (Euler's
-    identity). This sum is shared out like ``theta**2 G``. The identity does not hold where a normalisation follows a
-    layer or branches run in parallel.
+    identity). This sum is shared out like ``theta**2 G``; in a blind layer (:class:`~.blind_layers.Visibility`), as if
+    all its units were equally sensitive. The identity does not hold where a normalisation follows a layer or branches
+    run in parallel.
 
     Args:
         manifest: Gives the layers.
@@ -131,6 +161,7 @@ def kernel_scores(
         sensitivities: See :func:`diagonal_scores`.
         moments: See :func:`diagonal_scores`.
         kept: ``bool[layout.size]``, the survivors; all others score 0.
+        shift: See :func:`diagonal_scores`.
 
     Returns:
         ``float32[layout.size]``, owned by the caller; 0 outside the layers of ``manifest.units``.
@@ -140,35 +171,55 @@ def kernel_scores(
     """
     layout = manifest.layout
     _check_measured(manifest, weights, sensitivities, moments)
+    blind = visibility(manifest, weights, sensitivities, moments, shift, kept).blind
     parts = [layout.slice_of(layout.position_of(unit.parameter)) for unit in manifest.units]
-    derivatives = [
-        np.where(kept[part], _derivatives(unit, sensitivities, moments), 0.0)
+    gains = [
+        np.where(kept[part], derivatives(unit, sensitivities, moments), 0.0)
         for unit, part in zip(manifest.units, parts, strict=True)
     ]
-    traces = [math.fsum(values.tolist()) for values in derivatives]
+    traces = [math.fsum(values.tolist()) for values in gains]
     trace = math.fsum(traces)
     scores = np.zeros(layout.size, dtype=np.float32)
-    for part, values, own in zip(parts, derivatives, traces, strict=True):
-        shares = np.square(weights[part], dtype=np.float64) * values
-        total = math.fsum(shares.tolist())
-        if total > 0.0:
-            np.multiply(shares, (trace - own) / total, out=shares)
+    for number, (unit, part) in enumerate(zip(manifest.units, parts, strict=True)):
+        values, own = gains[number], traces[number]
+        squares = np.square(weights[part], dtype=np.float64)
+        if number in blind:
+            survivors = kept[part].astype(np.float64)
+            shares = _shares(unit, squares, sensitivities, moments, survivors, is_blind=True)
+        else:
+            shares = squares * values
+        _scale(shares, trace - own)
         np.add(shares, values, out=shares)
         np.multiply(shares, 2.0, out=shares)
         scores[part] = np.minimum(shares, float(np.finfo(np.float32).max))
     return scores
 
 
-def _derivatives(
-    unit: UnitLayer, sensitivities: NDArray[np.float32], moments: NDArray[np.float32]
+def _shares(
+    unit: UnitLayer,
+    squares: NDArray[np.float64],
+    sensitivities: NDArray[np.float32],
+    moments: NDArray[np.float32],
+    survivors: NDArray[np.float64],
+    *,
+    is_blind: bool,
 ) -> NDArray[np.float64]:
-    """``E||df/dtheta||**2`` of a layer's weights, as the product of its parts: ``float64[size of the weight]``."""
-    sensitivity = sensitivities[unit.shift_offset : unit.shift_offset + unit.n_units].astype(np.float64)
-    if unit.is_output:
-        sensitivity = np.ones_like(sensitivity)
-    moment = moments[unit.moment_offset : unit.moment_offset + unit.n_moments].astype(np.float64)
-    product: NDArray[np.float64] = sensitivity.reshape(unit.groups, -1, 1) * moment.reshape(unit.groups, 1, -1)
-    return product.ravel()
+    """Scores of a layer up to a factor, without those of the squared weights, sensitivities and moments that are noise
+    or 0 altogether; never 0 altogether.
+    """
+    if is_blind:
+        sensitivities = np.ones_like(sensitivities)
+    if not moments[unit.moment_offset : unit.moment_offset + unit.n_moments].any():
+        moments = np.ones_like(moments)
+    shares = (squares if squares.any() else survivors) * derivatives(unit, sensitivities, moments)
+    return shares if shares.any() else survivors.copy()
+
+
+def _scale(layer: NDArray[np.float64], total: float) -> None:
+    """Bring the sum to ``total``, unless all are 0."""
+    now = math.fsum(layer.tolist())
+    if now > 0.0:
+        np.multiply(layer, total / now, out=layer)
 
 
 def _check_measured(

@@ -101,6 +101,16 @@ def test_a_running_evaluation_does_not_keep_a_server_that_is_stopped(
     assert not any(isinstance(event, machine.ServerEvaluated) for event in results(server))
 
 
+def test_layers_that_shifts_say_nothing_about_are_named(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    mask = machine.Record("mask", 1, "", Mask.dense(LAYOUT).encode())
+    with caplog.at_level(logging.WARNING, "fedzo"):
+        server._record([mask])
+        server.coordinator._progress.unscored = ("conv.weight", "fc.weight")
+        server._record([mask])
+    (record,) = caplog.records
+    assert record.message == "unit shifts do not show in conv.weight, fc.weight: see docs/pruning.md"
+
+
 def test_what_becomes_of_a_board_that_is_short_of_memory_is_said_once(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

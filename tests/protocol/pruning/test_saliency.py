@@ -51,9 +51,9 @@ def test_layer_totals_rescale_each_layer() -> None:
     assert not scaled[72:80].any()
 
 
-def test_a_layer_without_any_score_stays_zero() -> None:
+def test_layers_can_be_taken_as_they_were_measured() -> None:
     totals = np.array([2.0, 0.5], dtype=np.float32)
-    scores = diagonal_scores(MANIFEST, WEIGHTS, np.zeros_like(SENSITIVITIES), MOMENTS, totals)
+    scores = diagonal_scores(MANIFEST, WEIGHTS, np.zeros_like(SENSITIVITIES), MOMENTS, totals, shift=None)
     assert not scores[:72].any()
     assert scores[80:].any()
 
