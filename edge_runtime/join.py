@@ -150,9 +150,10 @@ def join(
         Stopped: After Ctrl-C (SIGINT); after SIGTERM it returns.
         FedzoError: The data, the broker, the memory or the run is not usable.
     """
-    train, held = count_samples(settings.data, holdout=settings.holdout)
-    settings, connection, run_key = _credentials(settings)
     budget_mib = settings.budget_mib
+    limit_mib = max(1, int(min(_DATA_LIMIT_MIB, budget_mib)))
+    train, held = count_samples(settings.data, holdout=settings.holdout, limit_mib=limit_mib)
+    settings, connection, run_key = _credentials(settings)
 
     def load(input_shape: tuple[int, ...], n_classes: int) -> Dataset:
         return load_dataset(
@@ -163,7 +164,7 @@ def join(
             mean=settings.mean,
             std=settings.std,
             pad=settings.pad,
-            limit_mib=max(1, int(min(_DATA_LIMIT_MIB, budget_mib))),
+            limit_mib=limit_mib,
         )
 
     with DeviceState(settings.state, federation=settings.federation, device=settings.id) as state:

@@ -173,18 +173,18 @@ class StoredSamples:
         offset: Where its values begin; -1 for a ``.npy`` file.
         dtype: Of the values, as text.
         shape: Of the array.
-        labels: ``int64[n]``.
-        conversion: See :class:`~fedzo.edge_runtime.datasets.samples.Samples`.
-        rows: ``int64[m]``.
+        labels: See :class:`~fedzo.edge_runtime.datasets.samples.Samples`.
+        conversion: See there.
+        rows: See there.
     """
 
     path: str
     offset: int
     dtype: str
     shape: tuple[int, ...]
-    labels: NDArray[np.int64] = field(repr=False)
+    labels: NDArray[np.integer[Any]] = field(repr=False)
     conversion: Conversion
-    rows: NDArray[np.int64] = field(repr=False)
+    rows: NDArray[np.integer[Any]] | None = field(repr=False)
 
     @classmethod
     def of(cls, samples: Samples, folder: Path, name: str) -> StoredSamples:

@@ -1,8 +1,8 @@
 """Arrays from files of users: ``.npz``, ``.npy`` and IDX, read without trusting a header.
 
 No reader unpickles, allocates more than the limit, or allocates for a size that the file does not hold. Uncompressed
-arrays are mapped, not read: the kernel drops their pages under pressure, so a board with little RAM can train on a
-file larger than its RAM.
+arrays are mapped, not read: their pages leave the process once they were read (see :mod:`.mapped`), so a board with
+little RAM can train on a file larger than its RAM.
 
 The IDX format is that of the MNIST files: http://yann.lecun.com/exdb/mnist (big-endian header, then the values).
 """

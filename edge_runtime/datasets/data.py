@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from ...protocol.errors import ConfigError, DataError
 from ...protocol.perturbation.streams import Purpose, permutation
 from .arrays import member_names, read_idx, read_npy, read_npz
+from .checks import check_inputs, checked_labels
 from .samples import Batch, Conversion, Samples
 
 __all__ = ["Batch", "Dataset", "Samples", "as_samples", "batch_indices", "count_samples", "load_dataset"]
 
 Axes = Literal["auto", "channels_first", "channels_last"]
 _Reader = Callable[[], NDArray[Any]]
-_CHUNK = 1024
+_ORDER_BYTES = 20
+"""A sample, while the order of an epoch is made: random word, number, and half a number to sort; 4 stay."""
+
 _PAIRS = (("x", "y"), ("images", "labels"), ("data", "target"), ("data", "labels"), ("inputs", "targets"))
 _SPLITS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
 _IDX_SPLITS = (("train-images", "train-labels"), ("t10k-images", "t10k-labels"))
@@ -45,9 +48,10 @@ class Dataset:
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that both parts take."""
+        """Memory that both parts take, and the order of an epoch while it is made."""
         shared = self.train.shares_memory_with(self.test)
-        return self.train.resident_bytes + (0 if shared else self.test.resident_bytes)
+        test = self.test.row_bytes if shared else self.test.resident_bytes
+        return self.train.resident_bytes + test + _ORDER_BYTES * len(self.train)
 
 
 def load_dataset(
@@ -106,8 +110,10 @@ def load_dataset(
         raise DataError(f"{source} has no training samples")
     if len(parts) == 2:
         return Dataset(train, parts[1])
-    order = permutation(seed, Purpose.HOLDOUT, 0, 0, len(train))
     held = _held_out(len(train), holdout)
+    if not held:
+        return Dataset(train, train.subset(np.zeros(0, dtype=np.int64)))
+    order = permutation(seed, Purpose.HOLDOUT, 0, 0, len(train))
     return Dataset(train.subset(np.sort(order[held:])), train.subset(np.sort(order[:held])))
 
 
@@ -141,8 +147,8 @@ def as_samples(
         ConfigError: An argument is out of range.
     """
     conversion = _conversion(x, input_shape, mean, std, axes, pad, where)
-    labels = _checked_labels(y, len(x), n_classes, where)
-    _check_finite(x, where)
+    labels = checked_labels(y, len(x), n_classes, where)
+    check_inputs(x, where)
     return Samples(x, labels, conversion)
 
 
@@ -167,15 +173,30 @@ def batch_indices(seed: int, step: int, device_ordinal: int, n: int, batch: int)
         raise ConfigError(f"a batch needs n >= 1, batch >= 1 and step >= 0, not {n}, {batch} and {step}")
     size = min(batch, n)
     epoch, start = divmod(step * size, n)
-    indices = _epoch(seed, epoch, device_ordinal, n)[start : start + size]
+    # Copied: an order is freed before the next one is made.
+    indices = _latest_order.of(seed, epoch, device_ordinal, n)[start : start + size].astype(np.int64)
     if len(indices) < size:
-        indices = np.concatenate([indices, _epoch(seed, epoch + 1, device_ordinal, n)[: size - len(indices)]])
-    return indices.astype(np.int64)
+        more = _latest_order.of(seed, epoch + 1, device_ordinal, n)[: size - len(indices)]
+        indices = np.concatenate([indices, more.astype(np.int64)])
+    return indices
 
 
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, device_ordinal: int, n: int) -> NDArray[np.uint32]:
-    return permutation(seed, Purpose.BATCH, epoch, device_ordinal, n).astype(np.uint32)
+class _LatestOrder:
+    """The order of the samples in the epoch that was asked for last."""
+
+    def __init__(self) -> None:
+        self._found: tuple[tuple[int, int, int, int], NDArray[np.uint32]] | None = None
+
+    def of(self, seed: int, epoch: int, device_ordinal: int, n: int) -> NDArray[np.uint32]:
+        key, found = (seed, epoch, device_ordinal, n), self._found
+        if found is None or found[0] != key:
+            found = self._found = None
+            order = permutation(seed, Purpose.BATCH, epoch, device_ordinal, n)
+            found = self._found = (key, order.astype(np.uint32))
+        return found[1]
+
+
+_latest_order = _LatestOrder()
 
 
 def count_samples(path: str | Path, *, holdout: float | None = None, limit_mib: int = 2048) -> tuple[int, int]:
@@ -340,39 +361,6 @@ def _per_channel(
     if not usable or (name == "std" and (array <= 0).any()):
         raise ConfigError(f"{name} is {values!r}, it must be 1 or {input_shape[0]} finite numbers, std above 0")
     return array.reshape(-1, *[1] * (len(input_shape) - 1))
-
-
-def _checked_labels(y: NDArray[Any], n: int, n_classes: int, where: str) -> NDArray[np.int64]:
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.shape != (n,):
-        hint = "use class numbers: y.argmax(axis=1)" if y.ndim == 2 else "there must be one label a sample"
-        raise DataError(f"{where} holds {n} samples and labels of shape {y.shape}", hint=hint)
-    if y.dtype.kind not in "iuf":
-        raise DataError(f"{where} holds labels of type {y.dtype}", hint="use class numbers from 0")
-    if y.dtype.kind == "f" and not (np.isfinite(y).all() and (y == np.rint(y)).all()):
-        raise DataError(f"{where} holds labels that are no whole numbers", hint="use class numbers from 0")
-    labels = np.ascontiguousarray(y, dtype=np.int64)
-    if n and (labels.min() < 0 or labels.max() >= n_classes):
-        raise DataError(
-            f"{where} holds labels from {labels.min()} to {labels.max()}, the model has classes 0 to {n_classes - 1}",
-            hint="number the classes from 0, or export the model with another --classes",
-        )
-    return labels
-
-
-def _check_finite(x: NDArray[Any], where: str) -> None:
-    if x.dtype.kind != "f":
-        return
-    for start in range(0, len(x), _CHUNK):
-        part = x[start : start + _CHUNK]
-        with np.errstate(over="ignore"):
-            bad = ~np.isfinite(part.astype(np.float32).reshape(len(part), -1))
-        if bad.any():
-            raise DataError(
-                f"{where}: sample {start + int(bad.any(axis=1).argmax())} holds a value that is no finite float32",
-                hint="remove such samples, or replace the values",
-            )
 
 
 def _text(shape: tuple[int, ...]) -> str:

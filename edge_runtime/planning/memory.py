@@ -262,7 +262,7 @@ def variant_bytes(variant: GraphVariant, n_survivors: int, n_fed: int | None) ->
 
 
 def _batch_bytes(manifest: Manifest, batch: int) -> int:
-    """A batch as float32, the gathered rows that it is made of, labels and logits."""
+    """A batch as float32, as much again for parts of it that are copied, labels and logits."""
     return batch * (8 * math.prod(manifest.input_shape) + 8 + 8 * manifest.n_classes)
 
 

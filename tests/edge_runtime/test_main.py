@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedzo.broker_server.brokers.credentials import Credentials
@@ -235,6 +236,12 @@ def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profiles", "rpi-zero-2w"]) == 0
     assert "memcpy_mb_s\t1300\tsbc-bench" in capsys.readouterr().out
     assert main(["profiles", "nothing-like-it"]) == 3
+
+
+def test_labels_larger_than_the_budget_are_not_unpacked(tmp_path: Path, capsys: Any) -> None:
+    np.savez_compressed(tmp_path / "d.npz", x=np.zeros((8, 2), np.uint8), y=np.zeros(2 << 20))
+    assert main(["join", "mqtt://h", "--data", str(tmp_path / "d.npz"), "--ram-budget-mib", "8"]) == 3
+    assert "unpacks to 16.0 MiB, the limit is 8 MiB" in capsys.readouterr().err
 
 
 def test_an_unexpected_error_is_one_line(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
