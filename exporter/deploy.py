@@ -30,10 +30,46 @@ from .passes.fold_weights import FoldWeights
 from .passes.infrastructure import Sequential
 from .sessions import run_graph
 
-__all__ = ["DeployReport", "deploy"]
+__all__ = ["DeployReport", "InputValues", "deploy"]
 
 TOLERANCE = 1e-4
 """Largest difference of an output, relative to the largest output (at least 1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputValues:
+    """What is known of the numbers that the model was evaluated on, and so of those that it wants.
+
+    Attributes:
+        mean: Subtracted from them, one number or one a channel; empty for none, None if nobody knows.
+        std: What they were divided by then; likewise.
+        pad: Whether smaller images were centred in zeros first.
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    pad: bool = False
+
+    def text(self, input_shape: Sequence[int]) -> str:
+        """One line for people: the input's type and shape, and how its numbers came about."""
+        shape = f"float32 {','.join(['N', *map(str, input_shape)])}"
+        if self.mean is None or self.std is None:
+            return f"{shape}: as the boards' --mean and --std made them, which the server does not know"
+        steps = ["smaller images centred in zeros"] if self.pad else []
+        steps.append("bytes / 255 (other numbers as they are)")
+        steps += [f"minus mean {_listed(self.mean)}"] if self.mean else []
+        steps += [f"by std {_listed(self.std)}"] if self.std else []
+        return f"{shape}: {', '.join(steps)}, as the server's test set and so the boards' data"
+
+    def properties(self, input_shape: Sequence[int]) -> dict[str, str]:
+        """The same as metadata of an ONNX file: ``fedzo.input``, and lists as JSON if they are known."""
+        known = {"mean": self.mean, "std": self.std}
+        lists = {f"fedzo.input.{name}": json.dumps(list(value)) for name, value in known.items() if value is not None}
+        return {"fedzo.input": self.text(input_shape), **lists}
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +108,7 @@ def deploy(
     output: Literal["logits", "softmax"] = "logits",
     labels: Sequence[str] | None = None,
     facts: Mapping[str, str] | None = None,
+    inputs: InputValues | None = None,
     overwrite: bool = False,
 ) -> DeployReport:
     """Write a plain inference model, and check it against the artifact.
@@ -85,6 +122,7 @@ def deploy(
         output: ``logits``, or ``softmax`` for an output ``probabilities``.
         labels: Names of the classes, stored as JSON under ``fedzo.labels``.
         facts: Facts about the run (rounds, accuracy, ...), stored under ``fedzo.run.<key>``.
+        inputs: What its input's numbers are, stored under ``fedzo.input``; by default nobody knows.
         overwrite: Replace ``out``.
 
     Raises:
@@ -121,6 +159,7 @@ def deploy(
         "fedzo.mask_digest": mask.digest.hex(),
         "fedzo.sparsity": repr(mask.sparsity),
         "fedzo.producer": manifest.producer,
+        **(inputs or InputValues()).properties(manifest.input_shape),
     }
     if labels is not None:
         properties["fedzo.labels"] = json.dumps(list(labels), ensure_ascii=False)
