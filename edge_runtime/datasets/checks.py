@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...protocol.errors import DataError
 from .mapped import PIECE_BYTES, pieces, release
+from .samples import Conversion
 
 __all__ = ["check_inputs", "checked_labels"]
 
@@ -49,20 +51,49 @@ def checked_labels(y: NDArray[Any], n: int, n_classes: int, where: str) -> NDArr
     return labels
 
 
-def check_inputs(x: NDArray[Any], where: str) -> None:
-    """Check that stored values are finite float32 numbers.
+def check_inputs(x: NDArray[Any], conversion: Conversion, where: str) -> None:
+    """Check that stored values are finite float32 numbers, and stay so when they are converted.
 
     Raises:
-        DataError: A sample holds a value that is none.
+        DataError: A sample holds a value that is none, or becomes none.
     """
     if not len(x):
         return
-    if x.dtype.kind == "f" and not _finite(_range(x)):
-        number = _first(x, lambda part: not _finite(_range(part)))
-        raise DataError(
-            f"{where}: sample {number} holds a value that is no finite float32",
-            hint="remove such samples, or replace the values",
-        )
+    if x.dtype.kind == "f":
+        ends = _range(x)
+        if not _finite(ends):
+            number = _first(x, lambda part: not _finite(_range(part)))
+            raise DataError(
+                f"{where}: sample {number} holds a value that is no finite float32",
+                hint="remove such samples, or replace the values",
+            )
+    else:
+        ends = (float(np.iinfo(x.dtype).min), float(np.iinfo(x.dtype).max))
+    # A conversion keeps the order of values, so that those between the ends stay finite if the ends do.
+    shape = np.broadcast_shapes(conversion.mean.shape, conversion.inverse_std.shape)
+    with np.errstate(all="ignore"):
+        converted = [conversion.normalise(np.full(shape, end, dtype=np.float32)) for end in (*ends, 0.0)]
+    if not np.isfinite(converted).all():
+        _check_each(x, conversion, where)
+
+
+def _check_each(x: NDArray[Any], conversion: Conversion, where: str) -> None:
+    """Convert every sample: the ends may be those of a channel that is divided by less."""
+    mean, std = conversion.mean, np.float32(1.0) / conversion.inverse_std
+    plain = dataclasses.replace(conversion, mean=np.zeros_like(mean), inverse_std=np.ones_like(std))
+    for number in range(len(x)):
+        rows = np.array([number])
+        with np.errstate(all="ignore"):
+            bad = ~np.isfinite(conversion.apply(x, rows)[0])
+        if bad.any():
+            place = np.unravel_index(int(bad.argmax()), bad.shape)
+            value = float(plain.apply(x, rows)[0][place])
+            less, divisor = (float(np.broadcast_to(a, bad.shape)[place]) for a in (mean, std))
+            raise DataError(
+                f"{where}: sample {number} holds {value:g}; minus the mean {less:g} and divided by the std {divisor:g}"
+                " it is no finite float32",
+                hint="give the mean and the std of these data",
+            )
 
 
 def _range(x: NDArray[Any]) -> _Range:

@@ -29,6 +29,7 @@ _Reader = Callable[[], NDArray[Any]]
 _ORDER_BYTES = 20
 """A sample, while the order of an epoch is made: random word, number, and half a number to sort; 4 stay."""
 
+_SMALLEST_STD = 1e-38
 _PAIRS = (("x", "y"), ("images", "labels"), ("data", "target"), ("data", "labels"), ("inputs", "targets"))
 _SPLITS = (("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels"))
 _IDX_SPLITS = (("train-images", "train-labels"), ("t10k-images", "t10k-labels"))
@@ -148,7 +149,7 @@ def as_samples(
     """
     conversion = _conversion(x, input_shape, mean, std, axes, pad, where)
     labels = checked_labels(y, len(x), n_classes, where)
-    check_inputs(x, where)
+    check_inputs(x, conversion, where)
     return Samples(x, labels, conversion)
 
 
@@ -358,8 +359,10 @@ def _per_channel(
 ) -> NDArray[np.float32]:
     array = np.asarray([default] if values is None else values, dtype=np.float32)
     usable = array.shape in ((1,), (input_shape[0],)) and bool(np.isfinite(array).all())
-    if not usable or (name == "std" and (array <= 0).any()):
-        raise ConfigError(f"{name} is {values!r}, it must be 1 or {input_shape[0]} finite numbers, std above 0")
+    if not usable or (name == "std" and (array < _SMALLEST_STD).any()):
+        raise ConfigError(
+            f"{name} is {values!r}, it must be 1 or {input_shape[0]} finite numbers, std at least {_SMALLEST_STD}"
+        )
     return array.reshape(-1, *[1] * (len(input_shape) - 1))
 
 
