@@ -27,6 +27,7 @@ InitialiserKind = Literal["normal", "uniform", "constant"]
 _KINDS: tuple[InitialiserKind, ...] = ("normal", "uniform", "constant")
 MAX_PARAMETERS = 4096
 MAX_SIZE = 1 << 28
+_STEP = 1 << 16
 _LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
@@ -194,7 +195,9 @@ def initial_weights(layout: Layout, seed: int) -> NDArray[np.float32]:
             continue
         bits = uint16s(seed, Purpose.INIT, 0, position, parameter.size)
         if parameter.initialiser.kind == "normal":
-            np.take(gaussian_table(), bits, out=part, mode="clip")
+            for start in range(0, parameter.size, _STEP):  # numpy makes indices of 8 bytes out of them
+                stop = min(start + _STEP, parameter.size)
+                np.take(gaussian_table(), bits[start:stop], out=part[start:stop], mode="clip")
         else:
             part[:] = bits
             np.multiply(part, np.float32(2.0), out=part)

@@ -22,6 +22,7 @@ Fill = Literal["zero", "init"]
 
 _HEADER = struct.Struct("<4sI16s")
 _MAGIC = b"FZM1"
+_INDEX_STEP = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,15 @@ class Mask:
         Returns:
             ``int32[n_survivors]``, concatenated in layout order, owned by the caller.
         """
-        parts = [np.flatnonzero(self.kept[self.layout.slice_of(k)]) for k in range(len(self.layout.parameters))]
-        return np.concatenate(parts).astype(np.int32)
+        index, done = np.empty(self.n_survivors, dtype=np.int32), 0
+        for position, parameter in enumerate(self.layout.parameters):
+            start = self.layout.slice_of(position).start
+            for first in range(0, parameter.size, _INDEX_STEP):  # by the piece: indices are made with 8 bytes each
+                stop = min(first + _INDEX_STEP, parameter.size)
+                part = np.flatnonzero(self.kept[start + first : start + stop])
+                np.add(part, first, out=index[done : done + part.size], casting="unsafe")
+                done += part.size
+        return index
 
     def counts(self) -> NDArray[np.int64]:
         """The ``counts`` feed of the graphs: survivors of each parameter, ``int64[n_parameters]``."""

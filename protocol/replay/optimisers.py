@@ -24,6 +24,7 @@ OptimiserName = Literal["sgd", "momentum", "sign_momentum", "adam"]
 OPTIMISERS: Final[tuple[OptimiserName, ...]] = get_args(OptimiserName)
 
 _Float32s = NDArray[np.float32]
+_PIECE: Final = 1 << 16
 _SMALLEST: Final = np.float32(2.0**-100)
 _STATES: Final[dict[OptimiserName, int]] = {"sgd": 0, "momentum": 1, "sign_momentum": 1, "adam": 2}
 
@@ -156,39 +157,45 @@ class Optimiser:
         """
         self.steps += 1
         self._advance()
-        work = _Workspace(self.size)
-        rate, front = np.float32(learning_rate), np.multiply(np.float32(learning_rate), self._front_rate)
+        work = _Workspace(min(self.size, _PIECE))
+        for start in range(0, self.size, _PIECE):  # every entry for itself: scratch arrays are those of a piece
+            piece = slice(start, start + _PIECE)
+            front = min(max(self._front - start, 0), _PIECE)
+            moments = tuple(moment[piece] for moment in self.state)
+            self._step(weights[piece], gradient[piece], moments, front, np.float32(learning_rate), work)
+
+    def _step(
+        self,
+        weights: _Float32s,
+        gradient: _Float32s,
+        moments: tuple[_Float32s, ...],
+        n_front: int,
+        rate: np.float32,
+        work: _Workspace,
+    ) -> None:
+        front = np.multiply(rate, self._front_rate)
         if self.config.weight_decay:
             factor = np.float32(self.config.weight_decay)
-            decay = self._scaled(weights, np.multiply(front, factor), np.multiply(rate, factor))
+            decay = _scaled(weights, n_front, np.multiply(front, factor), np.multiply(rate, factor))
             np.subtract(weights, decay, out=weights)
-        direction = work.flush(self._direction(gradient, work))
-        np.subtract(weights, self._scaled(direction, front, rate, out=direction), out=weights)
+        direction = work.flush(self._direction(gradient, moments, work))
+        np.subtract(weights, _scaled(direction, n_front, front, rate, out=direction), out=weights)
         work.flush(weights)
 
-    def _scaled(
-        self, values: _Float32s, front: np.float32, rest: np.float32, out: _Float32s | None = None
-    ) -> _Float32s:
-        """Each value times its rate. One product an entry: a second one could bring back what a CPU flushes."""
-        out = np.empty_like(values) if out is None else out
-        np.multiply(values[: self._front], front, out=out[: self._front])
-        np.multiply(values[self._front :], rest, out=out[self._front :])
-        return out
-
-    def _direction(self, gradient: _Float32s, work: _Workspace) -> _Float32s:
-        """What the learning rate multiplies: ``float32[size]``, a new array."""
+    def _direction(self, gradient: _Float32s, moments: tuple[_Float32s, ...], work: _Workspace) -> _Float32s:
+        """What the learning rate multiplies, a new array."""
         if self.config.name == "sgd":
             return gradient.copy()
         if self.config.name == "momentum":
-            (first,) = self.state
+            (first,) = moments
             np.multiply(first, self._beta1, out=first)
             np.add(first, gradient, out=first)
             return work.flush(first).copy()
-        first = self.state[0]
+        first = moments[0]
         _average(first, gradient, self._beta1, work)
         if self.config.name == "sign_momentum":
             return np.sign(first)
-        second = self.state[1]
+        second = moments[1]
         square = np.multiply(gradient, gradient)
         _average(second, square, self._beta2, work)
         # m / (1 - beta1**t) / (sqrt(v / (1 - beta2**t)) + epsilon), Kingma and Ba, ICLR 2015, algorithm 1.
@@ -199,6 +206,16 @@ class Optimiser:
         return np.divide(out, denominator, out=out)
 
 
+def _scaled(
+    values: _Float32s, n_front: int, front: np.float32, rest: np.float32, out: _Float32s | None = None
+) -> _Float32s:
+    """Each value times its rate. One product an entry: a second one could bring back what a CPU flushes."""
+    out = np.empty_like(values) if out is None else out
+    np.multiply(values[:n_front], front, out=out[:n_front])
+    np.multiply(values[n_front:], rest, out=out[n_front:])
+    return out
+
+
 def _average(moment: _Float32s, value: _Float32s, beta: np.float32, work: _Workspace) -> None:
     """``moment = beta moment + (1 - beta) value``, in place."""
     np.multiply(moment, beta, out=moment)
@@ -207,7 +224,7 @@ def _average(moment: _Float32s, value: _Float32s, beta: np.float32, work: _Works
 
 
 class _Workspace:
-    """Scratch arrays of one step."""
+    """Scratch arrays of one step, for a piece."""
 
     def __init__(self, size: int) -> None:
         self._magnitude = np.empty(size, dtype=np.float32)
@@ -215,7 +232,8 @@ class _Workspace:
 
     def flush(self, values: _Float32s) -> _Float32s:
         """Set entries below ``2**-100`` to +0, in place."""
-        np.absolute(values, out=self._magnitude)
-        np.less(self._magnitude, _SMALLEST, out=self._small)
-        np.copyto(values, np.float32(0.0), where=self._small)
+        magnitude, small = self._magnitude[: values.size], self._small[: values.size]
+        np.absolute(values, out=magnitude)
+        np.less(magnitude, _SMALLEST, out=small)
+        np.copyto(values, np.float32(0.0), where=small)
         return values
