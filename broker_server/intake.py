@@ -9,12 +9,17 @@ from ..protocol.errors import ProtocolError
 from ..protocol.server_side import coordinator_events as machine
 from ..protocol.wire.codec import decode
 from ..protocol.wire.documents import Hello, Presence, parse
+from ..protocol.wire.framing import MessageType
 from ..protocol.wire.topics import Channel, parse_topic
 from .security.access import Access
 
 __all__ = ["Drops", "Intake"]
 
 _log = logging.getLogger(__name__)
+_TYPES = {  # what a device may say; other messages can take long to read
+    Channel.REPORT: (MessageType.REPORT,),
+    Channel.GET: (MessageType.BLOB_REQUEST, MessageType.LOG_REQUEST),
+}
 
 
 class Drops:
@@ -66,7 +71,7 @@ class Intake:
         device = ""
         try:
             place = parse_topic(arrived.topic)
-            if place.federation != self._federation or not arrived.payload:
+            if place.federation != self._federation or not arrived.payload or not place.device:
                 return None
             if self._access is not None and not self._access.admits(place.device):
                 self._drops.add("strangers", "refused %s: it has no credentials, or they were revoked", place.device)
@@ -76,7 +81,9 @@ class Intake:
                 return machine.DeviceSaid(place.device, place.channel, parse(Hello, arrived.payload))
             if place.channel is Channel.STATE:
                 return machine.DeviceSaid(place.device, place.channel, parse(Presence, arrived.payload))
-            return machine.DeviceSaid(place.device, place.channel, decode(arrived.payload))
+            return machine.DeviceSaid(
+                place.device, place.channel, decode(arrived.payload, _TYPES.get(place.channel, ()))
+            )
         except ProtocolError as error:
             self._drops.add("undecodable", "dropped a payload on %s: %s", arrived.topic[:120], error.message)
             return machine.Garbled(device, error.message) if device else None

@@ -7,7 +7,7 @@ Every binary message starts with a version byte and a type byte. :func:`decode` 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from ..errors import ProtocolError
 from .documents import Announcement
@@ -34,8 +34,12 @@ _DECODERS: dict[MessageType, Callable[[bytes], BinaryMessage]] = {
 }
 
 
-def decode(data: bytes) -> BinaryMessage:
+def decode(data: bytes, types: Collection[MessageType] = tuple(MessageType)) -> BinaryMessage:
     """Parse one binary payload.
+
+    Args:
+        data: The payload.
+        types: Those that belong here; nothing else is looked at further than its type.
 
     Raises:
         ProtocolError: Wrong version, type, length or value.
@@ -45,6 +49,9 @@ def decode(data: bytes) -> BinaryMessage:
     if data[0] != VERSION:
         raise ProtocolError(f"protocol version {data[0]}, this fedzo speaks {VERSION}")
     try:
-        return _DECODERS[MessageType(data[1])](data)
+        kind = MessageType(data[1])
+        if kind not in types:
+            raise ProtocolError(f"a message of type {kind.name} does not belong here")
+        return _DECODERS[kind](data)
     except (ValueError, struct.error) as error:
         raise ProtocolError(f"malformed message: {error}") from None
