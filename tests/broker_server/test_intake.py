@@ -20,7 +20,7 @@ STRANGE = (Receipt(bytes(RUN_TAG_BYTES), 3, Verdict.LATE), BlobBlock(bytes(32), 
 @pytest.mark.parametrize("message", WANTED)
 def test_a_request_is_heard(message: BlobRequest | LogRequest) -> None:
     drops = Drops()
-    heard = Intake("farm", drops).event(Arrived(topic("farm", Channel.GET, "a"), message.encode(), False, 0))
+    heard = Intake("farm", drops).event(Arrived(topic("farm", Channel.GET, "a"), message.encode(), False, None))
     assert heard == machine.DeviceSaid("a", Channel.GET, message)
     assert drops.counts["undecodable"] == 0
 
@@ -35,13 +35,14 @@ def test_what_only_a_server_sends_is_not_read(
 
     monkeypatch.setattr(codec, "_DECODERS", dict.fromkeys(codec._DECODERS, fails))
     drops = Drops()
-    heard = Intake("farm", drops).event(Arrived(topic("farm", channel, "a"), message.encode(), False, 0))
+    heard = Intake("farm", drops).event(Arrived(topic("farm", channel, "a"), message.encode(), False, None))
     assert isinstance(heard, machine.Garbled)
     assert "does not belong here" in heard.reason
     assert drops.counts["undecodable"] == 1
 
 
-def test_a_topic_of_the_server_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_sent_to_devices_is_no_word_of_theirs() -> None:
     drops = Drops()
-    assert Intake("farm", drops).event(Arrived(topic("farm", Channel.LOG), WANTED[0].encode(), False, 0)) is None
+    heard = Intake("farm", drops).event(Arrived(topic("farm", Channel.ACK, "a"), WANTED[0].encode(), False, None))
+    assert isinstance(heard, machine.Garbled)
     assert drops.counts["undecodable"] == 1
