@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,29 +72,69 @@ def simulate_run(output: Output, flags: Mapping[str, Any], config: Path | None, 
     settings = resolved.settings
     if settings.data is None:
         raise ConfigError("no data are named", hint=f"fedzo simulate {artifact} --data FILE")
-    if settings.output is not None and not settings.output.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder for {settings.output}", hint="make it first")
-    if settings.output is not None and settings.output.is_dir():
-        raise ConfigError(f"{settings.output} is a folder", hint="name a file for the result")
-    pool: WorkPool = InlinePool() if settings.processes == 1 else ProcessPool(settings.processes)
-    with _watched(output, settings.training.rounds) as watch:
-        found = simulate(
-            artifact,
-            settings.run_settings(),
-            settings.data,
-            settings.test_data,
-            settings.world,
-            pool=pool,
-            on_progress=watch,
-        )
-    answer = _answer(found, settings)
     if settings.output is not None:
+        _check_output(settings.output)
+    pool: WorkPool = InlinePool() if settings.processes == 1 else ProcessPool(settings.processes)
+    with _watched(output, settings.training.rounds) as (watch, seen):
         try:
-            settings.output.write_text(json.dumps(answer, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"cannot write {settings.output}: {error.strerror or error}") from error
+            found = simulate(
+                artifact,
+                settings.run_settings(),
+                settings.data,
+                settings.test_data,
+                settings.world,
+                pool=pool,
+                on_progress=watch,
+            )
+        except KeyboardInterrupt:
+            _give(output, _so_far(seen, settings), settings.output)
+            raise
     _show(output, found)
-    output.result(answer)
+    _give(output, _answer(found, settings), settings.output)
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before hours of computing, a file that cannot be written at their end.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder for {path}", hint="make it first")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder", hint="name a file for the result")
+    try:
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():  # neither is a pipe or a device
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _give(output: Output, answer: dict[str, Any], path: Path | None) -> None:
+    """Write and print the answer; where it cannot be written, it is on stdout all the same.
+
+    Raises:
+        ConfigError: It could not be written.
+    """
+    text = json.dumps(answer, indent=1)
+    try:
+        if path is not None:
+            path.write_text(text + "\n")
+    except OSError as error:
+        if not output.json:
+            output.text(text)
+        raise _unwritable(path, error, "; the result is on stdout") from error
+    finally:
+        output.result(answer)
+
+
+def _unwritable(path: Path | None, error: OSError, more: str = "") -> ConfigError:
+    return ConfigError(
+        f"cannot write {path}: {error.strerror or error}{more}", hint="name a file in a folder that you may write to"
+    )
 
 
 def _resolved(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path) -> Resolved[SimulateSettings]:
@@ -106,8 +147,26 @@ def _answer(found: SimulationResult, settings: SimulateSettings) -> dict[str, An
     del bare["weights"], bare["mask"]
     rows = {name: [dataclasses.asdict(row) for row in bare[name]] for name in ("curve", "rounds")}
     survivors = {"survivors": found.mask.n_survivors, "parameters": found.mask.layout.size}
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in _flat(settings).items()}
-    return {"accuracy": found.accuracy, **survivors, **bare, **rows, "settings": plain}
+    return {"accuracy": found.accuracy, **survivors, **bare, **rows, "settings": _named(settings)}
+
+
+def _so_far(seen: list[Progress], settings: SimulateSettings) -> dict[str, Any]:
+    """What there is of a simulation that was interrupted."""
+    last = seen[-1] if seen else None
+    return {
+        "interrupted": True,
+        "accuracy": last.accuracy if last else None,
+        "sample_forwards": last.sample_forwards if last else 0.0,
+        "virtual_s": last.virtual_s if last else 0.0,
+        "curve": [dataclasses.asdict(row) for row in last.curve] if last else [],
+        "rounds": [dataclasses.asdict(row) for row in last.training] if last else [],
+        "settings": _named(settings),
+    }
+
+
+def _named(settings: SimulateSettings) -> dict[str, Any]:
+    """Settings with their paths as text."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in _flat(settings).items()}
 
 
 def _flat(settings: SimulateSettings) -> dict[str, Any]:
@@ -119,9 +178,10 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def _watched(output: Output, total: int) -> Iterator[Callable[[Progress], None]]:
-    """A live bar on a terminal; elsewhere a line for every evaluation."""
+def _watched(output: Output, total: int) -> Iterator[tuple[Callable[[Progress], None], list[Progress]]]:
+    """A live bar on a terminal; elsewhere a line for every evaluation. The list holds the latest progress."""
     seen = {"round": 0, "evaluated": -1}
+    latest: list[Progress] = []
 
     def text(progress: Progress) -> str:
         loss = "" if progress.mean_loss is None else f" loss {progress.mean_loss:.4f}"
@@ -132,6 +192,7 @@ def _watched(output: Output, total: int) -> Iterator[Callable[[Progress], None]]
     with output.progress("starting the virtual devices", total) as advance:
 
         def watch(progress: Progress) -> None:
+            latest[:] = [progress]
             if output.interactive:
                 advance(progress.round - seen["round"], text(progress))
             elif progress.phase == "evaluate" and progress.round != seen["evaluated"]:
@@ -139,7 +200,7 @@ def _watched(output: Output, total: int) -> Iterator[Callable[[Progress], None]]
                 seen["evaluated"] = progress.round
             seen["round"] = progress.round
 
-        yield watch
+        yield watch, latest
 
 
 def _beside(found: SimulationResult) -> list[tuple[str, object]]:
@@ -165,7 +226,7 @@ def _show(output: Output, found: SimulationResult) -> None:
         ("bytes up per participant and round", round(found.bytes_up_per_device_round, 1)),
         ("bytes down per device and round", round(found.bytes_down_per_device_round, 1)),
         ("survivors", f"{found.mask.n_survivors} of {found.mask.layout.size}"),
-        ("lost devices", found.dropouts),
+        ("losses of devices", found.dropouts),
         ("late reports", found.late_reports),
         ("declined reports", found.declined),
         ("virtual seconds per round", round(found.virtual_s_per_round, 3)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,6 +71,8 @@ class Progress:
         mean_loss: Of the latest round of training.
         accuracy: The latest, on the server's test set or else the devices' samples.
         virtual_s: Virtual time.
+        curve: The evaluations so far; the list grows as the simulation goes on.
+        training: The rounds of training so far; likewise.
     """
 
     phase: str
@@ -80,6 +83,8 @@ class Progress:
     mean_loss: float | None
     accuracy: float | None
     virtual_s: float
+    curve: Sequence[CurveRow]
+    training: Sequence[RoundRow]
 
 
 @dataclass(frozen=True, eq=False)

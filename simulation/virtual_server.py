@@ -216,5 +216,7 @@ class VirtualServer:
                 mean_loss=self.rounds[-1].mean_loss if self.rounds else None,
                 accuracy=own,
                 virtual_s=self._clock.now,
+                curve=self.curve,
+                training=self.rounds,
             )
         )

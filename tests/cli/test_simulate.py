@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fedzo.cli.main import main
+from fedzo.simulation.result import Progress
+from fedzo.simulation.simulate import simulate
 from tests.simulation.conftest import CLASSES, SIDE, images
 
 
@@ -82,3 +88,83 @@ def test_an_artifact_is_needed(folder: Path) -> None:
     assert (done.returncode, "no artifact is named" in done.stderr) == (3, True)
     done = fedzo(folder, "--data", folder / "data.npz")
     assert done.returncode == 6
+
+
+def words(folder: Path, *more: object) -> list[str]:
+    return ["simulate", str(folder / "lenet"), "--data", str(folder / "data.npz"), *map(str, (*SMALL, *more))]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(words(folder, "-o", tmp_path / "file" / "out.json")) == 3
+    assert "there is no folder for" in capsys.readouterr().err
+
+    def read_only(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", read_only)
+        assert main(words(folder, "-o", tmp_path / "out.json")) == 3
+    printed = capsys.readouterr()
+    assert f"cannot write {tmp_path}/out.json: Read-only file system" in printed.err
+    assert "update" not in printed.err
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text("what an earlier run found")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedzo.cli.simulate_run.simulate", lambda *_, **__: pytest.fail("it computed"))
+        patch.setattr(Path, "open", read_only_for(earlier))
+        assert main(words(folder, "-o", earlier)) == 3
+    assert earlier.read_text() == "what an earlier run found"
+
+
+def read_only_for(path: Path) -> Any:
+    usual = Path.open
+
+    def refuse(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied")
+        return usual(self, *arguments, **more)
+
+    return refuse
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_result_that_cannot_be_written_is_printed(
+    folder: Path, tmp_path: Path, is_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert main(words(folder, "-o", tmp_path / "out.json", *(["--json"] if is_json else []))) == 3
+    printed = capsys.readouterr()
+    assert "out.json: No space left on device; the result is on stdout" in printed.err
+    text = printed.out if is_json else printed.out[printed.out.index("\n{") :]
+    assert len(json.loads(text)["rounds"]) == 2
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_an_interrupt_leaves_what_there_is(
+    folder: Path, tmp_path: Path, is_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, on_progress: Any, **more: Any) -> Any:
+        def watch(progress: Progress) -> None:
+            on_progress(progress)
+            if len(progress.training) == 1 and progress.phase == "train":
+                signal.raise_signal(signal.SIGINT)
+
+        return simulate(*arguments, on_progress=watch, **more)
+
+    monkeypatch.setattr("fedzo.cli.simulate_run.simulate", interrupted)
+    out = tmp_path / "out.json"
+    assert main(words(folder, "-o", out, "--evaluate-every", 1, *(["--json"] if is_json else []))) == 130
+    written = json.loads(out.read_text())
+    assert written["interrupted"] is True
+    assert [row["round"] for row in written["rounds"]] == [1]
+    assert written["settings"]["participants"] == 3
+    printed = capsys.readouterr()
+    assert "error: interrupted" in printed.err
+    assert not is_json or json.loads(printed.out) == written
