@@ -314,7 +314,7 @@ def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) 
         ("peak RSS of a device", f"{summary.device_peak_rss_mib} MiB"),
         ("survivors", f"{summary.survivors} of {summary.parameters}"),
         ("weights digest", summary.weights_digest),
-        ("all devices agree", "yes" if summary.digests_agree else "no"),
+        ("all devices agree", _agreement(summary)),
         *(("excused", text) for text in summary.excused),
         *(("refused", text) for text in summary.refusals),
         ("seconds", wall_s),
@@ -323,3 +323,9 @@ def _report(output: Output, folder: RunFolder, summary: Summary, wall_s: float) 
     if not done:
         output.say(f"go on with: fedzo serve --resume {folder.path}")
     output.result({**dataclasses.asdict(summary), "folder": folder.path, "wall_s": wall_s})
+
+
+def _agreement(summary: Summary) -> str:
+    if summary.digests_agree is None:
+        return "not all have said" if summary.phase == "done" else "not known before the end"
+    return "yes" if summary.digests_agree else "no"

@@ -38,7 +38,8 @@ class Summary:
         weights_digest: Digest of the server's weights, hex.
         evaluated: What the accuracies belong to: the ``last`` weights, or their ``average`` over the updates.
         learning_rate: Peak rate; the one that was found after a range test.
-        digests_agree: Every enrolled device ended with that digest, except those that refused or were excused.
+        digests_agree: Whether every enrolled device ended with that digest, except those that refused or were excused;
+            None where nobody said another one, but somebody has not said (or not yet) with which it ended.
         devices: Enrolled devices.
         excused: Devices that needed more memory than they may use whatever the micro-batch, as ``NAME: why``.
         curve: ``(updates, accuracy)`` of every evaluation, oldest first.
@@ -62,7 +63,7 @@ class Summary:
     weights_digest: str
     evaluated: str
     learning_rate: float
-    digests_agree: bool
+    digests_agree: bool | None
     devices: int
     excused: tuple[str, ...]
     curve: tuple[tuple[int, float], ...]
@@ -116,7 +117,6 @@ def summarise(
     )
     own = coordinator.evaluations[-1]["accuracy"] if coordinator.evaluations else None
     digest = coordinator.replica.digest.hex()
-    last = [member.weights_digest for member in members.values() if member.is_taking_part]
     return Summary(
         run=coordinator.run.run,
         phase=coordinator.head.phase,
@@ -136,8 +136,18 @@ def summarise(
         weights_digest=digest,
         evaluated="average" if coordinator.run.training.optimiser.ema else "last",
         learning_rate=coordinator.run.training.learning_rate,
-        digests_agree=bool(last) and all(other == digest for other in last),
+        digests_agree=_agreement(coordinator, digest),
         devices=len(members),
         excused=tuple(f"{name}: {member.excuse}" for name, member in sorted(members.items()) if member.is_excused),
         curve=curve,
     )
+
+
+def _agreement(coordinator: Coordinator, digest: str) -> bool | None:
+    """See ``Summary.digests_agree``; before the run is done, boards are at other places of the log."""
+    taking_part = [member for member in coordinator.roster.members.values() if member.is_taking_part]
+    if coordinator.head.phase != "done" or not taking_part:
+        return None
+    if any(member.has_ended and member.weights_digest != digest for member in taking_part):
+        return False
+    return True if all(member.weights_digest == digest for member in taking_part) else None

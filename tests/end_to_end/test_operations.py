@@ -80,6 +80,8 @@ def test_sigterm_keeps_what_has_arrived_and_a_resumed_run_ends_the_same(
     server.signal(signal.SIGTERM)
     assert server.wait(STOP_S) == 0, server.stderr
     assert json.loads(server.stdout)["phase"] != "done"
+    assert json.loads(server.stdout)["digests_agree"] is None
+    assert "all devices agree\tnot known before the end" in server.stderr
     assert len(fleet.entries("announce")) <= announced + 2
     wait_for(lambda: watch.online and not watch.online[-1], "the server to say that it is away")
     assert not (fleet.path / "live.json").exists()

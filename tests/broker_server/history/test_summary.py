@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from fedzo.broker_server.history.summary import summarise
@@ -42,22 +44,31 @@ def test_traffic_belongs_to_the_updates_of_this_process(
     assert summary.bytes_down_per_device_round == pytest.approx((500 + (60 + 40 + 9) / 2) / updates, abs=0.1)
 
 
+def end(coordinator: Coordinator) -> None:
+    coordinator.head = dataclasses.replace(coordinator.head, phase="done")
+
+
 @pytest.mark.parametrize(
     ("states", "agree"),
     [
         ({"a": ("done", "own"), "b": ("done", "own")}, True),
         ({"a": ("done", "own"), "b": ("done", "other")}, False),
-        ({"a": ("done", "own"), "b": ("lost", "")}, False),
+        ({"a": ("done", "other"), "b": ("lost", "")}, False),
+        ({"a": ("done", "own"), "b": ("lost", "")}, None),  # it did not say
+        ({"a": ("done", "own"), "b": ("left", "other")}, None),  # before the end
+        ({"a": ("done", "own"), "b": ("left", "own")}, True),
         ({"a": ("done", "own"), "b": ("refused", "")}, True),  # it never took part
-        ({"a": ("refused", ""), "b": ("refused", "")}, False),
+        ({"a": ("refused", ""), "b": ("refused", "")}, None),
     ],
     ids=str,
 )
-def test_who_agrees(coordinator: Coordinator, states: dict[str, tuple[str, str]], agree: bool) -> None:
+def test_who_agrees(coordinator: Coordinator, states: dict[str, tuple[str, str]], agree: bool | None) -> None:
     digests = {"own": coordinator.replica.digest.hex(), "other": "00" * 16, "": ""}
     for name, (status, digest) in states.items():
         member = coordinator.roster.members[name]
         member.status, member.weights_digest = status, digests[digest]  # type: ignore[assignment]
+    assert summarise(coordinator, MemoryJournal(), {}).digests_agree is None  # the run is not done
+    end(coordinator)
     assert summarise(coordinator, MemoryJournal(), {}).digests_agree is agree
 
 
@@ -66,6 +77,7 @@ def test_who_was_excused_is_named_and_does_not_count(coordinator: Coordinator) -
     first, second = coordinator.roster.members["a"], coordinator.roster.members["b"]
     first.status, first.weights_digest, first.micro_batch_limit = "done", digest, 2
     second.status, second.micro_batch, second.micro_batch_limit = "ready", 1, 0
+    end(coordinator)
     summary = summarise(coordinator, MemoryJournal(), {})
     assert summary.excused == ("b: over the memory budget with a micro-batch of 1",)
     assert summary.digests_agree
