@@ -39,6 +39,7 @@ from .history.summary import held_out_accuracy
 from .intake import Drops, Intake
 from .journal import Entry, Journal
 from .log_slices import log_slice
+from .rivals import Rivals
 from .security.access import REVOKED, Access
 from .server_passes import ServerPasses
 from .server_state import server_state
@@ -145,14 +146,15 @@ class Server:
         self.resumed_at = self.coordinator.replica.index
         away = ServerPresence(False, birth)
         self._goodbye = Publication(topic(federation, Channel.SERVER), away.encode(), retain=True)
+        self._rivals = Rivals(federation, birth, self._events.put)
         self._transport = MqttTransport(
             broker.url,
             broker.client_id or (broker.login.username if broker.login else f"fedzo-server-{federation}"),
             username=broker.login.username if broker.login else None,
             password=broker.login.password if broker.login else None,
             tls=broker.tls,
-            on_event=self._events.put,
-            subscriptions=server_subscriptions(federation),
+            on_event=self._rivals.hear,
+            subscriptions=(self._goodbye.topic, *server_subscriptions(federation)),  # Rivals' first, before any device.
             will=Will(self._goodbye.topic, self._goodbye.payload),
             clean_start=False,
             session_expiry_s=86_400,
@@ -162,6 +164,7 @@ class Server:
             max_queued_bytes=OUTGOING_BYTES,
             may_read=self._events.has_room,
         )
+        self._rivals.transport = self._transport
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
@@ -192,7 +195,7 @@ class Server:
         """Run to the end.
 
         Raises:
-            BrokerError: The broker cannot be reached at first, or the managed one died.
+            BrokerError: The broker cannot be reached at first, the managed one died, or another server took over.
             QuorumError: Too few devices; the run can be resumed.
             FedzoError: Training diverged, or the journal cannot be written.
         """
@@ -204,6 +207,8 @@ class Server:
             while not self._stop.is_set() and not self.coordinator.finished:
                 self._carry_out(self._next_batch(), pool)
             self._leave(pool)
+        except BrokerError as error:  # Perhaps only that nothing can be published any more.
+            raise self._rivals.error or error from None
         finally:
             self._stop.set()  # also for an evaluation that runs
             pool.shutdown(cancel_futures=True)

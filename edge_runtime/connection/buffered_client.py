@@ -26,11 +26,18 @@ _QOS_2, _QOS_2_MASK = 0x34, 0xF4  # PUBLISH with the upper bit of its QoS
 
 
 class BufferedClient(Client):
-    """Not thread-safe: whoever drives the client calls :meth:`refill` before it reads and :meth:`flush` at the end."""
+    """Not thread-safe: whoever drives the client calls :meth:`refill` before it reads and :meth:`flush` at the end.
+
+    Attributes:
+        has_ended: Whether the network has ended the link.
+        error: What it said then; None if the other side has just closed it.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._received, self._place, self._may_receive = b"", 0, False
         self._unsent, self._answers = bytearray(), 0
+        self.has_ended = False
+        self.error: OSError | None = None
         super().__init__(*arguments, **options)
 
     def refill(self) -> None:
@@ -74,12 +81,24 @@ class BufferedClient(Client):
             if not self._may_receive:
                 raise BlockingIOError
             self._may_receive = False
-            self._received, self._place = super()._sock_recv(max(bufsize, _READ_BYTES)), 0
+            self._received, self._place = self._read(max(bufsize, _READ_BYTES)), 0
         part = self._received[self._place : self._place + bufsize]
         self._place += len(part)
         if not self.has_unread:
             self._received, self._place = b"", 0
         return part
+
+    def _read(self, size: int) -> bytes:
+        """One read of the socket; how the link ended is kept, as paho tells nobody."""
+        try:
+            received = super()._sock_recv(size)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.has_ended, self.error = True, error
+            raise
+        self.has_ended = not received
+        return received
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         """Collect; always whole packets. After a DISCONNECT paho closes the socket, so that it is written at once."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ...protocol.errors import ConfigError
 from .endpoint import Endpoint
 from .light_imports import not_needed_by_paho, stand_ins
+from .link_loss import Loss, explain_connect, explain_end, unanswered
 from .mqtt_types import ProtocolName, Will
 from .traffic import PUBACK_BYTES, publish_packet_bytes
 from .wake import Wake
@@ -33,7 +34,7 @@ with stand_ins(*not_needed_by_paho()):
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["Link", "LinkSettings", "Loss"]
+__all__ = ["Link", "LinkSettings"]
 
 _TCP_TIMEOUT_S = 8.0
 _SUBACK_TIMEOUT_S = 10.0
@@ -75,25 +76,6 @@ class LinkSettings:
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; allowed are {low} to {high}")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Why a connection did not come about or ended.
-
-    Attributes:
-        reason: Half a sentence for people.
-        hint: The next action, may be empty.
-        final: The same attempt cannot succeed later (credentials, certificate, rights).
-        version_refused: The broker said that it does not speak this protocol version.
-        silent: The broker closed or ignored the link before any CONNACK.
-    """
-
-    reason: str
-    hint: str = ""
-    final: bool = False
-    version_refused: bool = False
-    silent: bool = False
 
 
 class Link:
@@ -161,7 +143,7 @@ class Link:
             self._selector.register(sock, selectors.EVENT_READ)
             self._deadline = time.monotonic() + self._connack_timeout_s
         except (OSError, ValueError) as error:  # ValueError: a host name that IDNA cannot encode
-            self.loss = _explain(error, endpoint)
+            self.loss = explain_connect(error, endpoint)
 
     def step(self, wake: Wake, timeout_s: float) -> None:
         """Wait for the network, for `wake` or for the time-out, then do the reading and writing that is due.
@@ -215,7 +197,7 @@ class Link:
             if self.loss is None:
                 self._client.flush()
         except OSError as error:
-            self._lose(f"the link was lost ({error.strerror or error})")
+            self._lose(f"the link was lost ({explain_end(error)})", ended=True)
 
     def publish(self, topic: str, payload: bytes, qos: int, retain: bool, expiry_s: int | None) -> int:
         """Hand a message to the client, to be written by the next `step`, and return its packet id."""
@@ -304,8 +286,12 @@ class Link:
     def _on_disconnect(
         self, _client: Client, _data: Any, flags: DisconnectFlags, reason: ReasonCode, _properties: Properties | None
     ) -> None:
-        by_broker = flags.is_disconnect_packet_from_server
-        self._lose(f"the broker closed the link: {reason}" if by_broker else f"the link was lost ({reason})")
+        if flags.is_disconnect_packet_from_server:
+            self._lose(f"the broker closed the link: {reason}", ended=True)
+        elif self._client.has_ended:  # paho knows no more than "Unspecified error" then
+            self._lose(f"the link was lost ({explain_end(self._client.error)})", ended=True)
+        else:
+            self._lose(f"the link was lost ({reason})")
 
     def _new_client(self) -> BufferedClient:
         settings = self._settings
@@ -349,49 +335,22 @@ class Link:
         if self.loss is None and (code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._client.socket() is None):
             self._lose(f"the link was lost ({code.name})")
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, *, ended: bool = False) -> None:
         """End the link, unless it has ended for a reason that is known better."""
         if self.loss is not None:
             return
-        if self._accepted:
-            self.loss = Loss(reason)
-        else:
-            hint = "" if self._settings.endpoint.tls else "is this a port with TLS? Then use mqtts://"
-            self.loss = Loss(f"the broker did not answer CONNECT: {reason}", hint, silent=True)
+        settings = self._settings
+        self.loss = (
+            Loss(reason) if self._accepted else unanswered(reason, settings.endpoint, settings.client_id, ended=ended)
+        )
 
     def _refusal(self, reason: ReasonCode) -> Loss:
         if reason.value == _UNSUPPORTED_VERSION:
             return Loss(f"the broker does not speak MQTT {self.protocol}", version_refused=True)
         final = reason.value in _FINAL_REFUSALS
         hint = "check the client id, the user name and the password file" if final else ""
-        return Loss(f"the broker refused the connection: {reason}", hint, final=final)
+        return Loss(f"the broker refused the connection: {reason}", hint, final=final, refused=final)
 
 
 def _properties(packet_type: int) -> Properties:
     return Properties(packet_type)  # type: ignore[no-untyped-call]
-
-
-def _explain(error: OSError | ValueError, endpoint: Endpoint) -> Loss:
-    """Say in words what a failed TCP or TLS connect means."""
-    loss = _explain_tls(error) if endpoint.tls else None
-    if loss is not None:
-        return loss
-    if isinstance(error, socket.gaierror) or (isinstance(error, ValueError) and not isinstance(error, OSError)):
-        return Loss(f"the host name {endpoint.host!r} cannot be resolved", "check the host name and the network")
-    if isinstance(error, ConnectionRefusedError):
-        return Loss("nobody listens there (connection refused)", "start the broker, or check host and port")
-    if isinstance(error, TimeoutError):
-        return Loss("the host does not answer (timed out)", "check the host, the network and its firewall")
-    return Loss(f"connecting failed: {error.strerror if isinstance(error, OSError) else error}")
-
-
-def _explain_tls(error: OSError | ValueError) -> Loss | None:
-    import ssl
-
-    if isinstance(error, ssl.SSLCertVerificationError):
-        hint = "give the CA that signed the broker's certificate, and use the host name that the certificate names"
-        return Loss(f"the broker's certificate is not trusted: {error.verify_message}", hint, final=True)
-    if isinstance(error, (ssl.SSLError, ConnectionResetError)):
-        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
-        return Loss(f"TLS failed: {reason or error}", "is this a port without TLS? Then use mqtt://")
-    return None

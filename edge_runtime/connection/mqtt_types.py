@@ -91,9 +91,17 @@ class Connected:
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """A connection was lost, or one more attempt failed; the next follows by itself."""
+    """A connection was lost, or one more attempt failed; the next follows by itself.
+
+    Attributes:
+        reason: Half a sentence for people.
+        hint: What they could do about it; may be empty.
+        refused: Whether the broker is there and does not let this client in.
+    """
 
     reason: str
+    hint: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .mqtt_link import Loss
+from .link_loss import Loss
 from .mqtt_types import ProtocolName
 
 __all__ = ["Retry"]

@@ -94,6 +94,12 @@ class SendQueue:
             if not self._entries:
                 self._changed.notify_all()
 
+    def drop_unsent(self) -> None:
+        """Forget, without a word, what has not been sent on this connection."""
+        with self._changed:
+            while self._unsent:
+                self.finish(self._unsent.popleft())
+
     def link_lost(self) -> None:
         """Make everything wait again, oldest first, and drop what is QoS 0."""
         with self._changed:

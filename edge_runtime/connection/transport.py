@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from ...protocol.errors import BrokerError, ConfigError
 from ...protocol.wire.framing import MAX_PAYLOAD_BYTES
 from .endpoint import Endpoint, TlsConfig
-from .mqtt_link import Link, LinkSettings, Loss
+from .link_loss import Loss
+from .mqtt_link import Link, LinkSettings
 from .mqtt_types import (
     Arrived,
     Connected,
@@ -257,7 +258,7 @@ class MqttTransport:
                 delay_s = self._retry.delay_s(loss, stable=stable)
                 if delay_s is None:
                     continue
-                self._emit(Disconnected(loss.reason))
+                self._emit(Disconnected(loss.reason, loss.hint, loss.refused))
                 if loss.final and not self._was_ready:
                     self._failure = loss
                     break

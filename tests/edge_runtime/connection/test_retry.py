@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedzo.edge_runtime.connection import retry as retry_module
-from fedzo.edge_runtime.connection.mqtt_link import Loss
+from fedzo.edge_runtime.connection.link_loss import Loss
 from fedzo.edge_runtime.connection.retry import Retry
 
 LOST = Loss("lost")
