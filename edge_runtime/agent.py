@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from ..protocol.device_side import device_events as machine
 from ..protocol.device_side.device import RETRY_S, Device
 from ..protocol.errors import ArtifactError, BrokerError, ConfigError, FedzoError, ProtocolError
-from ..protocol.wire.documents import Hello, Presence, RunDocument
+from ..protocol.wire.documents import Hello, Presence, RunDocument, ServerPresence
 from ..protocol.wire.framing import MAX_PAYLOAD_BYTES
 from ..protocol.wire.messages import ReportKind
 from ..protocol.wire.topics import RETAINED, Channel, device_subscriptions, topic
 from .connection.endpoint import TlsConfig
 from .connection.inbound import read_message
 from .connection.inbox import Inbox
+from .connection.link_news import LinkNews
 from .connection.transport import Arrived, Connected, Disconnected, MqttTransport, Rejected, TransportEvent, Will
 from .datasets.data import Dataset
 from .inference.ort import provider_in_use
@@ -40,8 +41,6 @@ _log = logging.getLogger(__name__)
 FLUSH_S = 10.0
 INBOX_MESSAGES, INBOX_BYTES = 256, 2 << 20  # what may wait for the loop
 OUTGOING_BYTES = 4 << 20
-SHORT_S = 30.0  # a link that ends sooner
-MANY_SHORT_LINKS = 3
 _PACKET_OVERHEAD_BYTES = 1024  # header, topic and properties around the largest payload
 _WORK = {ReportKind.SALIENCY: "scoring weights", ReportKind.PROBE: "training", ReportKind.EVALUATE: "evaluating"}
 
@@ -153,8 +152,7 @@ class Agent:
         self._limits, self._service = limits, service or ServiceManager({})
         self._summary = Summary(state.device, state.session)
         self._pending: dict[tuple[Channel, bytes], int] = {}
-        self._linked: bool | None = None
-        self._linked_at, self._short_links = 0.0, 0
+        self._linked = False
         self._doing: ReportKind | None = None
         username = connection.username
         if username is None and connection.password is not None:
@@ -173,6 +171,7 @@ class Agent:
             max_queued_bytes=OUTGOING_BYTES,
             may_read=self._events.has_room,
         )
+        self._news = LinkNews(say, str(self._transport.endpoint), federation, state.device)
 
     @property
     def summary(self) -> Summary:
@@ -240,8 +239,9 @@ class Agent:
             return early
         while True:
             self._service.feed()
+            self._news.look()
             waits = [] if wakeup is None else [max(0.0, wakeup - time.monotonic())]
-            waits += [] if self._service.interval_s is None else [self._service.interval_s]
+            waits += [due for due in (self._service.interval_s, self._news.wait_s) if due is not None]
             try:
                 return self._events.get(timeout=min(waits, default=None))
             except queue.Empty:
@@ -252,16 +252,11 @@ class Agent:
         if isinstance(item, Arrived):
             return self._read(item)
         if isinstance(item, Connected):
-            self._say(f"{'connected again' if self._linked is False else 'connected'} to {self._transport.endpoint}")
-            self._linked, self._linked_at = True, time.monotonic()
+            self._news.connected()
+            self._linked = True
             return machine.Connected()
         if isinstance(item, Disconnected):
-            if self._linked is not False:  # Once an outage, not once an attempt.
-                self._say(f"no link to {self._transport.endpoint} ({item.reason}); trying again")
-            if self._linked:
-                self._short_links = self._short_links + 1 if time.monotonic() - self._linked_at < SHORT_S else 0
-                if self._short_links == MANY_SHORT_LINKS:  # What a broker does to the older of two equal ids.
-                    _log.warning("the link breaks again and again: has another device the id %s?", self._state.device)
+            self._news.disconnected(item)
             self._linked = False
             return machine.Disconnected()
         if isinstance(item, Rejected):
@@ -306,6 +301,8 @@ class Agent:
             return None
         if isinstance(received.message, RunDocument):
             self._summary.run = received.message.run
+        elif isinstance(received.message, ServerPresence):
+            self._news.heard_of_server(online=received.message.online)
         return received
 
     # --- commands ---------------------------------------------------------------------------------------------------

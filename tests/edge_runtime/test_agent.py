@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fedzo.edge_runtime.agent import INBOX_MESSAGES, Agent
+from fedzo.edge_runtime.connection import link_news
 from fedzo.edge_runtime.connection.transport import Arrived, Connected, MqttTransport
 from fedzo.edge_runtime.inference.engine import Engine
 from fedzo.edge_runtime.inference.variants import matching_variant, wanted_variants
@@ -605,6 +606,20 @@ def test_a_broker_that_restarts_is_found_again(
     assert [line.split()[0] for line in agent.lines if "link" in line or "again" in line] == ["no", "connected"]
 
 
+def test_a_device_without_a_server_says_that_it_waits(
+    mosquitto: Any, start: Callable[..., RunningAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_news, "LONELY_S", 0.2)
+    agent = start()
+    deadline = time.monotonic() + 30.0
+    while len(agent.lines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert agent.lines == [
+        f"connected to {mosquitto.url}", "no server of federation 'default' is there yet; waiting",
+    ]  # fmt: skip
+
+
 def test_waiting_costs_no_work(
     mosquitto: Any, start: Callable[..., RunningAgent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -638,7 +653,7 @@ def test_without_a_broker_the_agent_waits_and_can_be_stopped(start: Callable[...
         time.sleep(0.02)
     time.sleep(1.0)
     assert agent.thread.is_alive()
-    assert len(agent.lines) == 1  # an outage is one line
+    assert [line.split(":")[0] for line in agent.lines] == ["no link to mqtt", "hint"]  # once an outage
     started = time.monotonic()
     agent.stop()
     assert time.monotonic() - started < 5.0

@@ -63,8 +63,13 @@ def test_tls_and_client_certificates(certificates: Path, connect: Connect) -> No
         stranger = TlsConfig(ca, certificates / "stranger.pem", certificates / "stranger.key")
         for files in (TlsConfig(ca), stranger):
             transport = MqttTransport(tls_url(broker), "x", tls=files, on_event=lambda event: None)
-            with pytest.raises(BrokerError):
+            with pytest.raises(BrokerError) as caught:
                 transport.connect(2.0)
+            assert "TLS: " in caught.value.message or "the broker closed it" in caught.value.message
+            assert caught.value.hint == (
+                "the broker may have refused or revoked this certificate; "
+                "a device gets a new one from: fedzo credentials issue x"
+            )
 
 
 @needs_mosquitto
