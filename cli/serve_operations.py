@@ -10,6 +10,7 @@ from ..broker_server.server import Server
 from ..broker_server.telemetry.event_log import EventLog
 from ..broker_server.telemetry.health import Health
 from ..broker_server.telemetry.http_endpoint import HttpEndpoint, is_loopback, parse_address
+from ..broker_server.telemetry.joining import Joining
 from ..broker_server.telemetry.live_file import noted
 from ..broker_server.telemetry.observer import Telemetry, Turn, Watchers
 from ..edge_runtime.installation.service import ServiceManager
@@ -49,7 +50,8 @@ class Operations:
     def __init__(self, output: Output, metrics: str | None, stack: ExitStack) -> None:
         self._service, self._stack, self._is_announced = ServiceManager(), stack, False
         self._health = Health()
-        watchers: list[Telemetry] = [EventLog(), _Feeder(self._service)]
+        self._joining = Joining(output.say, output.warn)
+        watchers: list[Telemetry] = [EventLog(), _Feeder(self._service), self._joining]
         self.url, self._metrics = "", None
         if metrics is not None:
             try:
@@ -75,7 +77,8 @@ class Operations:
         self._health.attach(lambda: server.state, folder.journal_path)
         if self._metrics is not None:
             self._metrics.attach(lambda: server.state)
-        with noted(folder.path, self.url):
+        with noted(folder.path, self.url) as keep:
+            self._joining.attach(server.coordinator, keep)
             if not self._is_announced:
                 self._is_announced = True
                 self._service.ready()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..broker_server.history.run_status import DeviceRow, RunFollower, RunStatus
-from ..broker_server.telemetry.live_file import live_url
+from ..broker_server.telemetry.live_file import live_refusals, live_url
 from ..broker_server.telemetry.scrape import LiveState, scrape
 from ..edge_runtime.logs import CONTROL
 from ..protocol.errors import ConfigError
@@ -48,12 +49,25 @@ def show_status(output: Output, path: Path, *, watch: bool, interval_s: float, m
         if watch:
             _watch(output, follower, path, interval_s, most, url)
             return
-        status = follower.poll()
+        status = _poll(follower, path)
     live = _live(path, status, url)
     output.table(("run", status.run), _facts(status, live))
     if status.rows and most:
         output.table(_COLUMNS, [_cells(row) for row in status.rows[:most]])
     output.result({**_plain(status, most), "live": None if live is None else asdict(live)})
+
+
+def _poll(follower: RunFollower, path: Path) -> RunStatus:
+    """What the journal says, and who takes no part by what the server noted, while it runs."""
+    status = follower.poll()
+    refused = live_refusals(path) if status.server_pid is not None else {}
+    if not refused:
+        return status
+    rows = [
+        replace(row, state="refused") if row.name in refused and row.state == "idle" else row for row in status.rows
+    ]
+    rows.sort(key=lambda row: row.state != "refused")  # stable
+    return replace(status, rows=tuple(rows), states=dict(Counter(row.state for row in rows)))
 
 
 def _plain(status: RunStatus, most: int) -> dict[str, Any]:
@@ -70,7 +84,7 @@ def _live(path: Path, status: RunStatus, url: str | None) -> LiveState | None:
 
 def _watch(output: Output, follower: RunFollower, path: Path, interval_s: float, most: int, url: str | None) -> None:
     """Until the run is done, or Ctrl-C: a stopped run may be resumed."""
-    status = follower.poll()
+    status = _poll(follower, path)
     if not output.interactive:
         last = ""
         while True:
@@ -81,7 +95,7 @@ def _watch(output: Output, follower: RunFollower, path: Path, interval_s: float,
             if status.phase == "done":
                 return
             time.sleep(interval_s)
-            status = follower.poll()
+            status = _poll(follower, path)
     from rich.live import Live
 
     before: tuple[float, LiveState | None] = time.monotonic(), None
@@ -95,7 +109,7 @@ def _watch(output: Output, follower: RunFollower, path: Path, interval_s: float,
                 return
             before = now, live
             time.sleep(interval_s)
-            status = follower.poll()
+            status = _poll(follower, path)
 
 
 def _rates(before: tuple[float, LiveState | None], after: tuple[float, LiveState | None]) -> tuple[float, float] | None:

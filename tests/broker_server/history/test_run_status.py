@@ -208,6 +208,18 @@ def test_the_command(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None
     assert f"go on with\tfedzo serve --resume {writer.folder}" in capsys.readouterr().out
 
 
+def test_a_board_that_takes_no_part_is_called_refused_while_the_server_runs(
+    writer: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer.enrol("pi-a", "pi-b")
+    with noted(writer.folder, "") as keep:
+        keep({"pi-b": "over the memory budget"})
+        assert main(["status", str(writer.folder), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["state"]) for row in answer["rows"]] == [("pi-b", "refused"), ("pi-a", "idle")]
+    assert answer["states"] == {"refused": 1, "idle": 1}
+
+
 def test_watching_and_json_exclude_each_other(writer: Writer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(writer.folder), "--watch", "--json"]) == 3
     assert "one object" in json.loads(capsys.readouterr().out)["error"]["message"]
