@@ -18,7 +18,7 @@ def test_the_service_manager_hears_of_two_runs_as_of_one(tmp_path: Path, monkeyp
     """A range test and the run that follows it."""
     heard: list[str] = []
     folder: Any = SimpleNamespace(path=tmp_path, journal_path=tmp_path / "journal.sqlite")
-    server: Any = SimpleNamespace(state=None)
+    server: Any = SimpleNamespace(state=None, coordinator=None)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(0)
