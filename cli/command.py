@@ -5,17 +5,27 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from .broker_url import without_password
-from .config import Resolved
+from .config import Resolved, default_values
 from .output import Output
 
-__all__ = ["ConfigOption", "ShowConfigOption", "command", "group", "help_text", "help_without_command", "show_config"]
+__all__ = [
+    "ConfigOption",
+    "SettingsCommand",
+    "ShowConfigOption",
+    "command",
+    "group",
+    "help_text",
+    "help_without_command",
+    "show_config",
+]
 
 _PANEL = "Every command"
 
@@ -96,7 +106,48 @@ def help_without_command(context: typer.Context) -> None:
     raise typer.Exit
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+class SettingsCommand(TyperCommand):
+    """A command whose options have their defaults in a settings class, which is imported for the help alone.
+
+    Attributes:
+        settings_class: The class.
+        settings: Dotted names of what the options set, by parameter.
+    """
+
+    settings_class: Callable[[], type[Any]]
+    settings: Mapping[str, str]
+
+    def add_defaults(self) -> None:
+        """Put the defaults into the options' help, where nothing else is said there."""
+        defaults = default_values(type(self).settings_class())
+        for parameter in self.params:
+            text = _default_text(defaults.get(self.settings.get(parameter.name or "", "")), parameter)
+            said = getattr(parameter, "help", None)
+            if text and said and "[default" not in said:
+                parameter.help = f"{said.rstrip('.')} {_literal(f'[default: {text}]')}."  # type: ignore[attr-defined]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help, with the defaults."""
+        self.add_defaults()
+        super().format_help(ctx, formatter)
+
+
+def _default_text(value: Any, parameter: Any) -> str:
+    if isinstance(value, bool):
+        names = parameter.opts if value else parameter.secondary_opts
+        return names[0] if names else ""
+    if value is None or value == ():
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def command(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    settings_class: Callable[[], type[Any]] | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds a function to an app as a command.
 
     The function's first parameter is its `Output`; the others are typer's. Its docstring is the help: a summary, and an
@@ -105,7 +156,13 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
     Args:
         app: The app or group that gets the command.
         name: Its name, if not the function's with hyphens.
+        settings_class: Gives the class that has the defaults of its options.
+        settings: What the options set there, by parameter.
     """
+    cls: type[TyperCommand] = TyperCommand
+    if settings_class is not None:
+        body = {"settings_class": staticmethod(settings_class), "settings": settings or {}}
+        cls = type("SettingsCommand", (SettingsCommand,), body)
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
@@ -132,7 +189,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect honours it
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__name__ = function.__name__
-        app.command(name, help=help_text(function.__doc__))(run)
+        app.command(name, cls=cls, help=help_text(function.__doc__))(run)
         return function
 
     return register

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from ..edge_runtime.config import ConfigFile, Origin, Resolved, find_file, resolve
+from ..edge_runtime.config import (
+    ConfigFile,
+    Origin,
+    Resolved,
+    default_values,
+    find_file,
+    resolve,
+    unknown_variables,
+)
 
-__all__ = ["ConfigFile", "Origin", "Resolved", "find_file", "resolve"]
+__all__ = ["ConfigFile", "Origin", "Resolved", "default_values", "find_file", "resolve", "unknown_variables"]

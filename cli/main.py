@@ -82,7 +82,7 @@ def _run(arguments: list[str], output: Output) -> int:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "fedzo"
-        message = " ".join(error.format_message().split())
+        message = _refusal(error) or " ".join(error.format_message().split())
         output.error(
             message[:1].lower() + message[1:],
             hint=f"{path} --help",
@@ -93,6 +93,28 @@ def _run(arguments: list[str], output: Output) -> int:
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt
     return int(code or 0)
+
+
+_WANTED: Final = {
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+}
+
+
+def _refusal(error: Exception) -> str:
+    """What is wrong with the value of an option, with the value; empty where the parser's own text says it."""
+    cause, options = error.__cause__, getattr(getattr(error, "param", None), "opts", None)
+    if type(cause).__name__ != "ValidationError" or not options:
+        return ""
+    (first, *_) = cause.errors()  # type: ignore[union-attr]  # pydantic's, which is not imported here
+    context = first.get("ctx", {})
+    if first["type"] == "value_error":
+        return f"{options[0]}: {context['error']}".rstrip(".")
+    if first["type"] not in _WANTED:
+        return ""
+    return f"{options[0]} is {first['input']!r}, it must be {_WANTED[first['type']].format(**context)}"
 
 
 def _traceback(output: Output) -> None:

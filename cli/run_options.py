@@ -4,14 +4,72 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final
 
 import typer
 
-__all__ = ["run_options", "with_run_options"]
+__all__ = ["OPTIONS", "SETTINGS", "run_options", "with_run_options"]
 
 TUNE_ROUNDS = 60
+
+SETTINGS: Final = {
+    "seed": "seed",
+    "devices": "devices",
+    "per_round": "participants",
+    "quorum": "quorum",
+    "close_at": "close_at",
+    "staleness": "staleness",
+    "staleness_power": "staleness_power",
+    "snapshots": "snapshots",
+    "deadline": "deadline_s",
+    "enrol_deadline": "enrol_deadline_s",
+    "patience": "patience",
+    "evaluate_every": "evaluate_every",
+    "rounds": "training.rounds",
+    "estimator": "training.estimator",
+    "k": "training.k",
+    "tail_k": "training.tail_k",
+    "repeats": "training.repeats",
+    "feedback": "training.feedback",
+    "directions": "training.directions",
+    "assign": "training.assignment",
+    "sigma": "training.sigma",
+    "two_sided": "training.two_sided",
+    "batch": "training.batch",
+    "probe_batch": "training.probe_batch",
+    "local_steps": "training.local_steps",
+    "local_rate": "training.local_rate",
+    "optimiser": "training.optimiser.name",
+    "learning_rate": "training.learning_rate",
+    "tune_rounds": "tune_rounds",
+    "front_rate": "training.optimiser.front_rate",
+    "schedule": "training.schedule",
+    "warmup": "training.warmup",
+    "decay_every": "training.decay_every",
+    "decay_factor": "training.decay_factor",
+    "final_rate": "training.final_rate",
+    "ema": "training.optimiser.ema",
+    "k_min": "training.k_min",
+    "k_max": "training.k_max",
+    "adapt_sigma": "training.adapt_sigma",
+    "rule": "aggregation.rule",
+    "hostile": "aggregation.hostile",
+    "clip": "aggregation.clip",
+    "clip_factor": "aggregation.clip_factor",
+    "sparsity": "sparsity",
+    "fill": "fill",
+    "pruning": "saliency.method",
+    "floor": "saliency.floor",
+    "saliency_steps": "saliency.steps",
+    "saliency_samples": "saliency.samples",
+    "saliency_draws": "saliency.draws",
+    "saliency_inputs": "saliency.inputs",
+    "saliency_checked": "saliency.checked",
+}
+"""What each option sets, by dotted name."""
+OPTIONS: Final = {setting: f"--{name.replace('_', '-')}" for name, setting in SETTINGS.items()}
+"""What they are called."""
 
 _TRAINING = "Training"
 _ROUNDS = "Rounds"
@@ -28,7 +86,7 @@ def run_options(
     ] = None,
     quorum: Annotated[
         int | None,
-        typer.Option(help="Reports that a round needs; 4, or all of fewer devices.", rich_help_panel=_ROUNDS),
+        typer.Option(help="Reports that a round needs; 0: 4, or all of fewer devices.", rich_help_panel=_ROUNDS),
     ] = None,
     close_at: Annotated[
         int | None,
@@ -132,7 +190,8 @@ def run_options(
         ),
     ] = None,
     tune_rounds: Annotated[
-        int | None, typer.Option(help="Updates of that run [default with auto: 60].", rich_help_panel=_TRAINING)
+        int | None,
+        typer.Option(help=f"Updates of that run [default with auto: {TUNE_ROUNDS}].", rich_help_panel=_TRAINING),
     ] = None,
     front_rate: Annotated[
         float | None,
@@ -227,67 +286,20 @@ def run_options(
         int | None,
         typer.Option(help="Reports a round that the server computes again; 0: none.", rich_help_panel=_PRUNING),
     ] = None,
-) -> dict[str, Any]:
-    """The options as settings by dotted name, as ``resolve`` takes them; None where an option was not given."""
-    return {
-        "seed": seed,
-        "devices": devices,
-        "participants": per_round,
-        "quorum": quorum,
-        "close_at": close_at,
-        "staleness": staleness,
-        "staleness_power": staleness_power,
-        "snapshots": snapshots,
-        "deadline_s": deadline,
-        "enrol_deadline_s": enrol_deadline,
-        "patience": patience,
-        "evaluate_every": evaluate_every,
-        "training.rounds": rounds,
-        "training.estimator": estimator,
-        "training.k": k,
-        "training.tail_k": tail_k,
-        "training.repeats": repeats,
-        "training.feedback": feedback,
-        "training.directions": directions,
-        "training.assignment": assign,
-        "training.sigma": sigma,
-        "training.two_sided": two_sided,
-        "training.batch": batch,
-        "training.probe_batch": probe_batch,
-        "training.local_steps": local_steps,
-        "training.local_rate": local_rate,
-        "training.optimiser.name": optimiser,
-        **_rate(learning_rate, tune_rounds),
-        "training.optimiser.front_rate": front_rate,
-        "training.schedule": schedule,
-        "training.warmup": warmup,
-        "training.decay_every": decay_every,
-        "training.decay_factor": decay_factor,
-        "training.final_rate": final_rate,
-        "training.optimiser.ema": ema,
-        "training.k_min": k_min,
-        "training.k_max": k_max,
-        "training.adapt_sigma": adapt_sigma,
-        "aggregation.rule": rule,
-        "aggregation.hostile": hostile,
-        "aggregation.clip": clip,
-        "aggregation.clip_factor": clip_factor,
-        "sparsity": sparsity,
-        "fill": fill,
-        "saliency.method": pruning,
-        "saliency.floor": floor,
-        "saliency.steps": saliency_steps,
-        "saliency.samples": saliency_samples,
-        "saliency.draws": saliency_draws,
-        "saliency.inputs": saliency_inputs,
-        "saliency.checked": saliency_checked,
-    }
+) -> None:
+    """The options; :data:`SETTINGS` says what each of them sets."""
+
+
+def _settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options' values by the dotted name of their setting, as ``resolve`` takes them; None for those not given."""
+    values = {setting: arguments[name] for name, setting in SETTINGS.items()}
+    return {**values, **_rate(arguments["learning_rate"], arguments["tune_rounds"])}
 
 
 def _rate(text: str | None, tune_rounds: int | None) -> dict[str, float | int | None]:
     """The learning rate as settings."""
     if text == "auto":
-        return {"tune_rounds": tune_rounds or TUNE_ROUNDS}
+        return {"training.learning_rate": None, "tune_rounds": tune_rounds or TUNE_ROUNDS}
     try:
         return {"training.learning_rate": None if text is None else float(text), "tune_rounds": tune_rounds}
     except ValueError:
@@ -302,7 +314,7 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **arguments: Any) -> None:
-        flags = run_options(**{parameter.name: arguments.pop(parameter.name) for parameter in shared})
+        flags = _settings({parameter.name: arguments.pop(parameter.name) for parameter in shared})
         command(*args, run_flags=flags, **arguments)
 
     keyword = inspect.Parameter.KEYWORD_ONLY

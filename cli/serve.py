@@ -10,7 +10,7 @@ import typer
 from .command import ConfigOption, ShowConfigOption, command
 from .number_list import number_list
 from .output import Output
-from .run_options import with_run_options
+from .run_options import SETTINGS, with_run_options
 from .stop_signals import StopSignals
 
 __all__ = ["register"]
@@ -19,10 +19,20 @@ _BROKER = "Broker"
 _OPERATIONS = "Operations"
 
 
+_PLACE = {name: name for name in ("runs", "broker", "host", "port", "federation", "log_format")}
+"""Options with a default of their own, and what they set."""
+
+
+def _settings_class() -> type[Any]:
+    from .serve_settings import ServeSettings
+
+    return ServeSettings
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to the app."""
 
-    @command(app)
+    @command(app, settings_class=_settings_class, settings={**SETTINGS, **_PLACE})
     @with_run_options
     def serve(
         output: Output,
@@ -32,7 +42,7 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[
             Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run; its settings hold.")
         ] = None,
-        runs: Annotated[Path | None, typer.Option("--runs", help="Where run folders lie [default: runs].")] = None,
+        runs: Annotated[Path | None, typer.Option("--runs", help="Where run folders lie.")] = None,
         name: Annotated[str | None, typer.Option("--run", help="Run id [default: model and time].")] = None,
         continue_run: Annotated[
             bool | None, typer.Option("--continue", help="Go on with the run of --run, if it has begun.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from ..broker_server.tuning import SUFFIX, follow_up, plan_follow_up
 from ..edge_runtime.datasets.data import Samples, load_dataset
 from ..edge_runtime.storage.artifact import load_artifact
 from ..protocol.artifact.manifest import Manifest
-from ..protocol.errors import BrokerError, ConfigError, QuorumError
+from ..protocol.errors import BrokerError, ConfigError, DataError, QuorumError
 from ..protocol.perturbation.blocks import blocks_of
 from ..protocol.pruning.mask import Mask
 from ..protocol.pruning.mask_choice import check_pruning
@@ -30,13 +31,18 @@ from ..protocol.wire.documents import RunDocument
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
+from .run_options import OPTIONS
 from .serve_access import TLS_PORT, ServeAccess, folder_federation
 from .serve_operations import Operations
 from .serve_settings import PATHS, PLACE, ServeSettings
 from .serve_unit import print_unit
+from .setting_notes import note_settings
 from .stop_signals import StopSignals
 
 __all__ = ["serve_run"]
+
+_OPTIONS = {**OPTIONS, "continue_run": "--continue"}
+"""What options are called where their name does not follow from that of the setting."""
 
 
 def serve_run(
@@ -54,11 +60,13 @@ def serve_run(
         FedzoError: See ``Server.serve`` and the parts that are opened before.
     """
     file = find_file(config)
-    first = resolve(ServeSettings, flags=flags, file=file)
+    first = resolve(ServeSettings, flags=flags, file=file, options=_OPTIONS)
     if first.settings.resume is not None:
         resolved, folder = _resumed(flags, file, first.settings.resume)
     else:
-        resolved, folder = _fresh(flags, file, first.settings.artifact), None
+        is_bare = show and first.settings.artifact is None
+        resolved, folder = first if is_bare else _fresh(flags, file, first.settings.artifact), None
+    note_settings(output, resolved, resolved.settings)
     if show:
         show_config(output, resolved)
         return
@@ -80,7 +88,8 @@ def _fresh(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path | N
     if artifact is None:
         raise ConfigError("no artifact is named", hint="fedzo serve ARTIFACT, or fedzo serve --resume RUN")
     sparsity = load_artifact(artifact).manifest.sparsity
-    return resolve(ServeSettings, flags=flags, file=file, profile={"sparsity": sparsity}, profile_name="artifact")
+    profile = {"sparsity": sparsity}
+    return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name="artifact", options=_OPTIONS)
 
 
 def _resumed(
@@ -95,7 +104,9 @@ def _resumed(
     place = _place(folder)
     paths = {name: Path(place[name]) for name in PATHS if name in place}
     profile = {**dict(_dotted(dataclasses.asdict(settings))), **place, **paths}
-    return resolve(ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path)), folder
+    return resolve(
+        ServeSettings, flags=flags, file=file, profile=profile, profile_name=str(path), options=_OPTIONS
+    ), folder
 
 
 def _place(folder: RunFolder) -> dict[str, Any]:
@@ -258,14 +269,18 @@ def _check(settings: ServeSettings, manifest: Manifest) -> None:
 def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
     if settings.test_data is None:
         return None
-    dataset = load_dataset(
-        settings.test_data,
-        manifest.input_shape,
-        manifest.n_classes,
-        mean=settings.test_mean or None,
-        std=settings.test_std or None,
-        pad=settings.test_pad,
-    )
+    try:
+        dataset = load_dataset(
+            settings.test_data,
+            manifest.input_shape,
+            manifest.n_classes,
+            mean=settings.test_mean or None,
+            std=settings.test_std or None,
+            pad=settings.test_pad,
+        )
+    except DataError as error:
+        error.hint = re.sub(r"--(pad|mean|std)\b", r"--test-\1", error.hint)  # what the server calls them
+        raise
     return dataset.test if len(dataset.test) else dataset.train
 
 

@@ -91,7 +91,7 @@ class ServeSettings(RunSettings):
         if self.run is not None:
             check_name("run", self.run)
         if not 0 <= self.port <= MAX_PORT:
-            raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}")
+            raise ConfigError(f"the port is {self.port}, it must be 0 to {MAX_PORT}", setting="port")
         if self.test_data is None and (self.test_mean or self.test_std or self.test_pad):
             raise ConfigError(
                 "there are a mean, a deviation or padding for test data, but no test data", hint="give --test-data too"

@@ -10,17 +10,35 @@ import typer
 from .command import ConfigOption, ShowConfigOption, command
 from .number_list import number_list
 from .output import Output
-from .run_options import with_run_options
+from .run_options import OPTIONS, SETTINGS, with_run_options
 
 __all__ = ["register"]
 
 _WORLD = "Virtual devices"
 
 
+WORLD = {
+    "split": "world.split",
+    "holdout": "world.holdout",
+    "world_seed": "world.seed",
+    "dropout": "world.dropout",
+    "join_spread": "world.join_spread_s",
+    "bandwidth": "world.bandwidth_kbit_s",
+    "latency": "world.latency_s",
+}
+"""Options with a default, and what they set."""
+
+
+def _settings_class() -> type[Any]:
+    from .simulate_settings import SimulateSettings
+
+    return SimulateSettings
+
+
 def register(app: typer.Typer) -> None:
     """Adds the command to the app."""
 
-    @command(app)
+    @command(app, settings_class=_settings_class, settings={**SETTINGS, **WORLD})
     @with_run_options
     def simulate(
         output: Output,
@@ -119,4 +137,5 @@ def register(app: typer.Typer) -> None:
         }
         from .simulate_run import simulate_run
 
-        simulate_run(output, flags, config, show=show)
+        options = {**OPTIONS, **{setting: f"--{name.replace('_', '-')}" for name, setting in WORLD.items()}}
+        simulate_run(output, flags, config, options, show=show)

@@ -8,15 +8,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..protocol.errors import ConfigError
-from ..protocol.settings import RunSettings
 from .command import show_config
 from .config import ConfigFile, Resolved, find_file, resolve
 from .output import Output
+from .setting_notes import note_settings
+from .simulate_settings import SimulateSettings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy is imported: many small products, one core each
 
@@ -24,52 +24,38 @@ from ..edge_runtime.storage.artifact import load_artifact
 from ..simulation.pools import InlinePool, WorkPool
 from ..simulation.process_pool import ProcessPool
 from ..simulation.result import Progress, SimulationResult
-from ..simulation.settings import SimulationSettings
 from ..simulation.simulate import simulate
 
-__all__ = ["SimulateSettings", "simulate_run"]
+__all__ = ["simulate_run"]
 
 
-@dataclass(frozen=True, slots=True)
-class SimulateSettings(RunSettings):
-    """A run's settings and the virtual world around it.
-
-    Attributes:
-        artifact: Folder of ``fedzo export``.
-        data: Samples of all devices.
-        test_data: The server's own test set.
-        output: Where the result is written, as JSON.
-        processes: Processes that compute; 0 for one a core, 1 for none but this one.
-        world: The virtual world.
-    """
-
-    artifact: Path | None = None
-    data: Path | None = None
-    test_data: Path | None = None
-    output: Path | None = None
-    processes: int = 0
-    world: SimulationSettings = field(default_factory=SimulationSettings)
-
-    def run_settings(self) -> RunSettings:
-        """The part that a run has."""
-        return RunSettings(**{each.name: getattr(self, each.name) for each in dataclasses.fields(RunSettings)})
-
-
-def simulate_run(output: Output, flags: Mapping[str, Any], config: Path | None, *, show: bool) -> None:
+def simulate_run(
+    output: Output, flags: Mapping[str, Any], config: Path | None, options: Mapping[str, str], *, show: bool
+) -> None:
     """Simulate one run.
+
+    Args:
+        output: Of the command.
+        flags: Values of options by dotted name.
+        config: File that was named.
+        options: What the options are called, by dotted name.
+        show: Print the settings, and stop.
 
     Raises:
         FedzoError: See :func:`~fedzo.simulation.simulate.simulate`.
     """
     file = find_file(config)
-    artifact = resolve(SimulateSettings, flags=flags, file=file).settings.artifact
-    if artifact is None:
+    resolved = resolve(SimulateSettings, flags=flags, file=file, options=options)
+    artifact = resolved.settings.artifact
+    if artifact is None and not show:
         raise ConfigError("no artifact is named", hint="fedzo simulate ARTIFACT --data FILE")
-    resolved = _resolved(flags, file, artifact)
-    if show:
+    if artifact is not None:
+        resolved = _resolved(flags, file, artifact, options)
+    settings = resolved.settings
+    note_settings(output, resolved, settings)
+    if show or artifact is None:
         show_config(output, resolved)
         return
-    settings = resolved.settings
     if settings.data is None:
         raise ConfigError("no data are named", hint=f"fedzo simulate {artifact} --data FILE")
     if settings.output is not None:
@@ -137,9 +123,11 @@ def _unwritable(path: Path | None, error: OSError, more: str = "") -> ConfigErro
     )
 
 
-def _resolved(flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path) -> Resolved[SimulateSettings]:
+def _resolved(
+    flags: Mapping[str, Any], file: ConfigFile | None, artifact: Path, options: Mapping[str, str]
+) -> Resolved[SimulateSettings]:
     profile = {"sparsity": load_artifact(artifact).manifest.sparsity}
-    return resolve(SimulateSettings, flags=flags, file=file, profile=profile, profile_name="artifact")
+    return resolve(SimulateSettings, flags=flags, file=file, profile=profile, profile_name="artifact", options=options)
 
 
 def _answer(found: SimulationResult, settings: SimulateSettings) -> dict[str, Any]:

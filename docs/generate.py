@@ -79,6 +79,8 @@ def _sections(command: Any, path: str) -> Iterator[str]:
     for block in _plain(command.help).split("\n\n"):
         heading, _, rest = block.partition("\n")
         yield f"```console\n{rest}\n```" if heading == "Example:" else block
+    if hasattr(command, "add_defaults"):
+        command.add_defaults()
     rows = []
     for parameter in command.params:
         if parameter.name in ("help", "_json", "_debug") or parameter.hidden:

@@ -24,29 +24,27 @@ import dataclasses
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeVar, Union
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from ..protocol.errors import ConfigError
+from .config_values import from_text, from_value
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["ConfigFile", "Origin", "Resolved", "find_file", "resolve"]
+__all__ = ["ConfigFile", "Origin", "Resolved", "default_values", "find_file", "resolve", "unknown_variables"]
 
 DEFAULT_FILE: Final = "fedzo.toml"
 MAX_FILE_BYTES: Final = 1 << 20
 SECRET: Final = "********"  # noqa: S105 - what is shown in place of one
 _UNSET: Final = object()
-_TRUE: Final = frozenset({"1", "true", "yes", "on"})
-_FALSE: Final = frozenset({"0", "false", "no", "off"})
 
 T = TypeVar("T")
 
@@ -171,6 +169,7 @@ def resolve(
     other_tables: Collection[str] = (),
     profile: Mapping[str, Any] | None = None,
     profile_name: str = "",
+    options: Mapping[str, str] | None = None,
 ) -> Resolved[T]:
     """Fills a dataclass of settings from every source.
 
@@ -185,6 +184,7 @@ def resolve(
         other_tables: Top-level tables that belong to other commands and are left alone.
         profile: The hardware profile's values by dotted name; names that are no setting of ``cls`` are left out.
         profile_name: For the origin.
+        options: What options are called where it is not ``--`` and the last part of the dotted name, for messages.
 
     Raises:
         ConfigError: An unknown key in the file, a value of the wrong type, a missing value, or one that the dataclass
@@ -201,7 +201,7 @@ def resolve(
     origins: dict[str, Origin] = {}
     for leaf in leaves:
         name = leaf.name
-        variable = "FEDZO_" + "_".join(leaf.key).upper()
+        variable = _variable(leaf.key)
         folder = Path()
         raw: Any
         if flags is not None and flags.get(name) is not None:
@@ -224,17 +224,44 @@ def resolve(
                 f"the setting {name} has no value",
                 hint=f"give its flag, set {variable}, or write {name} into a settings file",
             )
-        convert = _from_text if origin.kind == "environment" else _from_value
+        convert = from_text if origin.kind == "environment" else from_value
         try:
             values[name] = convert(leaf.annotation, raw, folder)
         except ValueError as error:
             shown = SECRET if leaf.secret else repr(raw)
             raise ConfigError(
-                f"{origin.name or origin.kind}: {name} = {shown} is not {error}",
+                f"{_place(name, origin, options or {})}: {name} = {shown} is not {error}",
                 hint="--show-config lists every setting with its value",
             ) from error
         origins[name] = origin
-    return Resolved(_build(cls, (), values, origins), origins)
+    return Resolved(_build(cls, (), values, origins, options or {}), origins)
+
+
+def default_values(cls: type[Any]) -> dict[str, Any]:
+    """The default of every setting that has one, by dotted name."""
+    return {leaf.name: leaf.default for leaf in _leaves(cls) if leaf.default is not _UNSET}
+
+
+def unknown_variables(cls: type[Any], environ: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that look like a setting in one of the tables of ``cls`` and are none, each with what was meant.
+
+    Args:
+        cls: The dataclass.
+        environ: ``os.environ`` by default.
+    """
+    known = {_variable(leaf.key) for leaf in _leaves(cls)}
+    tables = tuple({_variable(leaf.key[:1]) + "_" for leaf in _leaves(cls) if len(leaf.key) > 1})
+    found = []
+    for name, value in sorted((os.environ if environ is None else environ).items()):
+        if value and name.startswith(tables) and name not in known:
+            match = get_close_matches(name, known, n=1)
+            meant = f"did you mean {match[0]}?" if match else "--show-config lists every setting"
+            found.append(f"the variable {name} is no setting: {meant}")
+    return found
+
+
+def _variable(key: tuple[str, ...]) -> str:
+    return "FEDZO_" + "_".join(key).upper()
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,24 +295,41 @@ def _leaves(cls: type[Any], prefix: tuple[str, ...] = (), defaults: Any = _UNSET
             yield _Leaf(key, annotation, default, bool(field.metadata.get("secret", False)))
 
 
-def _build(cls: type[T], prefix: tuple[str, ...], values: Mapping[str, Any], origins: Mapping[str, Origin]) -> T:
-    """Constructs a dataclass and the ones inside it; a refusal gets a hint that says which sources took part."""
+def _build(
+    cls: type[T],
+    prefix: tuple[str, ...],
+    values: Mapping[str, Any],
+    origins: Mapping[str, Origin],
+    options: Mapping[str, str],
+) -> T:
+    """Constructs a dataclass and the ones inside it; a refusal gets a hint that says what to change."""
     annotations = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass
         annotation, key = annotations[field.name], (*prefix, field.name)
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            arguments[field.name] = _build(annotation, key, values, origins)
+            arguments[field.name] = _build(annotation, key, values, origins, options)
         else:
             arguments[field.name] = values[".".join(key)]
     try:
         return cls(**arguments)
     except (ConfigError, ValueError) as error:
+        about = error.setting if isinstance(error, ConfigError) else ""
+        hint = error.hint if isinstance(error, ConfigError) else ""
+        name = ".".join([*prefix, about])
+        if name in origins:
+            hint = hint or f"change {_place(name, origins[name], options)}"
         start = "".join(f"{part}." for part in prefix)
         given = [f"{name} from {origin}" for name, origin in origins.items() if name.startswith(start)]
         given = [text for text in given if not text.endswith("from default")]
-        hint = error.hint if isinstance(error, ConfigError) else ""
         raise ConfigError(str(error), hint=hint or ("set: " + ", ".join(given) if given else "")) from error
+
+
+def _place(name: str, origin: Origin, options: Mapping[str, str]) -> str:
+    """What a person changes to change a setting."""
+    if origin.kind in ("flag", "default"):
+        return options.get(name, "--" + name.rpartition(".")[2].replace("_", "-"))
+    return f"{name} in {origin.name}" if origin.kind == "file" else origin.name
 
 
 def _in_table(table: str | None, key: tuple[str, ...]) -> tuple[str, ...]:
@@ -319,69 +363,3 @@ def _file_values(
                 raise ConfigError(f"{file.place(key)}: unknown setting {'.'.join(key)}", hint=hint)
 
     yield from walk(file.data, ())
-
-
-def _options(annotation: Any) -> tuple[list[Any], bool]:
-    """The members of a union without ``None``, and whether ``None`` was among them."""
-    if typing.get_origin(annotation) not in (Union, types.UnionType):
-        return [annotation], False
-    members = typing.get_args(annotation)
-    return [member for member in members if member is not type(None)], type(None) in members
-
-
-def _from_text(annotation: Any, text: str, folder: Path) -> Any:
-    """Reads an environment variable as a type.
-
-    Raises:
-        ValueError: It says what the text should have been, to follow "is not".
-    """
-    (annotation, *_), _ = _options(annotation)
-    value: Any = text.strip()
-    if annotation is bool:
-        if value.lower() not in _TRUE | _FALSE:
-            raise ValueError("a truth value (true or false)")
-        value = value.lower() in _TRUE
-    elif annotation in (int, float):
-        try:
-            value = annotation(value)
-        except ValueError:
-            raise ValueError(_noun(annotation)) from None
-    elif typing.get_origin(annotation) is tuple:
-        element = typing.get_args(annotation)[0]
-        return tuple(_from_text(element, part, folder) for part in value.split(","))
-    elif typing.get_origin(annotation) is Literal:
-        value = next((choice for choice in typing.get_args(annotation) if str(choice) == value), value)
-    return _from_value(annotation, value, folder)
-
-
-def _from_value(annotation: Any, value: Any, folder: Path) -> Any:
-    """Checks a value of TOML, of a flag or of a profile against a type.
-
-    Raises:
-        ValueError: It says what the value should have been, to follow "is not".
-    """
-    (annotation, *_), optional = _options(annotation)
-    if optional and value is None:
-        return None
-    if typing.get_origin(annotation) is Literal:
-        choices = typing.get_args(annotation)
-        if value not in choices:
-            raise ValueError("one of " + ", ".join(map(str, choices)))
-        return value
-    if typing.get_origin(annotation) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError("a list")
-        return tuple(_from_value(typing.get_args(annotation)[0], element, folder) for element in value)
-    if annotation is Path and isinstance(value, (str, Path)):
-        return folder / Path(value).expanduser()
-    if annotation is float and type(value) is int:
-        return float(value)
-    # bool is an int to Python, never to a user.
-    if type(value) is not annotation:
-        raise ValueError(_noun(annotation))
-    return value
-
-
-def _noun(annotation: Any) -> str:
-    nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    return nouns.get(annotation, getattr(annotation, "__name__", str(annotation)))

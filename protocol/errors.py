@@ -48,9 +48,17 @@ class FedzoError(Exception):
 
 
 class ConfigError(FedzoError):
-    """A setting, a profile or a path given by the user cannot be used."""
+    """A setting, a profile or a path given by the user cannot be used.
+
+    Attributes:
+        setting: Field of the settings class that the message is about, as far as that is one; else empty.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", setting: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.setting = setting
 
 
 class DataError(ConfigError):

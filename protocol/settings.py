@@ -42,9 +42,24 @@ MAX_REPEATS = 65_535  # what the streams of a device's noise have room for
 MAX_SCALAR = 1e20  # well below the largest coefficient of an update, 2**80
 
 
-def _check(ok: bool, name: str, value: object, want: str) -> None:
+_FIELDS = {
+    "pruning": "method",
+    "saliency steps": "steps",
+    "checked reports": "checked",
+    "saliency samples": "samples",
+    "saliency shift": "shift",
+    "saliency draws": "draws",
+    "saliency inputs": "inputs",
+    "deadline": "deadline_s",
+    "enrol deadline": "enrol_deadline_s",
+}
+"""Fields that messages call by another name than their own."""
+
+
+def _check(ok: bool, name: str, value: object, want: str, hint: str = "") -> None:
     if not ok:
-        raise ConfigError(f"{name} is {value!r}, it must be {want}")
+        setting = _FIELDS.get(name, name.replace(" ", "_"))
+        raise ConfigError(f"{name} is {value!r}, it must be {want}", hint=hint, setting=setting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,16 +326,20 @@ class RunSettings:
             "participants",
             self.participants,
             f"0 to the number of devices, {self.devices}",
+            f"--per-round {self.devices} or less, or --devices {self.participants}" if self.participants > 0 else "",
         )
         most = self.participants or self.devices
         if self.quorum == 0:
             object.__setattr__(self, "quorum", min(most, max(4, self.aggregation.least_reports)))
-        _check(1 <= self.quorum <= most, "quorum", self.quorum, f"1 to the number of devices that a round asks, {most}")
+        want = f"1 to the number of devices that a round asks, {most}"
+        _check(1 <= self.quorum <= most, "quorum", self.quorum, want, f"--quorum {min(max(1, self.quorum), most)}")
         _check(
             self.close_at == 0 or self.quorum <= self.close_at <= most,
             "close at",
             self.close_at,
             f"0, or the quorum ({self.quorum}) to the number of devices that a round asks, {most}",
+            f"--close-at {min(max(self.close_at, self.quorum), most)}"
+            + (f", or --quorum {self.close_at}" if 0 < self.close_at < self.quorum else ""),
         )
         _check(0.01 <= self.deadline_s <= 1e7, "deadline", self.deadline_s, "0.01 s or more")
         _check(0.01 <= self.enrol_deadline_s <= 1e7, "enrol deadline", self.enrol_deadline_s, "0.01 s or more")

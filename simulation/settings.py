@@ -13,9 +13,12 @@ __all__ = ["SimulationSettings", "parse_boards", "parse_split"]
 MAX_DEVICES = 100_000
 
 
+_FIELDS = {"the number of virtual devices": "devices", "the simulation's seed": "seed"}
+
+
 def _check(ok: bool, name: str, value: object, want: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} is {value!r}, it must be {want}")
+        raise ConfigError(f"{name} is {value!r}, it must be {want}", setting=_FIELDS.get(name, name))
 
 
 @dataclass(frozen=True, slots=True)

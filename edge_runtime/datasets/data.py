@@ -346,7 +346,7 @@ def _arrangement(
                 return channels_last, (gaps[0] // 2, gaps[1] // 2)
             raise DataError(
                 f"{where} holds samples of shape ({_text(stored)}), the model takes ({_text(wanted)})",
-                hint="they are smaller images: use pad=True (--pad), or export the model for their size",
+                hint="they are smaller images: give --pad (pad=True in Python), or export the model for their size",
             )
     raise DataError(
         f"{where} holds samples of shape ({_text(stored)}), the model takes ({_text(wanted)})",

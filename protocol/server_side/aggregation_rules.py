@@ -74,9 +74,11 @@ class AggregationSettings:
         if self.clip not in get_args(Clip):
             raise ConfigError(f"the clipping is {self.clip!r}", hint=f"use one of {', '.join(get_args(Clip))}")
         if not 0 <= self.hostile <= 50_000:
-            raise ConfigError(f"the number of hostile devices is {self.hostile}, it must be 0 to 50000")
+            what = f"the number of hostile devices is {self.hostile}, it must be 0 to 50000"
+            raise ConfigError(what, setting="hostile")
         if not 0.01 <= self.clip_factor <= 1e6:
-            raise ConfigError(f"the clip factor is {self.clip_factor}, it must be 0.01 to 1e6")
+            what = f"the clip factor is {self.clip_factor}, it must be 0.01 to 1e6"
+            raise ConfigError(what, setting="clip_factor")
         if self.hostile and self.rule == "mean":
             raise ConfigError(
                 f"the rule mean counts everybody, also the {self.hostile} hostile devices",
