@@ -202,21 +202,23 @@ class Worker:
             self._blobs,
             {graph.name for graph in needed_graphs(manifest, run.settings)},
         )
+        trains = bool(command.mask_sha256 or not run.settings.sparsity)  # else it scores, and computes no losses
         engine = Engine(
             artifact,
             command.mask,
             threads=self._limits.threads,
             micro_batch=min(p.micro_batch for p in self.plans),
             arena_bytes=self._arena_bytes,
-            layout="portable" if self._is_lowered else "auto",
+            layout="portable" if self._is_lowered or not trains else "auto",
             queries="auto" if self._has_batches else 1,
             providers=self._limits.providers,
             strict_providers=self._limits.strict_providers,
         )
-        keeps = self._keeps and bool(command.mask_sha256 or not run.settings.sparsity)  # of training, not of scoring
+        keeps = self._keeps and trains
         if keeps or artifact.digest not in self._tested:
             engine.check_golden()  # with graphs of its own, which shall not stay
             self._tested.add(artifact.digest)
+        engine.check_variant()  # while there are no directions beside it
         self._work = RoundWork(run, engine, command.mask_sha256)
         if self._residual is None or self._residual.key != self._work.key:
             self._residual = self._residuals.load(self._work.key, run.run) if self._residuals is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -11,6 +12,8 @@ __all__ = ["Scatter"]
 
 LONG_RUN: Final = 1024
 """Entries from which on a copy of their own pays."""
+
+_PIECE: Final = 1 << 16
 
 
 class Scatter:
@@ -26,11 +29,8 @@ class Scatter:
     def __init__(self, places: NDArray[np.intp]) -> None:
         self._places = places
         self._pieces: list[tuple[int, int, int]] = []
-        breaks = np.flatnonzero(np.diff(places) != 1) + 1
-        starts, stops = np.append(0, breaks), np.append(breaks, places.size)
-        is_long = stops - starts >= LONG_RUN
         done = 0
-        for start, stop in zip(starts[is_long].tolist(), stops[is_long].tolist(), strict=True):
+        for start, stop in _long_runs(places):
             if done < start:
                 self._pieces.append((done, start, -1))
             self._pieces.append((start, stop, int(places[start])))
@@ -48,3 +48,16 @@ class Scatter:
                 target[self._places[start:stop]] = values[start:stop]
             else:
                 target[place : place + stop - start] = values[start:stop]
+
+
+def _long_runs(places: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
+    """Where places that follow each other start and stop, if there are enough of them."""
+    start = 0
+    for first in range(1, places.size, _PIECE):  # by the piece: what is looked at takes 30 bytes a place
+        breaks = np.flatnonzero(np.diff(places[first - 1 : first - 1 + _PIECE + 1]) != 1) + first
+        edges = np.concatenate(([start], breaks))
+        for number in np.flatnonzero(np.diff(edges) >= LONG_RUN).tolist():
+            yield int(edges[number]), int(edges[number + 1])
+        start = int(edges[-1])
+    if places.size - start >= LONG_RUN:
+        yield start, int(places.size)

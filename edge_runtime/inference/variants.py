@@ -30,6 +30,7 @@ __all__ = [
     "wanted_variants",
 ]
 
+_PIECE: Final = 1 << 16
 _FAMILIES: Final = {"x86_64": "x86_64", "amd64": "x86_64"}
 
 
@@ -135,10 +136,13 @@ class BlockedWeights:
                         part = part + np.int32(query * parameter.size)
                     elif queries > 1:
                         name = query_name(name, query)
-                    if name in rules:
-                        part = rules[name].positions(sizes[name], part)
                     first = query * mask.n_survivors + done
-                    np.add(part, starts[name], out=out[first : first + count], casting="unsafe")
+                    for start in range(0, count, _PIECE):  # 20 bytes an entry are in between
+                        piece = part[start : start + _PIECE]
+                        if name in rules:
+                            piece = rules[name].positions(sizes[name], piece)
+                        written = out[first + start : first + start + piece.size]
+                        np.add(piece, starts[name], out=written, casting="unsafe")
                 done += count
             return out
 

@@ -99,7 +99,7 @@ class _Run:
             threads=self.sizes.threads,
             micro_batch=phase.memory.micro_batch,
             arena_bytes=arena_bytes,
-            layout=self.layout,
+            layout=self.layout if phase.phase == "training" else "portable",
             queries="auto" if any(variant.queries > 1 for variant in self.sizes.variants) else 1,
         )
 
@@ -115,6 +115,7 @@ class _Run:
             if not self.checked:
                 engine.check_golden()
                 self.checked = True
+            engine.check_variant()
             if phase.phase == "scoring":
                 score(engine, replica.weights.copy(), gaussian_inputs(manifest, 1, 0, 0, self.sizes.samples))
                 # The mask arrives, and the state machine makes the sparse replica, before the engine is told.
