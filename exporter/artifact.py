@@ -37,7 +37,7 @@ from .folder_replacement import flush_folder, replace_folder
 from .forward import ForwardGraph
 from .graph_work import graph_work
 from .graphs import ArtifactGraphs, build_graphs, with_sections
-from .live_set import live_envelope, measured_sizes
+from .live_set import graph_memory, measured_sizes
 from .models.registry import build_forward
 from .narrow import ChannelSelection, narrow
 from .probe_variants import VARIANTS, probe_variants
@@ -115,7 +115,7 @@ def export_artifact(
     memory = manifest.memory
     # Estimators that train heads do not run the probe graph in rounds.
     for name, probe, queries in () if local_heads else probe_variants(forward, built):
-        plan = GraphMemory(name, _variant_envelope(probe, built, input_shape))
+        plan = _variant_memory(name, probe, built, input_shape)
         properties = _properties(name, model, built.layout, seed, sparsity, manifest.units, manifest.golden, plan)
         properties[PLACEMENTS_KEY] = encode_placements(probe.placements)
         files[name] = _encode(probe.model, properties)
@@ -151,7 +151,7 @@ def _portable(
 def _described(
     built: ArtifactGraphs, model: str, input_shape: tuple[int, ...], n_classes: int, sparsity: float, seed: int
 ) -> tuple[Manifest, dict[str, bytes]]:
-    memory = tuple(GraphMemory(name, _envelope(name, built, input_shape)) for name in built.graphs)
+    memory = tuple(_memory(name, built, input_shape) for name in built.graphs)
     golden = _golden(built, input_shape, n_classes, seed)
     units = tuple(unit.layer for unit in built.units)
     files = {
@@ -203,9 +203,9 @@ def verify_artifact(folder: Path) -> Manifest:
     return manifest
 
 
-def _envelope(name: str, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _memory(name: str, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> GraphMemory:
     graph = built.graphs[name]
-    return live_envelope(graph, measured_sizes(graph, lambda batch: built.zero_feeds(name, input_shape, batch)))
+    return graph_memory(name, graph, measured_sizes(graph, lambda batch: built.zero_feeds(name, input_shape, batch)))
 
 
 def _work(built: ArtifactGraphs, input_shape: tuple[int, ...]) -> GraphWork:
@@ -215,13 +215,11 @@ def _work(built: ArtifactGraphs, input_shape: tuple[int, ...]) -> GraphWork:
     return graph_work(graph, built.layout, built.units, sizes, 4 * math.prod(input_shape))
 
 
-def _variant_envelope(
-    probe: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
+def _variant_memory(name: str, probe: BlockedProbe, built: ArtifactGraphs, input_shape: tuple[int, ...]) -> GraphMemory:
     def feeds(batch: int) -> dict[str, NDArray[np.generic]]:
         return {**probe.zero_weights(), **built.zero_feeds("probe.onnx", input_shape, batch)}
 
-    return live_envelope(probe.model, measured_sizes(probe.model, feeds))
+    return graph_memory(name, probe.model, measured_sizes(probe.model, feeds))
 
 
 def _golden(built: ArtifactGraphs, input_shape: tuple[int, ...], n_classes: int, seed: int) -> Golden:

@@ -1,4 +1,4 @@
-"""How much memory a graph needs: the live tensors, node by node in file order, as linear functions of the batch.
+"""How much memory a graph needs: its tensors, node by node in file order, as linear functions of the batch.
 
 onnxruntime, asked for priority-based order and with ``enable_mem_reuse`` off, runs nodes as the file lists them, takes
 a tensor from its arena when a node writes it and gives it back after the last use. Reshapes alias their input, and
@@ -6,41 +6,40 @@ activations are written over it if nothing else needs it. Sums, products and ``S
 their kernels offer it (microsoft/onnxruntime#32062). Reuse that is planned ahead needs more, not less: a buffer that a
 later node is to take over stays allocated in between, a third more for the blocks of a ResNet.
 
-Tensor sizes come from running the graph at three batch sizes, so they hold for every operator.
+What kernels take for themselves is in :mod:`.workspaces`, what is lost between the pieces of the arena in
+:mod:`.arena`. Tensor sizes come from running the graph at three batch sizes, so they hold for every operator.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
+from ..protocol.artifact.graph_files import GraphMemory
 from ..protocol.errors import ConfigError
-from .blocked_layout import BLOCKED_DOMAIN
-from .forward import BATCH
-from .passes.editing import attribute, input_names, value_shapes
+from .arena import ALIGNMENT, Request, arena_bytes
+from .passes.editing import input_names, value_shapes
 from .sessions import run_every_value
+from .workspaces import unfolded_sample, workspace_of
 
-__all__ = ["Linear", "envelope_of", "live_envelope", "measured_sizes"]
+__all__ = ["Linear", "constant_bytes", "envelope_of", "graph_memory", "live_envelope", "measured_sizes"]
 
 Linear = tuple[int, int]
 """Bytes as ``(fixed, per_sample)``."""
 
-ALIGNMENT = 256
-"""The arena of onnxruntime hands out multiples of this."""
+_BATCHES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 128)
+"""Batch sizes for which the arena is replayed."""
 
 ALIASES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
 _IN_PLACE = frozenset(
     {"Relu", "LeakyRelu", "Elu", "Celu", "Selu", "ThresholdedRelu", "Clip", "Sigmoid", "HardSigmoid", "Tanh"}
     | {"Softplus", "Softsign"}
 )
-CONVOLUTION_WORKSPACE = 64 << 10
-"""Bytes a thread that a convolution takes from the arena to unfold its input piece by piece."""
 
 
 def measured_sizes(model: ModelProto, feeds: Callable[[int], Mapping[str, NDArray[np.generic]]]) -> dict[str, Linear]:
@@ -69,38 +68,75 @@ def measured_sizes(model: ModelProto, feeds: Callable[[int], Mapping[str, NDArra
     return sizes
 
 
-def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linear, ...]:
-    """Largest live sets of a graph over all batch sizes.
+def graph_memory(name: str, model: ModelProto, sizes: Mapping[str, Linear]) -> GraphMemory:
+    """The memory plan of a graph.
 
-    Constants count as fixed, and so does the workspace of convolutions on one thread. Inputs do not, nor do the parts
-    into which ``w`` and ``index`` are split.
+    Args:
+        name: Its file.
+        model: The graph.
+        sizes: Size of every computed value, from :func:`measured_sizes`.
+    """
+    shapes = value_shapes(model)
+    unfolded = max((unfolded_sample(node, shapes) for node in model.graph.node), default=0)
+    return GraphMemory(name, live_envelope(model, sizes), constant_bytes(model), unfolded)
+
+
+def constant_bytes(model: ModelProto, *, rounded: bool = False) -> int:
+    """Bytes of the tensors that a graph holds, as initialisers or as attributes of its nodes."""
+    held = [item.t for node in model.graph.node for item in node.attribute if item.HasField("t")]
+    sizes = [len(tensor.raw_data) or tensor.ByteSize() for tensor in (*model.graph.initializer, *held)]
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT if rounded else size for size in sizes)
+
+
+def live_envelope(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[Linear, ...]:
+    """What the arena needs for a graph, for all batch sizes.
+
+    With the workspace of kernels on one thread. Constants count as fixed: the arena reserves them. Inputs do not, nor
+    do the parts into which ``w`` and ``index`` are split.
 
     Args:
         model: The graph.
         sizes: Size of every computed value, from :func:`measured_sizes`.
 
     Returns:
-        Pairs ``(fixed_bytes, bytes_per_sample)``; at batch ``B`` the largest ``fixed + per_sample * B`` holds.
+        Pairs ``(fixed_bytes, bytes_per_sample)``; at batch ``B`` the largest ``fixed + per_sample * B`` holds. It is
+        the largest live set, and what the arena needs over it at any of :data:`_BATCHES`.
     """
-    graph = model.graph
-    constants = sum(_rounded((len(t.raw_data) or t.ByteSize(), 0))[0] for t in graph.initializer)
-    buffers = _Buffers({value.name for value in graph.output})
-    for name in (*input_names(graph), *(tensor.name for tensor in graph.initializer)):
-        buffers.foreign(name)
-    for position, node in enumerate(graph.node):
-        for name in node.input:
-            buffers.last_use[name] = position
-    shapes = value_shapes(model)
-    # The arena keeps what a node gave back, in a piece that is too small for the tensors: counted at every node.
-    workspaces = envelope_of([(0, 0), *(_workspace(node, shapes) for node in graph.node)])
-    points: list[Linear] = []
-    for position, node in enumerate(graph.node):
-        _allocate(node, position, buffers, sizes)
-        live = [buffers.size[b] for b in buffers.live]
-        fixed, per_sample = constants + sum(f for f, _ in live), sum(p for _, p in live)
-        points += [(fixed + f, per_sample + p) for f, p in workspaces]
-        buffers.free(position)
-    return envelope_of(points)
+    constants = constant_bytes(model, rounded=True)
+    requests, parts = _requests_of(model, sizes)
+    bare = [request for request in requests if request[0] not in parts]
+    in_parts = sum(-(-size[0] // ALIGNMENT) * ALIGNMENT for name, size in requests if size and name in parts)
+    live = envelope_of((constants + fixed, per_sample) for fixed, per_sample in _live_sets(bare))
+    # Parts that are given back leave room for tensors, where there are many: not in a sparse network.
+    needed = {b: constants + max(arena_bytes(bare, b), arena_bytes(requests, b) - in_parts) for b in _BATCHES}
+    return _raised(live, needed)
+
+
+def _live_sets(requests: Iterable[Request]) -> Iterator[Linear]:
+    held: dict[Hashable, Linear] = {}
+    yield 0, 0
+    for name, size in requests:
+        if size is None:
+            held.pop(name, None)
+        else:
+            held[name] = _rounded(size)
+            yield sum(f for f, _ in held.values()), sum(p for _, p in held.values())
+
+
+def _raised(lines: tuple[Linear, ...], needed: Mapping[int, int]) -> tuple[Linear, ...]:
+    """The lines, all raised by the one line that makes up best for what they lack at some batch sizes."""
+    lacking = {b: max(0, n - max(f + p * b for f, p in lines)) for b, n in needed.items()}
+    points = sorted(lacking.items())
+    chords = [(0, max(-(-d // b) for b, d in points)), (max(lacking.values()), 0)]
+    for (b0, d0), (b1, d1) in itertools.combinations(points, 2):
+        slope = max(0, -((d0 - d1) // (b1 - b0)))
+        chords.append((max(0, *(d - slope * b for b, d in points)), slope))
+
+    def excess(line: Linear) -> float:
+        return sum((line[0] + line[1] * b - lacking[b]) / max(1, n) for b, n in needed.items())
+
+    fixed, per_sample = min(chords, key=excess)
+    return tuple((f + fixed, p + per_sample) for f, p in lines)
 
 
 def envelope_of(points: Iterable[Linear]) -> tuple[Linear, ...]:
@@ -124,22 +160,22 @@ class _Buffers:
     """Tensors that share memory share a buffer; a buffer lives until the last use of any of its names."""
 
     outputs: set[str]
+    requests: list[Request] = field(default_factory=list)
+    parts: set[Hashable] = field(default_factory=set)
     of: dict[str, str] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
-    size: dict[str, Linear] = field(default_factory=dict)
-    live: set[str] = field(default_factory=set)
+    live: dict[str, None] = field(default_factory=dict)
     last_use: dict[str, int] = field(default_factory=dict)
 
     def foreign(self, name: str) -> None:
         """A value whose memory is counted elsewhere."""
         self.of[name] = name
         self.names[name] = [name]
-        self.size[name] = (0, 0)
 
     def new(self, name: str, size: Linear) -> None:
         self.foreign(name)
-        self.size[name] = _rounded(size)
-        self.live.add(name)
+        self.requests.append((name, size))
+        self.live[name] = None
 
     def share(self, name: str, source: str) -> None:
         self.of[name] = self.of[source]
@@ -148,21 +184,41 @@ class _Buffers:
     def reusable(self, source: str, position: int) -> bool:
         """Whether the node at ``position`` is the last to need the buffer of ``source``."""
         owner = self.of[source]
-        names = self.names[owner]
-        return owner in self.live and all(self.last_use.get(n, -1) <= position and n not in self.outputs for n in names)
+        return owner in self.live and owner not in self.parts and self._done(owner, position)
 
     def free(self, position: int) -> None:
-        for owner in list(self.live):
-            names = self.names[owner]
-            if all(self.last_use.get(n, -1) <= position and n not in self.outputs for n in names):
-                self.live.discard(owner)
+        for owner in [owner for owner in self.live if self._done(owner, position)]:
+            del self.live[owner]
+            self.requests.append((owner, None))
+
+    def _done(self, owner: str, position: int) -> bool:
+        return all(self.last_use.get(n, -1) <= position and n not in self.outputs for n in self.names[owner])
+
+
+def _requests_of(model: ModelProto, sizes: Mapping[str, Linear]) -> tuple[list[Request], set[Hashable]]:
+    """What a run asks of the arena, and which of that are parts of ``w`` and ``index``."""
+    graph = model.graph
+    buffers = _Buffers({value.name for value in graph.output})
+    for name in (*input_names(graph), *(tensor.name for tensor in graph.initializer)):
+        buffers.foreign(name)
+    for position, node in enumerate(graph.node):
+        for name in node.input:
+            buffers.last_use[name] = position
+    shapes = value_shapes(model)
+    for position, node in enumerate(graph.node):
+        workspace = workspace_of(node, shapes, sizes)
+        own = [((position, number), size) for number, size in enumerate(workspace.pieces)]
+        if workspace.before_outputs:
+            buffers.requests += own
+        _allocate(node, position, buffers, sizes)
+        if not workspace.before_outputs:
+            buffers.requests += own
+        buffers.requests += [(name, None) for name, _ in own]
+        buffers.free(position)
+    return buffers.requests, buffers.parts
 
 
 def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[str, Linear]) -> None:
-    if node.op_type == "Split" and node.input[0] in ("w", "index"):
-        for name in node.output:
-            buffers.foreign(name)
-        return
     for name in node.output:
         if not name:
             continue
@@ -176,35 +232,8 @@ def _allocate(node: NodeProto, position: int, buffers: _Buffers, sizes: Mapping[
                 buffers.share(name, candidates[0])
                 continue
         buffers.new(name, size)
-
-
-def _workspace(node: NodeProto, shapes: Mapping[str, tuple[int | str, ...]]) -> Linear:
-    """Bytes that a node takes for itself on one thread.
-
-    Convolutions unfold their input (``MlasConvPrepare``); in one that makes a weight's gradient the samples are what it
-    sums over. Transposed ones unfold their output, one sample at a time.
-    """
-    if node.op_type == "ConvTranspose":
-        kernel, source = shapes.get(node.input[1], ()), shapes.get(node.input[0], ())
-        known = [n for n in (*kernel[1:], *source[2:]) if isinstance(n, int)]
-        return _rounded((4 * math.prod(known), 0))
-    if node.op_type != "Conv" or node.domain == BLOCKED_DOMAIN:
-        return 0, 0
-    weight, output = shapes.get(node.input[1], ()), shapes.get(node.output[0], ())
-    summed = weight[1:2] == (BATCH,)
-    sizes = [n for n in (*weight[:1], 1 if summed else weight[1], *weight[2:], *output[1:]) if isinstance(n, int)]
-    if not output or len(sizes) != len(weight) + len(output) - 1:
-        return CONVOLUTION_WORKSPACE, 0
-    kernel_size, positions = math.prod(sizes[1 : len(weight)]), math.prod(sizes[len(weight) + 1 :])
-    step = math.prod(cast(Sequence[int], attribute(node, "strides", [1])))
-    pads = sum(cast(Sequence[int], attribute(node, "pads", [0])))
-    if math.prod(sizes[2 : len(weight)]) == step == 1 and pads == 0:
-        return 0, 0  # a plain matrix product
-    filters = sizes[0] // cast(int, attribute(node, "group", 1))
-    if filters > positions:
-        unfolded = 4 * positions * kernel_size
-        return (ALIGNMENT, unfolded) if summed else _rounded((unfolded, 0))
-    return CONVOLUTION_WORKSPACE, 0
+        if node.op_type == "Split" and node.input[0] in ("w", "index"):
+            buffers.parts.add(name)
 
 
 def _rounded(size: Linear) -> Linear:

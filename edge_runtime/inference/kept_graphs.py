@@ -9,11 +9,13 @@ tensors of the largest run. Micro-batches and the limit of an arena are those of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Final
 
 from ...protocol.artifact.manifest import Manifest
-from ..planning.memory import LOADING_CODE_MIB, MemoryPlan, arena_bytes_of, variant_bytes
+from ..planning.graph_bytes import ARENA_INDEX, CONSTANT_COPIES, arena_bytes_of, graph_file_bytes, variant_bytes
+from ..planning.memory import LOADING_CODE_MIB, MemoryPlan
 
 __all__ = ["with_kept_graphs"]
 
@@ -45,10 +47,13 @@ def with_kept_graphs(
         threads: Threads within an operator.
     """
     read, micro_batch = n_fed or n_survivors, plan.micro_batch
-    arenas = [arena_bytes_of(manifest, (name,), read, micro_batch, threads) for name in graphs]
+    each = [arena_bytes_of(manifest, (name,), read, micro_batch, threads) for name in graphs]
+    arenas = [math.ceil(size * (1.0 + 1.0 / ARENA_INDEX)) for size in each]
     variants = [variant_bytes(v, n_survivors, n_fed) for v in manifest.variants if v.file.name in graphs]
-    sizes = {file.name: file.size for file in (*manifest.graphs, *(variant.file for variant in manifest.variants))}
-    structures = [SESSION_BYTES + SESSION_BYTES_PER_GRAPH_BYTE * sizes[name] for name in graphs]
+    files = [graph_file_bytes(manifest, name) for name in graphs]
+    structures = [
+        SESSION_BYTES + SESSION_BYTES_PER_GRAPH_BYTE * own + CONSTANT_COPIES * constants for own, constants in files
+    ]
     # The plan counts the largest of each.
     kept = sum(sum(parts) - max(parts, default=0) for parts in (arenas, variants, structures))
     # The last graph is loaded beside the tensors of the others.

@@ -202,7 +202,12 @@ def mapped_error(error: Exception, what: str) -> FedzoError:
         position = text.lower().find("available memory of")
         return MemoryBudgetError(
             f"{what}: {text[position:][:160] if position >= 0 else 'no memory left'}",
-            hint="use a smaller micro-batch or a larger ram_budget_mib",
+            hint=(
+                "use a smaller micro-batch; a larger ram_budget_mib does not raise this limit, which the plan of the"
+                " artifact sets: export the model again, if this comes back with a micro-batch of 1"
+                if position >= 0
+                else "use a smaller micro-batch or a larger ram_budget_mib"
+            ),
         )
     return ArtifactError(
         f"{what}: {text[:300]}", hint=f"onnxruntime {runtime_version()} refused the graph; try `fedzo-device doctor`"

@@ -123,10 +123,9 @@ def plan_board(manifest: Manifest, budget_mib: float, sizes: RunSizes) -> BoardP
     layout = manifest.layout
     sparsity = manifest.sparsity if sizes.sparsity is None else sizes.sparsity
     survivors = layout.size - round(sparsity * layout.maskable_size)
-    phases = [_phase("training", manifest, survivors, budget_mib, sizes, sizes.batch, sizes.dataset_bytes)]
+    phases = [_phase("training", manifest, survivors, survivors, budget_mib, sizes)]
     if sparsity > 0 and SaliencySettings(method=sizes.pruning).is_federated:
-        scoring = _phase("scoring", manifest, layout.size, budget_mib, sizes, sizes.samples, sizes.dataset_bytes)
-        phases.insert(0, scoring)
+        phases.insert(0, _phase("scoring", manifest, layout.size, survivors, budget_mib, sizes))
     return BoardPlan(budget_mib, tuple(phases))
 
 
@@ -134,12 +133,12 @@ def _phase(
     phase: Phase,
     manifest: Manifest,
     n_survivors: int,
+    following: int,
     budget_mib: float,
     sizes: RunSizes,
-    batch: int,
-    resident_bytes: int,
 ) -> PhasePlan:
     graphs: tuple[str, ...] = SCORING_GRAPHS
+    batch, resident_bytes = sizes.batch if phase == "training" else sizes.samples, sizes.dataset_bytes
     n_fed = manifest.layout.size if sizes.fill == "init" else None
     if phase == "training":
         training = TrainingSettings(estimator=sizes.estimator, batch=batch)
@@ -157,6 +156,7 @@ def _phase(
             threads=sizes.threads,
             dataset_bytes=resident_bytes,
             n_fed=n_fed,
+            n_following=following,
         )
 
     try:

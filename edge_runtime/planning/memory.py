@@ -33,6 +33,16 @@ from ...protocol.artifact.graph_files import GraphVariant
 from ...protocol.artifact.manifest import Manifest
 from ...protocol.errors import ConfigError, MemoryBudgetError
 from ..inference.weight_feeds import fed_bytes
+from .graph_bytes import (
+    ARENA_INDEX,
+    LARGEST_MICRO_BATCH,
+    arena_bytes_of,
+    arena_of,
+    further_session_bytes,
+    scatter_bytes,
+    session_bytes,
+    variant_bytes,
+)
 
 __all__ = [
     "PROCESS_FLOOR_MIB",
@@ -71,25 +81,6 @@ read anew; they are clean pages, which the kernel takes back before anything els
 
 PROCESS_FLOOR_MIB: Final = PROCESS_MIB + LOADING_CODE_MIB
 
-SESSION_MIB: Final = 1.0
-"""A loaded graph without tensors and code; it grows with the graph, see :data:`SESSION_BYTES_PER_GRAPH_BYTE`."""
-
-SESSION_BYTES_PER_GRAPH_BYTE: Final = 30
-WORKING_BYTES_PER_THREAD: Final = 64 << 10
-"""What a convolution takes for each thread after the first; the manifest counts one."""
-
-FRAGMENTATION: Final = 0.05
-"""Arena needed over live bytes: at most 1.02 times with onnxruntime 1.32.0 for LeNet-5, ResNet-8 and ResNet-20, batches
-of 16 to 64."""
-
-UNFOLDED_SAMPLES: Final = 6
-"""Older releases unfold a whole sample for a convolution: 1.23.2 needs up to 1.1 MiB more for ResNet-20, that is 5.5
-times its tensors per sample. 1.32.0 unfolds piece by piece."""
-
-ARENA_SLACK_BYTES: Final = 320 << 10
-"""For batches of 1 to 8, where small tensors count: at most 194 KiB over live bytes with 1.32.0."""
-
-_LARGEST_MICRO_BATCH = 32
 _MIB = float(1 << 20)
 
 
@@ -156,6 +147,7 @@ def plan(
     threads: int = 1,
     dataset_bytes: int = 0,
     n_fed: int | None = None,
+    n_following: int | None = None,
 ) -> MemoryPlan:
     """Choose the micro-batch and plan the peak of one phase.
 
@@ -174,6 +166,7 @@ def plan(
         threads: Threads within an operator.
         dataset_bytes: Resident samples, see :attr:`~..datasets.data.Dataset.resident_bytes`.
         n_fed: Weights that the graphs read where removed ones are not 0; None where they read survivors.
+        n_following: Survivors of the mask that ends scoring; None for all.
 
     Raises:
         MemoryBudgetError: Not even one sample a run fits, or the fixed micro-batch does not.
@@ -185,9 +178,11 @@ def plan(
             " must be above 0"
         )
     powers = [32, 16, 8, 4, 2, 1]
-    candidates = sorted({size for size in (batch, *powers) if size <= min(batch, _LARGEST_MICRO_BATCH)}, reverse=True)
+    candidates = sorted({size for size in (batch, *powers) if size <= min(batch, LARGEST_MICRO_BATCH)}, reverse=True)
     plans = {
-        size: _planned(manifest, (n_survivors, n_fed), budget_mib, graphs, batch, size, threads, dataset_bytes)
+        size: _planned(
+            manifest, (n_survivors, n_fed, n_following), budget_mib, graphs, batch, size, threads, dataset_bytes
+        )
         for size in (*candidates, *([] if micro_batch is None else [micro_batch]))
     }
     fitting = [size for size in candidates if plans[size].fits]
@@ -217,7 +212,7 @@ def plan(
 
 def _planned(
     manifest: Manifest,
-    sizes: tuple[int, int | None],
+    sizes: tuple[int, int | None, int | None],
     budget_mib: float,
     graphs: Sequence[str],
     batch: int,
@@ -225,28 +220,31 @@ def _planned(
     threads: int,
     dataset_bytes: int,
 ) -> MemoryPlan:
-    n_survivors, n_fed = sizes
-    tensors, spare = _arena(manifest, graphs, n_fed or n_survivors, min(micro_batch, batch), threads)
-    variants = [variant for variant in manifest.variants if variant.file.name in graphs]
-    feeds = _batch_bytes(manifest, batch)
-    if variants:
-        feeds += max(variant_bytes(variant, n_survivors, n_fed) for variant in variants)
+    n_survivors, n_fed, n_following = sizes
+    size, variants = manifest.layout.size, [v for v in manifest.variants if v.file.name in graphs]
+    tensors, spare = arena_of(manifest, graphs, n_fed or n_survivors, min(micro_batch, batch), threads)
+    # The mask, the replica's weights and moments, and what the engine reads.
+    held = size + 12 * n_survivors + fed_bytes(n_survivors, n_fed)
+    # The known answer is computed before anything else is there.
+    golden = held + _golden_bytes(manifest, variants, micro_batch, threads)
+    # The weights of a task are a copy.
+    feeds = held + 4 * n_survivors + _batch_bytes(manifest, batch)
+    scattered = scatter_bytes(manifest, n_fed or n_survivors)
     if "probe.onnx" in graphs:
-        feeds += _training_state_bytes(n_survivors)
+        # Indices are scattered while nothing is updated.
+        feeds += max((variant_bytes(v, n_survivors, n_fed) for v in variants), default=0)
+        feeds += max(scattered, _training_state_bytes(n_survivors) + size)
     else:
-        # The weights of the task are a copy; then a mask arrives, and the sparse replica is made beside the dense one.
-        feeds += 8 * n_survivors
-    # The known answer is computed before all that, on the dense initial weights.
-    feeds += max(0, math.ceil(_golden_bytes(manifest, micro_batch, threads) - feeds - tensors - spare))
-    # The engine's weights and indices, and the caller's weights.
-    feeds += fed_bytes(n_survivors, n_fed) + 4 * n_survivors
+        # A mask arrives, and the sparse replica is made out of dense weights beside the dense one.
+        feeds += max(scattered, 8 * size + 12 * (size if n_following is None else n_following))
+    feeds = max(feeds, math.ceil(golden - tensors - spare))
     feeds += 4 * manifest.n_units + 24 * manifest.n_moments + dataset_bytes
     # While a graph is loaded there is more code and there are no tensors.
     code_mib = max(RUNNING_CODE_MIB, LOADING_CODE_MIB - (tensors + spare) / _MIB)
     return MemoryPlan(
         process_mib=PROCESS_MIB,
         code_mib=code_mib,
-        session_mib=max(_session_bytes(manifest, name) for name in graphs) / _MIB,
+        session_mib=(max(session_bytes(manifest, name) for name in graphs) + (tensors + spare) / ARENA_INDEX) / _MIB,
         feeds_mib=feeds / _MIB,
         live_mib=tensors / _MIB,
         margin_mib=spare / _MIB,
@@ -255,76 +253,31 @@ def _planned(
     )
 
 
-def variant_bytes(variant: GraphVariant, n_survivors: int, n_fed: int | None) -> int:
-    """Weight tensors of a variant, the place of each survivor there, and the weights of several queries."""
-    filling = 12 * (n_fed or 0)  # places and values, while the tensors are made
-    return variant.weight_bytes + variant.queries * ((8 if variant.queries == 1 else 12) * n_survivors + filling)
-
-
 def _batch_bytes(manifest: Manifest, batch: int) -> int:
     """A batch as float32, as much again for parts of it that are copied, labels and logits."""
     return batch * (8 * math.prod(manifest.input_shape) + 8 + 8 * manifest.n_classes)
 
 
-def _golden_bytes(manifest: Manifest, micro_batch: int, threads: int) -> float:
-    """What the known answer takes: dense weights, those of an engine of its own, its indices, its batch and tensors."""
+def _golden_bytes(manifest: Manifest, variants: Sequence[GraphVariant], micro_batch: int, threads: int) -> float:
+    """What the known answer takes: a mask, dense weights, those of an engine of its own, its indices, its batch and
+    tensors; of the portable graph, and then of a variant.
+    """
     size, batch = manifest.layout.size, manifest.golden.batch
-    tensors, spare = _arena(manifest, ("probe.onnx",), size, min(micro_batch, batch), threads)
-    return 12 * size + _batch_bytes(manifest, batch) + tensors + spare
-
-
-def arena_bytes_of(manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int) -> int:
-    """Limit of the arena under which ``graphs`` run, one at a time, as :func:`plan` computes it.
-
-    Raises:
-        ArtifactError: The artifact has no memory plan for one of ``graphs``.
-    """
-    tensors, spare = _arena(manifest, graphs, n_survivors, micro_batch, threads)
-    return math.ceil(tensors + spare)
-
-
-def further_session_bytes(manifest: Manifest, name: str, batch: int) -> int:
-    """What a graph takes that is loaded beside the one that the plan counts: its structures, and its own arena.
-
-    Args:
-        manifest: Of the artifact.
-        name: File name of the graph.
-        batch: Samples held at once; the micro-batch is at most that, and not known yet.
-    """
-    live = manifest.live_bytes(name, min(batch, _LARGEST_MICRO_BATCH))
-    return math.ceil(_session_bytes(manifest, name) + (1.0 + FRAGMENTATION) * live + ARENA_SLACK_BYTES)
-
-
-def _session_bytes(manifest: Manifest, name: str) -> int:
-    """Structures of a loaded graph, or variant of one, without tensors and code."""
-    files = [*manifest.graphs, *(variant.file for variant in manifest.variants)]
-    size = next(file.size for file in files if file.name == name)
-    return math.ceil(SESSION_MIB * _MIB + SESSION_BYTES_PER_GRAPH_BYTE * size)
-
-
-def _arena(
-    manifest: Manifest, graphs: Sequence[str], n_survivors: int, micro_batch: int, threads: int
-) -> tuple[int, float]:
-    """Bytes of the tensors, and what the arena may take over them."""
-    variants = {variant.file.name for variant in manifest.variants}
-    live = max(manifest.live_bytes(name, micro_batch) for name in graphs)
-    # The parts into which the weights and indices are split; the inputs of a variant are tensors already.
-    with_parts = max(
-        manifest.live_bytes(name, micro_batch) + (0 if name in variants else 8 * n_survivors) for name in graphs
-    )
-    per_sample = max(slope for memory in manifest.memory if memory.name in graphs for _, slope in memory.envelope)
-    tensors = with_parts + WORKING_BYTES_PER_THREAD * (threads - 1)
-    return tensors, FRAGMENTATION * live + UNFOLDED_SAMPLES * per_sample + ARENA_SLACK_BYTES
+    graphs = [("probe.onnx", scatter_bytes(manifest, size))]
+    graphs += [(v.file.name, variant_bytes(v, size, None)) for v in variants if v.queries == 1]
+    arenas = [(sum(arena_of(manifest, (name,), size, min(micro_batch, batch), threads)), own) for name, own in graphs]
+    return 13 * size + _batch_bytes(manifest, batch) + max(arena + own for arena, own in arenas)
 
 
 def _training_state_bytes(n_survivors: int) -> int:
-    """Optimiser state (2 arrays), copies to undo an update (3), signs, directions, gradient: 11 arrays; and for
-    Hadamard directions the permutation of all padded rows, whose making takes 20 bytes a row for a moment.
+    """What an update takes beside weights and moments: copies to undo it (3 arrays), the gradient, directions and
+    signs of estimator and replica; and for Hadamard directions the permutations of all padded rows, 8 bytes a row, and
+    20 for a moment while one is made.
 
     The ranking of a sketch takes the place of signs and rows: 8 bytes a weight, and 21 more while it chooses.
     """
     padded = 1 << max(0, n_survivors - 1).bit_length()
-    return 44 * n_survivors + 20 * padded
+    return 24 * n_survivors + 28 * padded
 
 
 def tls_bytes() -> int:

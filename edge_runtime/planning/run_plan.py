@@ -81,6 +81,7 @@ def plan_run(
             threads=limits.threads,
             dataset_bytes=resident_bytes,
             n_fed=layout.size if settings.fill == "init" else None,
+            n_following=survivors,
         )
 
     survivors = layout.size - round(settings.sparsity * layout.maskable_size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ArtifactError
 from .query_layout import MAX_QUERIES
@@ -11,6 +13,7 @@ from .query_layout import MAX_QUERIES
 __all__ = ["GraphFile", "GraphMemory", "GraphVariant"]
 
 _MAX_WEIGHT_BYTES = 4 << 30
+_MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +33,48 @@ class GraphFile:
 
 @dataclass(frozen=True, slots=True)
 class GraphMemory:
-    """Live tensor bytes of one graph in execution order.
+    """Tensor bytes of one graph, as its arena needs them.
 
-    At batch ``B`` the largest live set is ``max(fixed + per_sample * B for fixed, per_sample in envelope)``, without
-    the feeds and without the copies of the surviving weights and their indices.
+    At batch ``B`` they are ``max(fixed + per_sample * B for fixed, per_sample in envelope)``, without the feeds and
+    without the copies of the surviving weights and their indices.
 
     Attributes:
         name: The graph.
         envelope: Pairs ``(fixed_bytes, bytes_per_sample)``.
+        constants: Bytes of the tensors that the file holds.
+        unfolded: Most that a convolution takes to unfold one sample, as releases of ONNX Runtime do that came before
+            1.32; None in artifacts of older versions.
     """
 
     name: str
     envelope: tuple[tuple[int, int], ...]
+    constants: int = 0
+    unfolded: int | None = None
 
     def live_bytes(self, batch: int) -> int:
-        """Largest live set at ``batch`` samples."""
+        """Bytes at ``batch`` samples."""
         return max(fixed + per_sample * batch for fixed, per_sample in self.envelope)
+
+    def to_json(self) -> list[list[int]] | dict[str, Any]:
+        """Plain data; the pairs alone, as artifacts of older versions have them, if there is nothing else."""
+        pairs = [list(pair) for pair in self.envelope]
+        if self.unfolded is None:
+            return pairs
+        return {"envelope": pairs, "constants": self.constants, "unfolded": self.unfolded}
+
+    @classmethod
+    def from_json(cls, name: str, raw: object) -> GraphMemory:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: It is no such data; also KeyError and TypeError.
+        """
+        whole: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {"envelope": raw}
+        pairs = tuple((_count(fixed), _count(per_sample)) for fixed, per_sample in whole["envelope"])
+        if not pairs or len(name) > _MAX_NAME:
+            raise ValueError(f"the memory plan of {name[:_MAX_NAME]!r} is empty")
+        unfolded = _count(whole["unfolded"]) if "unfolded" in whole else None
+        return cls(name, pairs, _count(whole.get("constants", 0)), unfolded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +114,9 @@ class GraphVariant:
             or not 0 < self.weight_bytes <= _MAX_WEIGHT_BYTES
         ):
             raise ArtifactError(f"the manifest has an impossible variant {self.file.name!r} of {self.graph!r}")
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 48:
+        raise ValueError(f"{value!r} is no count")
+    return value

@@ -197,12 +197,20 @@ class Manifest:
                 return graph
         raise ArtifactError(f"the artifact has no {name}")
 
-    def live_bytes(self, name: str, batch: int) -> int:
-        """Largest live set of graph ``name`` at ``batch`` samples."""
+    def memory_of(self, name: str) -> GraphMemory:
+        """The memory plan of a graph.
+
+        Raises:
+            ArtifactError: The artifact has none.
+        """
         for memory in self.memory:
             if memory.name == name:
-                return memory.live_bytes(batch)
+                return memory
         raise ArtifactError(f"the artifact has no memory plan for {name}")
+
+    def live_bytes(self, name: str, batch: int) -> int:
+        """Tensor bytes of graph ``name`` at ``batch`` samples."""
+        return self.memory_of(name).live_bytes(batch)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. What is absent (variants, cut, tail, ...) has no key, so older artifacts keep their bytes."""
@@ -228,7 +236,7 @@ class Manifest:
                 for u in self.units
             ],
             "graphs": {g.name: {"sha256": g.sha256.hex(), "size": g.size} for g in self.graphs},
-            "memory": {m.name: [list(pair) for pair in m.envelope] for m in self.memory},
+            "memory": {m.name: m.to_json() for m in self.memory},
             "golden": self.golden.to_json(),
             "producer": self.producer,
         }
@@ -346,11 +354,7 @@ def _manifest(raw: Mapping[str, Any]) -> Manifest:
         ):
             raise ValueError(f"graph {name!r} of {size} bytes")
         graphs.append(GraphFile(name, _sha256(entry["sha256"]), size))
-    memory = tuple(
-        GraphMemory(_text(name), tuple((_count(fixed), _count(per_sample)) for fixed, per_sample in pairs))
-        for name, pairs in raw["memory"].items()
-        if pairs
-    )
+    memory = tuple(GraphMemory.from_json(_text(name), plan) for name, plan in raw["memory"].items() if plan)
     variants = []
     for name, entry in raw.get("variants", {}).items():
         size = _count(entry["size"])

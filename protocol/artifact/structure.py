@@ -117,7 +117,7 @@ class Structure:
                 for x in self.layers
             ],
             "shapes": [list(shape) for shape in self.shapes],
-            "memory": {m.name: [list(pair) for pair in m.envelope] for m in self.memory},
+            "memory": {m.name: m.to_json() for m in self.memory},
             "graph_bytes": dict(self.graph_bytes),
             "multiply_accumulates": self.multiply_accumulates,
         }
@@ -149,11 +149,7 @@ def _structure(raw: Any) -> Structure:
             for x in raw["layers"]
         ),
         tuple(tuple(max(1, _count(n)) for n in shape) for shape in raw["shapes"]),
-        tuple(
-            GraphMemory(_text(name), tuple((_count(fixed), _count(per_sample)) for fixed, per_sample in pairs))
-            for name, pairs in raw["memory"].items()
-            if pairs
-        ),
+        tuple(GraphMemory.from_json(_text(name), plan) for name, plan in raw["memory"].items() if plan),
         {_text(name): _count(size) for name, size in raw["graph_bytes"].items()},
         _count(raw["multiply_accumulates"]),
     )

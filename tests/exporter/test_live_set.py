@@ -37,7 +37,7 @@ def envelope(text: str, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
         ("not over a value that is used later", "a = Sqrt (x) b = Relu (a) logits = Add (a, b)", ((0, 3 * KIB),)),
         ("not over the input", "a = Relu (x) logits = Add (a, x)", ((0, 2 * KIB),)),
         ("a sum is not in place", "a = Sqrt (x) b = Sqrt (x) c = Add (a, b) logits = Neg (c)", ((0, 3 * KIB),)),
-        ("a reshape is an alias", "s = Shape (x) a = Sqrt (x) b = Reshape (a, s) logits = Neg (b)", ((0, 2 * KIB),)),
+        ("a reshape is an alias", "s = Shape (x) a = Sqrt (x) b = Reshape (a, s) logits = Neg (b)", ((256, 2 * KIB),)),
         ("held over a chain", "a = Sqrt (x) b = Neg (a) c = Abs (b) logits = Add (c, a)", ((0, 3 * KIB),)),
     ],
 )
@@ -194,6 +194,5 @@ def test_the_arena_needs_what_the_plan_says(model: str, batch: int, request: pyt
     for name, size in needed.items():
         parts = 8 * sizes.get(name, 0)  # into which w and index are split; a variant has none
         plan = manifest.live_bytes(name, batch) + parts
-        # A graph of one layer may have let go of its parts at the peak; on the way back tensors have many sizes.
-        least, most = (0.7, 1.15) if name.startswith("stage") else (0.85, 1.05)
-        assert least * plan - 64 * KIB <= size <= most * plan + 192 * KIB, (name, size, plan)
+        # A plan holds for any sparsity. Here, where all parts are there, what is let go of them leaves room.
+        assert 0.75 * plan - 128 * KIB <= size <= 1.01 * plan + 16 * KIB, (name, size, plan)

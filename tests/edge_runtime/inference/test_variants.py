@@ -239,7 +239,7 @@ def test_the_plan_counts_a_variant(tiny: Tiny, folder: Path) -> None:
     portable = plan(manifest, n, graphs=TRAINING_GRAPHS, **common)  # type: ignore[arg-type]
     both = plan(manifest, n, graphs=(*TRAINING_GRAPHS, NAME), **common)  # type: ignore[arg-type]
     assert both.planned_peak_mib > portable.planned_peak_mib
-    assert both.feeds_mib - portable.feeds_mib == pytest.approx((4 * 125 + 8 * n) / 2**20)
+    assert both.feeds_mib - portable.feeds_mib == pytest.approx((4 * 125 + 12 * n) / 2**20)
     assert (both.live_mib - portable.live_mib) * 2**20 == pytest.approx(300 + 2000 * 32 - (300 + 200 * 32 + 8 * n))
     assert arena_bytes_of(manifest, (NAME,), n, 32, 1) <= both.arena_bytes
     for limits, layout in ((portable, "portable"), (both, "blocked")):

@@ -114,6 +114,30 @@ def test_plan_holds_in_a_real_process(tiny: Any, sparsity: float) -> None:
         assert phase["measured_mib"] - phase["anonymous_mib"] < phase["code_mib"] + 4.0
 
 
+@needs_proc
+@pytest.mark.skipif(not NEWEST, reason="older releases of onnxruntime need less")
+@pytest.mark.parametrize(
+    ("model", "shape", "sparsity"),
+    [
+        ("tests.exporter.growing_models:perceptron", (1, 28, 28), 0.0),
+        ("tests.exporter.growing_models:perceptron", (1, 28, 28), 0.5),
+        ("tests.exporter.growing_models:frozen", (1, 28, 28), 0.5),
+        ("resnet20", (3, 32, 32), 0.8),
+    ],
+)
+def test_plan_holds_for_many_weights_for_constants_and_for_a_variant(
+    model: str, shape: tuple[int, ...], sparsity: float, tmp_path: Path
+) -> None:
+    exporter = pytest.importorskip("fedzo.exporter.artifact", reason="fedzo[server] is not installed")
+    exporter.export_artifact(model, shape, 10, 0.8, 1, tmp_path / "a")
+    arguments = [str(tmp_path / "a"), "--budget-mib", "900", "--variant", "--sparsity", str(sparsity)]
+    found = answer_of("fedzo.edge_runtime.planning.measure", arguments)
+    worst = max(found["phases"], key=lambda phase: phase["anonymous_mib"])
+    for phase in found["phases"]:
+        assert phase["anonymous_mib"] < phase["planned_anonymous_mib"] + 1.0
+    assert worst["planned_anonymous_mib"] < 1.15 * worst["anonymous_mib"] + 1.0
+
+
 def test_the_known_answer_is_planned(big: Manifest) -> None:
     """It takes dense weights, so a high sparsity does not make a process small without end."""
     dense = 12 * big.layout.size / 2**20
