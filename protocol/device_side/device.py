@@ -136,6 +136,8 @@ class Device:
         """
         if self.finished:
             return []
+        if now < self._now:  # A clock was set back: nothing would be repeated for as long.
+            self._forget_requests()
         self._out, self._now = [], now
         try:
             self._take(event, now)
@@ -163,12 +165,8 @@ class Device:
             self._receive(event)
         elif isinstance(event, BlobFound) and self._files is not None:
             self._files.found(event)
-        elif isinstance(event, Planned) and self._preparation is not None:
-            self._preparation.planned(event)
-        elif isinstance(event, Prepared) and self._preparation is not None:
-            self._preparation.prepared(event)
-        elif isinstance(event, OverBudget) and self._preparation is not None:
-            self._preparation.over_budget(event.run, event.detail)
+        elif isinstance(event, (Planned, Prepared, OverBudget)) and self._preparation is not None:
+            self._preparation.take(event)
         elif isinstance(event, Failed) and (not event.run or (self._run is not None and event.run == self._run.run)):
             self._refuse(event.error)
         elif isinstance(event, Computed):
@@ -182,6 +180,7 @@ class Device:
             self._delivery.hear_server(message.online)
             if message.online and message.birth != self._server_birth:
                 self._server_birth = message.birth
+                self._greeting.forget()
                 self._say(self._presence.status, detail=self._presence.detail)
         elif isinstance(message, Order):
             self._obey(message)
@@ -249,8 +248,9 @@ class Device:
             self._out += self._delivery.give_back(task.kind, task.round)
 
     def _report(self, run: RunDocument, preparation: Preparation, task: Task, outcome: Outcome) -> None:
-        report = make_report(run, task, outcome, self._hello.session, preparation.micro_batch)
-        self._out += self._delivery.put(run, report)
+        self._out += self._delivery.put(
+            run, make_report(run, task, outcome, self._hello.session, preparation.micro_batch)
+        )
         if outcome.detail:
             self._say(self._presence.status, detail=outcome.detail)
 

@@ -6,7 +6,7 @@ from ..artifact.graph_files import GraphFile
 from ..artifact.manifest import Manifest
 from ..pruning.mask import Mask
 from ..wire.documents import RunDocument
-from .device_events import DeviceCommand, Plan, Planned, Prepare, Prepared
+from .device_events import DeviceCommand, OverBudget, Plan, Planned, Prepare, Prepared
 
 __all__ = ["Preparation"]
 
@@ -43,7 +43,16 @@ class Preparation:
 
     # --- facts --------------------------------------------------------------------------------------------------
 
-    def planned(self, event: Planned) -> None:
+    def take(self, event: Planned | Prepared | OverBudget) -> None:
+        """Take an answer of the shell."""
+        if isinstance(event, Planned):
+            self._planned(event)
+        elif isinstance(event, Prepared):
+            self._prepared(event)
+        else:
+            self.over_budget(event.run, event.detail)
+
+    def _planned(self, event: Planned) -> None:
         """Take the answer to :class:`Plan`; one from before the latest limit means nothing."""
         if event.run != self._run.run:
             return
@@ -53,7 +62,7 @@ class Preparation:
             self.micro_batch = min(event.micro_batch, MAX_MICRO_BATCH)
             self._is_planned = True
 
-    def prepared(self, event: Prepared) -> None:
+    def _prepared(self, event: Prepared) -> None:
         """Take the answer to :class:`Prepare`; one from before the latest plan means nothing."""
         if event.run == self._run.run and self._is_planned:
             self._mask_sha256, self._is_preparing = event.mask_sha256, False

@@ -11,10 +11,11 @@ import pytest
 from fedzo.protocol.errors import QuorumError
 from fedzo.protocol.server_side.coordinator_events import Finish, ScoresChecked, Send
 from fedzo.protocol.settings import SaliencySettings
-from fedzo.protocol.wire.documents import Announcement
+from fedzo.protocol.wire.documents import Announcement, Hello, ServerPresence
 from fedzo.protocol.wire.messages import Decline
 from fedzo.protocol.wire.topics import Channel
 from fedzo.protocol.wire.transfers import LogRequest
+from tests.protocol.simulation.bench import Bench, hello
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 
 
@@ -134,3 +135,27 @@ def test_scores_that_are_not_checked_at_the_deadline_are_not_used_before_they_ar
     desk.on(ScoresChecked(1, "c", difference))
     assert desk.phases() == ["saliency", "train"]
     assert ("refusal" in desk.kinds()) is (difference > 0.0)
+
+
+def test_a_board_whose_clock_was_set_back_says_hello_at_the_next_message() -> None:
+    """Its hello had been lost, the next one was due half a minute later, and the run ended before."""
+    bench = Bench().connect()
+    bench.hear(Channel.RUN, bench.run)
+    assert bench.sent(Hello) == [hello()]
+    bench.now -= 30.0
+    bench.hear(Channel.HEAD, bench.head())
+    assert bench.sent(Hello) == [hello()]
+    bench.hear(Channel.HEAD, bench.head())
+    assert bench.sent(Hello) == []
+
+
+def test_a_board_that_is_not_enrolled_says_hello_to_a_server_that_starts_again() -> None:
+    """The only enrolled board had no samples, so that the run stopped again before the hello was due."""
+    bench = Bench().connect()
+    bench.hear(Channel.RUN, bench.run)
+    bench.hear(Channel.SERVER, ServerPresence(False, 1))
+    assert bench.sent(Hello) == []
+    bench.hear(Channel.SERVER, ServerPresence(True, 2))
+    assert bench.sent(Hello) == [hello()]
+    bench.hear(Channel.SERVER, ServerPresence(True, 2))
+    assert bench.sent(Hello) == []

@@ -416,7 +416,8 @@ class ServerNode(Process):
 
     def _note_finalists(self, last: Announcement) -> None:
         roster = self.machine.roster
-        here = {name for name, member in roster.members.items() if member.status in ("joining", "ready")}
+        members = {name: roster.members[name] for name in self.enrolled}  # Others came after it.
+        here = {name for name, member in members.items() if member.status in ("joining", "ready")}
         self.finalists = here | set(roster.names_of(last.participants))
 
     def _do(self, command: server_events.CoordinatorCommand) -> None:
