@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Protocol
 from ..broker_server.brokers.base import Broker
 from ..broker_server.brokers.choose import open_broker
 from ..broker_server.brokers.credentials import Login
+from ..broker_server.brokers.listen_address import own_address
 from ..broker_server.security.access import Access, AccessWatch
 from ..broker_server.security.credential_folder import TLS_PORT, CredentialFolder
 from ..broker_server.security.signing import RUN_KEY_NAME, RunSigner
@@ -125,10 +127,19 @@ class ServeAccess:
         output.say(f"run key: {self.access.signer.public_key.hex()}")
         is_external = "://" in settings.broker
         if folder is None and not is_external and settings.host not in _LOOPBACK:
-            output.warn("whoever reaches this broker may do everything; elsewhere, put this machine's address into:")
-        command = f"fedzo-device join {self.broker.url} --federation {settings.federation} --data ..."
+            output.warn("whoever reaches this broker may do everything: it asks for no password")
+        url = self.broker.url if is_external else self._url_for_others(output)
+        command = f"fedzo-device join {url} --federation {settings.federation} --data ..."
         if folder is not None and is_external:
             command = f"fedzo-device join {self.broker.url} --credentials DEVICE --data ..."
         elif folder is not None:
             command = folder.join_command(port=getattr(self.broker, "port", settings.port))
         output.say(f"devices join with: {command}")
+
+    def _url_for_others(self, output: Output) -> str:
+        """Of a broker of one's own that listens at all addresses, one that other machines can reach."""
+        url, host = Endpoint.parse(self.broker.url), own_address(self._settings.host)
+        if host is None:
+            output.say(f"on other machines write this machine's address instead of {url.host}:")
+            return self.broker.url
+        return str(dataclasses.replace(url, host=host))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from ...protocol.errors import BrokerError
 from . import die_with_parent
+from .listen_address import client_host
 
-__all__ = ["ChildBroker", "choose_port", "client_host"]
+__all__ = ["ChildBroker"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,39 +29,6 @@ _RESTART_BASE_S = 0.5
 _RESTART_CAP_S = 30.0
 _STABLE_AFTER_S = 60.0
 _MOST_CRASHES = 8  # in a row, none of them after a stable minute
-
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 (read, not bound)
-
-
-def client_host(host: str) -> str:
-    """Return the address at which a client on this machine reaches a listener bound to `host`."""
-    return _WILDCARDS.get(host, host)
-
-
-def choose_port(host: str, port: int) -> int:
-    """Check that a port can be bound; port 0 chooses a free one.
-
-    Raises:
-        BrokerError: The port is in use, or the host is no address of this machine.
-    """
-    try:
-        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = addresses[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if _listens(client_host(host), port):
-            raise BrokerError(
-                f"port {port} on {host} is in use",
-                hint=f"if a broker runs there use it with --broker mqtt://{client_host(host)}:{port}, "
-                f"else stop the other program or choose another port",
-            ) from None
-        raise BrokerError(
-            f"port {port} on {host} cannot be bound: {error.strerror}",
-            hint="use an address of this machine, and a port from 1024 up",
-        ) from None
 
 
 class ChildBroker:

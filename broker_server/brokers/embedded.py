@@ -7,8 +7,9 @@ import sys
 
 from ...protocol.errors import BrokerError, ConfigError
 from .base import Broker
-from .child import ChildBroker, choose_port
+from .child import ChildBroker
 from .credentials import Credentials
+from .listen_address import choose_port
 from .server_tls import ServerTls
 
 __all__ = ["EmbeddedBroker"]

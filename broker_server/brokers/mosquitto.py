@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ...protocol.errors import BrokerError, ConfigError
 from .base import MAX_PACKET_BYTES, Broker
-from .child import ChildBroker, choose_port, client_host
+from .child import ChildBroker
 from .credentials import Credentials
+from .listen_address import choose_port, client_host
 from .private_files import PrivateFolder, read_private, write_private
 from .server_tls import ServerTls
 
