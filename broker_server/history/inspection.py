@@ -143,7 +143,7 @@ def _take(found: RoundInspection, entry: Entry) -> None:
     elif entry.kind == "update":
         record = decode(entry.payload)
         assert isinstance(record, UpdateRecord)
-        found.outcome = f"update {record.index} of {record.coefficients.size} scalars, weights {record.digest.hex()}"
+        found.outcome = f"update {record.index + 1}: {record.coefficients.size} scalars, weights {record.digest.hex()}"
     elif entry.kind == "mask":
         found.outcome = f"mask of {len(entry.payload)} bytes"
     elif entry.kind == "evaluation":

@@ -135,3 +135,12 @@ def test_inspect_a_round(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> 
     assert {row["scalars"] for row in found["devices"]} == {0, 4}
     assert main(["inspect", str(run.path), "--round", "2"]) == 0
     assert capsys.readouterr().out.count("reported") == DEVICES
+
+
+def test_inspect_and_replay_count_updates_alike(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """From 1, and the last one has the number of all."""
+    for round_ in (1, 5, ROUNDS):
+        updates = answer(capsys, "replay", run.path, "--round", round_)["updates"]
+        outcome = answer(capsys, "inspect", run.path, "--round", round_)["outcome"]
+        assert outcome.startswith(f"update {updates}: 4 scalars, weights ")
+    assert updates == ROUNDS
