@@ -13,7 +13,7 @@ from .base import MAX_PACKET_BYTES, Broker
 from .child import ChildBroker
 from .credentials import Credentials
 from .listen_address import choose_port, client_host
-from .private_files import PrivateFolder, read_private, write_private
+from .private_files import OWNER_NAME, PrivateFolder, read_private, write_private
 from .server_tls import ServerTls
 
 __all__ = ["MAX_QUEUED_BYTES", "MosquittoBroker", "ServerTls", "find_mosquitto", "place_of_files"]
@@ -239,12 +239,26 @@ def _unprivileged_user() -> str:
 
 
 def _give_to(user: str, folder: Path) -> None:
+    """Let another user read the files.
+
+    The folder stays one's own, as root without CAP_DAC_OVERRIDE could neither write into another one nor remove it.
+
+    Raises:
+        BrokerError: It is not allowed.
+    """
     if not user:
         return
     import pwd
 
-    number = pwd.getpwnam(user).pw_uid
-    for path in (folder, *folder.iterdir()):
-        # The folder is the other user's from the first time on: a link in it may point to anything.
-        if not path.is_symlink():
-            os.chown(path, number, -1, follow_symlinks=False)
+    entry = pwd.getpwnam(user)
+    try:
+        for path in folder.iterdir():
+            if path.name != OWNER_NAME and not path.is_symlink():
+                os.chown(path, entry.pw_uid, -1, follow_symlinks=False)
+        os.chown(folder, -1, entry.pw_gid)
+        folder.chmod(0o710)
+    except OSError as error:
+        raise BrokerError(
+            f"cannot give the broker's files to the user {user}, whom mosquitto runs as: {error.strerror}",
+            hint="run fedzo serve as a user who is not root, or use --broker URL",
+        ) from None

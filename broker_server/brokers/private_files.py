@@ -12,9 +12,9 @@ from pathlib import Path
 from ...edge_runtime.storage.durable import write_durably
 from ...protocol.errors import ConfigError
 
-__all__ = ["PrivateFolder", "read_private", "write_private"]
+__all__ = ["OWNER_NAME", "PrivateFolder", "read_private", "write_private"]
 
-_OWNER, _UNLOCKED = "owner.lock", "owner.new"
+OWNER_NAME, _UNLOCKED = "owner.lock", "owner.new"
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -78,7 +78,7 @@ class PrivateFolder:
             # is locked, so that nobody who sweeps is quicker.
             handles.append(os.open(self.path / _UNLOCKED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             fcntl.flock(handles[0], fcntl.LOCK_EX)
-            (self.path / _UNLOCKED).rename(self.path / _OWNER)
+            (self.path / _UNLOCKED).rename(self.path / OWNER_NAME)
             # What cleans temporary folders by age leaves alone what is locked (tmpfiles.d(5), "Age").
             handles.append(os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             with contextlib.suppress(OSError):  # Some file systems lock files only.
@@ -105,7 +105,7 @@ class PrivateFolder:
 
 def _remove_abandoned(folder: Path) -> None:
     try:
-        handle = os.open(folder / _OWNER, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(folder / OWNER_NAME, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return  # not ours, or just being made or removed
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,15 +173,56 @@ def test_links_in_the_brokers_folder_are_not_followed(tmp_path: Path, monkeypatc
     target.touch()
     (folder / "file").touch()
     (folder / "link").symlink_to(target)
-    given = list[tuple[Path, bool]]()
+    (folder / "owner.lock").touch()
+    given = list[tuple[Path, int, int, bool]]()
 
     def chown(path: Path, user: int, group: int, *, follow_symlinks: bool = True) -> None:
-        assert (user, group) == (os.getuid(), -1)
-        given.append((path, follow_symlinks))
+        given.append((path, user, group, follow_symlinks))
 
     monkeypatch.setattr(os, "chown", chown)
-    mosquitto_module._give_to(pwd.getpwuid(os.getuid()).pw_name, folder)
-    assert given == [(folder, False), (folder / "file", False)]
+    own = pwd.getpwuid(os.getuid())
+    mosquitto_module._give_to(own.pw_name, folder)
+    assert given == [(folder / "file", own.pw_uid, -1, False), (folder, -1, own.pw_gid, True)]
+    assert folder.stat().st_mode & 0o777 == 0o710
+
+
+HARDENED = """
+import os, sys
+from pathlib import Path
+from fedzo.broker_server.brokers import mosquitto
+from fedzo.broker_server.brokers.credentials import Credentials
+mosquitto._RUNTIME = Path(sys.argv[1])
+credentials = Credentials.generate("default", ["dev-1"])
+broker = mosquitto.MosquittoBroker(port=0, credentials=credentials)
+try:
+    broker.start()
+    broker.update_credentials(credentials.with_devices(["dev-2"]))
+    print(broker.alive())
+except Exception as error:
+    print(type(error).__name__, error)
+finally:
+    broker.stop()
+"""
+
+
+@needs_mosquitto
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        ("-dac_override,-dac_read_search", "True"),
+        ("-dac_override,-dac_read_search,-chown", "BrokerError cannot give the broker's files to the user"),
+        ("-setuid,-setgid", "BrokerError "),
+    ],
+)
+def test_root_that_may_not_do_everything(capabilities: str, said: str) -> None:
+    """As in a hardened container; whatever comes of it, no file is left behind."""
+    with tempfile.TemporaryDirectory(prefix="fedzo-test-run-") as runtime:
+        Path(runtime).chmod(0o755)
+        command = ["setpriv", f"--bounding-set={capabilities}", sys.executable, "-c", HARDENED, runtime]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert answer.stdout.startswith(said), answer
+        assert list(Path(runtime).iterdir()) == []
 
 
 def test_large_payloads(broker: RunningBroker, connect: Connect) -> None:
@@ -486,7 +528,7 @@ def test_mosquitto_files_are_private_and_removed(tmp_path: Path) -> None:
     folder = Path(command[2]).parent
     try:
         assert folder.parent == (place if os.geteuid() else Path("/run"))
-        assert folder.stat().st_mode & 0o077 == 0
+        assert folder.stat().st_mode & 0o777 == (0o700 if os.geteuid() else 0o710)
         assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
         assert credentials.devices[0].password not in (folder / "passwords").read_text()
     finally:
