@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..protocol.errors import FedzoError
 from .logs import CONTROL, FILE_BYTES, FILES, Logs
+from .usage import Parser
 
 if TYPE_CHECKING:
     from .agent import Summary
@@ -43,11 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, a :class:`FedzoError`'s own, 130 after Ctrl-C, 1 for anything unexpected. Wrong usage
         raises ``SystemExit`` with 2.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse(arguments)
     if options.version:
         return _version(options)
     if options.command is None:
-        _parser().error("give a command: join, doctor, install or profiles")
+        parser.error("give a command: join, doctor, install or profiles")
     result: dict[str, Any] = {}
     options.logs = Logs(level="debug" if options.verbose else None)
     try:
@@ -233,8 +235,8 @@ def _finite(value: Any) -> Any:
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="fedzo-device",
         description="Take part in a federation: prune and train a network by forward passes only.",
         epilog="Exit codes: 0 done, 1 unexpected, 2 usage, 3 setting or data, 4 memory, 5 broker, 6 artifact, "
@@ -245,13 +247,15 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON line to stdout at the end")
     common.add_argument("--verbose", action="store_true", help="log everything, with tracebacks")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _add_join(commands.add_parser("join", parents=[common], help="join a run and work until it is done"))
     _add_doctor(commands.add_parser("doctor", parents=[common], help="check this machine, one line a check"))
     _add_install(commands.add_parser("install", parents=[common], help="make a service that joins after every start"))
     profiles = commands.add_parser("profiles", parents=[common], help="list the boards that fedzo knows")
     profiles.add_argument("name", nargs="?", metavar="NAME", help="show everything about one board")
     profiles.set_defaults(run=_profiles)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 

@@ -130,6 +130,37 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("arguments", "command", "message"),
+    [
+        ([], "", "give a command: join, doctor, install or profiles"),
+        (["join", "mqtt://h", "--bogus"], " join", "no such option: --bogus"),
+        (["doctor", "here"], " doctor", "unexpected argument: here"),
+        (["join", "--threads", "x"], " join", "argument --threads: invalid int value: 'x'"),
+        (["install"], " install", "the following arguments are required: --systemd, --url, --data"),
+        (["--bogus"], "", "no such option: --bogus"),
+    ],
+)
+def test_wrong_usage_is_that_of_its_command_and_has_a_hint(
+    arguments: list[str], command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for as_json in (False, True):
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--json"] if as_json else arguments)
+        assert end.value.code == 2
+        said = capsys.readouterr()
+        hint = f"fedzo-device{command} --help"
+        assert said.err.startswith(f"usage: fedzo-device{command} [")
+        assert said.err.endswith(f"\nerror: {message}\nhint: {hint}\n")
+        error = {"kind": "UsageError", "message": message, "hint": hint, "exit_code": 2}
+        assert (json.loads(said.out) if as_json else said.out) == ({"error": error} if as_json else "")
+
+
+def test_json_may_come_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "profiles", "rpi-zero-2w"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "rpi-zero-2w"
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "error", "hint"),
     [
         (["--data", "DATA"], 3, "the setting url has no value", "FEDZO_URL"),
