@@ -28,9 +28,12 @@ def main(arguments: list[str]) -> None:
         import pwd
 
         entry = pwd.getpwnam(user)
-        os.setgroups([])
-        os.setgid(entry.pw_gid)
-        os.setuid(entry.pw_uid)
+        try:
+            os.setgroups([])
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+        except OSError as error:
+            sys.exit(f"cannot run as the user {user}: {error.strerror}; a user who is not root needs no such right")
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != int(parent):  # it died before the prctl

@@ -212,7 +212,11 @@ finally:
     [
         ("-dac_override,-dac_read_search", "True"),
         ("-dac_override,-dac_read_search,-chown", "BrokerError cannot give the broker's files to the user"),
-        ("-setuid,-setgid", "BrokerError "),
+        (
+            "-setuid,-setgid",
+            "BrokerError the broker cannot be started: mosquitto ended with exit code 1; its last words: "
+            "cannot run as the user ",
+        ),
     ],
 )
 def test_root_that_may_not_do_everything(capabilities: str, said: str) -> None:
@@ -221,7 +225,7 @@ def test_root_that_may_not_do_everything(capabilities: str, said: str) -> None:
         Path(runtime).chmod(0o755)
         command = ["setpriv", f"--bounding-set={capabilities}", sys.executable, "-c", HARDENED, runtime]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert answer.stdout.startswith(said), answer
+        assert said in answer.stdout, answer
         assert list(Path(runtime).iterdir()) == []
 
 
