@@ -244,7 +244,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="store_true", help="print what is installed")
     parser.set_defaults(json=False, verbose=False)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON line to stdout at the end")
     common.add_argument("--verbose", action="store_true", help="log everything, with tracebacks")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
