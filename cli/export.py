@@ -103,11 +103,16 @@ def register(app: typer.Typer) -> None:
                 sections=sections,
                 overwrite=overwrite,
             )
-        size = sum(graph.size for graph in manifest.graphs)
+        size, prunable = sum(graph.size for graph in manifest.graphs), manifest.layout.maskable_size
+        if sparsity > 0 and prunable < manifest.layout.size / 2:
+            output.warn(
+                f"only {prunable} of {manifest.layout.size} parameters can be pruned: "
+                f"a sparsity of {sparsity:g} removes {round(sparsity * prunable)} of them"
+            )
         rows: list[tuple[str, object]] = [
             ("model", manifest.model),
             ("parameters", manifest.layout.size),
-            ("prunable", manifest.layout.maskable_size),
+            ("prunable", f"{prunable} of {manifest.layout.size}; the others are never pruned"),
             ("sparsity", manifest.sparsity),
             ("scoring passes", 2 + sum(unit.n_units for unit in manifest.units if not unit.is_output)),
             ("graphs", f"{len(manifest.graphs)}, {size / 1024:.1f} KiB"),
@@ -138,7 +143,7 @@ def register(app: typer.Typer) -> None:
                 "model": manifest.model,
                 "folder": out,
                 "parameters": manifest.layout.size,
-                "prunable": manifest.layout.maskable_size,
+                "prunable": prunable,
                 "sparsity": manifest.sparsity,
                 "graph_bytes": size,
                 "golden_loss": manifest.golden.mean_loss,

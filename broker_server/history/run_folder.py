@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...edge_runtime.storage.artifact import MANIFEST_NAME, Artifact, load_artifact
 from ...protocol.artifact.manifest import Manifest
-from ...protocol.errors import ConfigError
+from ...protocol.errors import ArtifactError, ConfigError
 from ...protocol.settings import RunSettings
 from ...protocol.wire.documents import RunDocument
 from ...protocol.wire.topics import check_name
@@ -147,4 +147,9 @@ class RunFolder:
         """
         if not (path / JOURNAL_NAME).is_file():
             raise ConfigError(f"{path} is not the folder of a run: it has no {JOURNAL_NAME}", hint="see fedzo serve")
+        if not (path / ARTIFACT_NAME).is_dir():
+            raise ArtifactError(
+                f"the run {path} has lost its folder {ARTIFACT_NAME}",
+                hint=f"copy it back to {path / ARTIFACT_NAME}: the artifact that the run was begun with",
+            )
         return cls(path.resolve(), load_artifact(path / ARTIFACT_NAME))

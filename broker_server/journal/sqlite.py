@@ -252,7 +252,9 @@ class SqliteJournal:
                 raise FedzoError(f"the journal {self._path} is locked", hint=hint) from error
             if "malformed" in text or "no such" in text:
                 raise damaged(self._path, text) from error
-            raise FedzoError(f"the journal {self._path} cannot be used: {text}", hint="check the disk") from error
+            rights = "unable to open" in text or "readonly" in text or "permission" in text
+            hint = "check the rights of this user to the file and its folder" if rights else "check the disk"
+            raise FedzoError(f"the journal {self._path} cannot be used: {text}", hint=hint) from error
         except sqlite3.DataError as error:
             raise FedzoError(f"the journal {self._path} takes no entry as large as this: {error}") from error
         except sqlite3.DatabaseError as error:

@@ -49,7 +49,7 @@ def member_names(path: Path) -> set[str]:
         with zipfile.ZipFile(path) as archive:
             return {name[:-4] for name in archive.namelist() if name.endswith(".npy")}
     except _BROKEN_FILE as error:
-        raise DataError(f"{path} is no .npz file: {error}") from None
+        raise _unusable(path, error, "is no .npz file") from None
 
 
 def read_npz(path: Path, names: Iterable[str], limit_mib: int) -> dict[str, NDArray[Any]]:
@@ -86,7 +86,7 @@ def read_npz(path: Path, names: Iterable[str], limit_mib: int) -> dict[str, NDAr
     except KeyError as error:
         raise DataError(f"{path} has no array {error}") from None
     except _BROKEN_FILE as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        raise _unusable(path, error, "is damaged") from None
     return arrays
 
 
@@ -104,7 +104,7 @@ def read_npy(path: Path) -> NDArray[Any]:
             raise DataError(f"{path} has {path.stat().st_size} bytes, its header says {header_bytes + size}")
         return _mapped(path, header_bytes, shape, fortran, dtype)
     except _BROKEN_FILE as error:
-        raise DataError(f"{path} is no .npy file: {error}") from None
+        raise _unusable(path, error, "is no .npy file") from None
 
 
 def read_idx(path: Path, limit_mib: int) -> NDArray[Any]:
@@ -133,7 +133,13 @@ def read_idx(path: Path, limit_mib: int) -> NDArray[Any]:
             raise DataError(f"{path} has {path.stat().st_size} bytes, its header says {start + size}")
         return _mapped(path, start, shape, False, dtype)
     except _BROKEN_FILE as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        raise _unusable(path, error, "is damaged") from None
+
+
+def _unusable(path: Path, error: Exception, what: str) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} cannot be read: {error.strerror}", hint="give this user the right to read it")
+    return DataError(f"{path} {what}: {error}")
 
 
 def _npy_header(file: IO[bytes], label: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:

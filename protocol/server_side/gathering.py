@@ -60,7 +60,7 @@ class Gathering:
         self._shortfall = wanted - ready
         if over and ready < wanted:
             raise QuorumError(
-                f"{ready} devices are ready, the quorum is {self._settings.quorum}",
+                f"{ready} {'device is' if ready == 1 else 'devices are'} ready, the quorum is {self._settings.quorum}",
                 hint="start more devices and resume the run",
             )
         return ready >= wanted

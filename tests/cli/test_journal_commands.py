@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -97,6 +98,34 @@ def test_a_journal_without_its_beginning(run: RunFolder, command: str, capsys: p
         journal.append([Entry("enrolment", 0, "pi-0", b"", 1.0)])
     error = answer(capsys, command, run.path, code=6)["error"]
     assert error["message"].endswith("has no entry of the kind run, the first of every run, among its 1")
+
+
+@pytest.mark.parametrize("command", ["replay", "inspect", "deploy", "serve --resume"])
+def test_a_run_that_lost_its_artifact(run: RunFolder, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run.artifact_path)
+    error = answer(capsys, *command.split(), run.path, code=6)["error"]
+    assert error["message"] == f"the run {run.path} has lost its folder artifact"
+    assert error["hint"].startswith(f"copy it back to {run.artifact_path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("unable to open database file", "check the rights"),
+        ("attempt to write a readonly database", "check the rights"),
+        ("disk I/O error", "check the disk"),
+    ],
+)
+def test_a_journal_that_cannot_be_used(
+    run: RunFolder, text: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError(text)
+
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    error = answer(capsys, "inspect", run.path, code=1)["error"]
+    assert text in error["message"]
+    assert error["hint"].startswith(hint)
 
 
 def test_replay_of_a_changed_journal(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

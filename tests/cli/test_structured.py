@@ -75,3 +75,18 @@ def test_scoring_passes_are_those_of_a_device(tmp_path: Path, capsys: pytest.Cap
     assert main(["export", "lenet5", "-o", str(tmp_path / "a")]) == 0
     manifest = load_artifact(tmp_path / "a").manifest
     assert f"scoring passes\t{UnitShiftScorer(manifest).passes}\n" in capsys.readouterr().out
+
+
+def test_an_export_says_what_is_never_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "lenet5", "-o", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr()
+    assert "prunable\t61470 of 61706; the others are never pruned" in shown.out
+    assert "warning" not in shown.err
+    own = ["tests.exporter.user_models:recurrent", "--input", "4x5", "--classes", "3"]
+    assert main(["export", *own, "-o", str(tmp_path / "b"), "--json"]) == 0
+    shown = capsys.readouterr()
+    answer = json.loads(shown.out)
+    prunable, parameters = answer["prunable"], answer["parameters"]
+    assert 0 < prunable < parameters / 2
+    removed = round(0.8 * prunable)
+    assert f"only {prunable} of {parameters} parameters can be pruned: a sparsity of 0.8 removes {removed}" in shown.err

@@ -398,3 +398,15 @@ GOLDEN = (
 def test_batch_arguments_out_of_range(arguments: tuple[int, int, int, int, int]) -> None:
     with pytest.raises(ConfigError):
         batch_indices(*arguments)
+
+
+def test_a_file_without_rights_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 1, 4, 4), np.float32), y=np.arange(2))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    with pytest.raises(DataError, match=r"a\.npz cannot be read: Permission denied$") as caught:
+        load_dataset(tmp_path / "a.npz", (1, 4, 4), 2)
+    assert "right to read" in caught.value.hint

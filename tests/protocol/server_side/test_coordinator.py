@@ -125,7 +125,7 @@ def test_enrolment_without_a_quorum_stops_the_run() -> None:
     desk.wait(30.0)
     error = desk.finish().error
     assert isinstance(error, QuorumError)
-    assert error.message == "1 devices are ready, the quorum is 2"
+    assert error.message == "1 device is ready, the quorum is 2"
     assert error.hint
     assert desk.kinds()[-1] == "phase"
     assert desk.on(Tick()) == []
