@@ -157,6 +157,7 @@ def test_a_query_over_the_cap_ends_with_a_clean_error(
     """The known answer was found before, under another mask perhaps: only the query shows that it does not fit."""
     monkeypatch.setattr(worker_module, "Engine", functools.partial(capped_engine, Engine, needs[2]))
     monkeypatch.setattr(Engine, "check_golden", lambda _: 0.0)
+    monkeypatch.setattr(Engine, "fits", lambda *_: False)  # a graph for this processor would need less
     dense = Mask.dense(manifest.layout)
     desk.ask(Plan(run, manifest), Planned)
     desk.ask(Prepare(run, manifest, dense, ""), Prepared)
