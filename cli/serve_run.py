@@ -219,6 +219,8 @@ def _serve_one(
         access.watch(server, stack)
         output.say(f"run {run.run} in {folder.path}")
         access.tell(output)
+        if not server.coordinator.finished:
+            output.say(f"waiting for {run.settings.devices} devices")  # Which telemetry.joining tells of.
         try:
             server.serve()
         except (BrokerError, QuorumError) as error:
@@ -287,11 +289,11 @@ def _test_set(settings: ServeSettings, manifest: Manifest) -> Samples | None:
 @contextmanager
 def _progress(output: Output, run: RunDocument) -> Iterator[Callable[[Progress], None]]:
     """A live bar on a terminal; elsewhere a line for every change of phase and every evaluation."""
-    total = run.training.rounds
+    total, wanted = run.training.rounds, run.settings.devices
     seen: dict[str, object] = {"phase": "", "accuracy": None, "updates": 0}
 
     def lines(progress: Progress) -> None:
-        changed = progress.phase != seen["phase"] and progress.phase not in ("train", "evaluate")
+        changed = progress.phase != seen["phase"] and progress.phase not in ("enrol", "train", "evaluate")
         if changed or progress.accuracy != seen["accuracy"]:
             accuracy = "" if progress.accuracy is None else f", accuracy {progress.accuracy:.4f}"
             output.say(
@@ -307,7 +309,8 @@ def _progress(output: Output, run: RunDocument) -> Iterator[Callable[[Progress],
 
         def bar(progress: Progress) -> None:
             accuracy = "" if progress.accuracy is None else f" accuracy {progress.accuracy:.1%}"
-            text = f"{progress.phase:<9} {progress.ready}/{progress.devices} devices{accuracy}"
+            devices = max(progress.devices, wanted if progress.phase == "enrol" else 0)
+            text = f"{progress.phase:<9} {progress.ready}/{devices} devices{accuracy}"
             advance(progress.updates - int(str(seen["updates"])), text)
             seen["updates"] = progress.updates
 

@@ -14,8 +14,10 @@ from fedzo.broker_server.brokers import external
 from fedzo.broker_server.history.replay import begin_run
 from fedzo.broker_server.history.run_folder import RunFolder
 from fedzo.broker_server.journal import SqliteJournal, schema
+from fedzo.broker_server.server import Progress
 from fedzo.cli.main import main
-from fedzo.cli.serve_run import _continued, _new_folder, _test_set
+from fedzo.cli.output import Output
+from fedzo.cli.serve_run import _continued, _new_folder, _progress, _test_set
 from fedzo.cli.serve_settings import ServeSettings
 from fedzo.edge_runtime.storage.artifact import load_artifact
 from fedzo.exporter.artifact import export_artifact
@@ -162,3 +164,12 @@ def test_synflow_where_it_is_not_defined_leaves_no_run_behind(
     assert main(["serve", str(tmp_path / "artifact"), *place, "--pruning", "synflow", "--json"]) == 3
     assert "--pruning diagonal" in json.loads(capsys.readouterr().out)["error"]["hint"]
     assert not (tmp_path / "new").exists()
+
+
+def test_lines_about_progress_begin_with_the_first_round(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who joins is told board by board."""
+    document = RunFolder.open(run).document(RunSettings(training=TrainingSettings(rounds=7)))
+    with _progress(Output(), document) as show:
+        show(Progress("enrol", 0, 0, 7, devices=1, ready=0, accuracy=None))
+        show(Progress("saliency", 1, 0, 7, devices=3, ready=3, accuracy=None))
+    assert capsys.readouterr().err == "saliency: update 0/7, 3 of 3 devices ready\n"
