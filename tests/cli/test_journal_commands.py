@@ -168,6 +168,7 @@ def test_inspect_a_round(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_inspect_and_replay_count_updates_alike(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     """From 1, and the last one has the number of all."""
+    updates = 0
     for round_ in (1, 5, ROUNDS):
         updates = answer(capsys, "replay", run.path, "--round", round_)["updates"]
         outcome = answer(capsys, "inspect", run.path, "--round", round_)["outcome"]
