@@ -168,9 +168,9 @@ class Server:
 
     @property
     def traffic(self) -> dict[str, tuple[int, int]]:
-        """MQTT bytes of this process by topic: ``(sent by the server, received by the server)``."""
-        flows = self._transport.traffic.by_topic().items()
-        return {name: (up.packet_bytes, down.packet_bytes) for name, (up, down) in flows}
+        """MQTT bytes of this process by topic: ``(sent by the server, received by the server from devices)``."""
+        flows, own = self._transport.traffic.by_topic().items(), self._goodbye.topic
+        return {name: (up.packet_bytes, 0 if name == own else down.packet_bytes) for name, (up, down) in flows}
 
     @property
     def state(self) -> ServerState:

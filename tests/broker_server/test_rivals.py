@@ -83,6 +83,9 @@ def test_the_later_server_has_the_boards(mosquitto: RunningBroker, start: Start)
     runs = [event.payload for event in listener.seen if isinstance(event, Arrived) and event.topic != SRV]
     assert runs
     assert b"run-2" in runs[-1]
+    sent, received = later.server.traffic[SRV]
+    assert sent > 0
+    assert received == 0, "what it said itself comes from no device"
     listener.transport.close()
     assert later.thread.is_alive()
     assert later.error is None
