@@ -211,8 +211,7 @@ class Engine:
             micro_batch: Samples a run, at most and by default the engine's.
 
         Returns:
-            Sum of the cross-entropies, number of samples whose largest logit is the label's, and ``n``. The sum is
-            infinite or NaN when the weights have diverged.
+            Sum of cross-entropies, not finite if the weights have diverged; samples whose largest logit is right; ``n``.
         """
         x, y = self.checked_batch(x, y)
         step = min(micro_batch or self.micro_batch, self.micro_batch)
@@ -239,14 +238,8 @@ class Engine:
         """
         with self._without_mask("portable") as dense:
             difference = golden_difference(dense)
-        self._variant_checked = False
         self.check_variant()
         return difference
-
-    def check_variant(self) -> None:
-        """The known answer of a variant alone, unless it was computed; see :meth:`check_golden`."""
-        if self._variant is not None and not self._variant_checked:
-            self._check_variant()
 
     def _without_mask(self, layout: LayoutChoice) -> Engine:
         """The same engine without a mask, for known answers; what this one had loaded is closed."""
@@ -266,8 +259,10 @@ class Engine:
         dense._variant_checked = True
         return dense
 
-    def _check_variant(self) -> None:
-        """Drop the variant unless it gives the known answer."""
+    def check_variant(self) -> None:
+        """Drop the variant, unless there is none or it was checked, if it does not give the known answer."""
+        if self._variant is None or self._variant_checked:
+            return
         with self._without_mask("blocked") as dense:
             wrong = wrong_answer(dense)
         self._variant_checked = True  # not if that raises: what was not checked is not used
