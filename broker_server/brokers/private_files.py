@@ -14,7 +14,8 @@ from ...protocol.errors import ConfigError
 
 __all__ = ["OWNER_NAME", "PrivateFolder", "read_private", "write_private"]
 
-OWNER_NAME, _UNLOCKED = "owner.lock", "owner.new"
+OWNER_NAME = "owner.lock"
+_UNLOCKED = "owner.new"
 
 
 def write_private(path: Path, data: bytes) -> None:
