@@ -211,7 +211,7 @@ class Engine:
             micro_batch: Samples a run, at most and by default the engine's.
 
         Returns:
-            Sum of cross-entropies, not finite if the weights have diverged; samples whose largest logit is right; ``n``.
+            Sum of cross-entropies, not finite if weights have diverged; samples with the right largest logit; ``n``.
         """
         x, y = self.checked_batch(x, y)
         step = min(micro_batch or self.micro_batch, self.micro_batch)
