@@ -180,7 +180,7 @@ class Device:
             self._delivery.hear_server(message.online)
             if message.online and message.birth != self._server_birth:
                 self._server_birth = message.birth
-                self._greeting.forget()
+                self._forget_requests()
                 self._say(self._presence.status, detail=self._presence.detail)
         elif isinstance(message, Order):
             self._obey(message)

@@ -14,7 +14,7 @@ from fedzo.protocol.settings import SaliencySettings
 from fedzo.protocol.wire.documents import Announcement, Hello, ServerPresence
 from fedzo.protocol.wire.messages import Decline
 from fedzo.protocol.wire.topics import Channel
-from fedzo.protocol.wire.transfers import LogRequest
+from fedzo.protocol.wire.transfers import BlobRequest, LogRequest
 from tests.protocol.simulation.bench import Bench, hello
 from tests.protocol.simulation.desk import NAMES, SETTINGS, Desk, change
 
@@ -159,3 +159,13 @@ def test_a_board_that_is_not_enrolled_says_hello_to_a_server_that_starts_again()
     assert bench.sent(Hello) == [hello()]
     bench.hear(Channel.SERVER, ServerPresence(True, 2))
     assert bench.sent(Hello) == []
+
+
+def test_a_board_asks_a_server_that_starts_again_for_what_it_asked_the_one_before() -> None:
+    """Its request for a block was lost. The others could not compute, and the run stopped before it asked again."""
+    bench = Bench(kept={}).connect().join()
+    (request,) = bench.sent(BlobRequest)
+    bench.hear(Channel.SERVER, ServerPresence(False, 1))
+    assert bench.sent(BlobRequest) == []
+    bench.hear(Channel.SERVER, ServerPresence(True, 2))
+    assert bench.sent(BlobRequest) == [request]
