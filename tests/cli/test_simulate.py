@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,15 @@ def test_a_result_that_cannot_be_written_is_printed(
     assert len(json.loads(text)["rounds"]) == 2
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C works, also where the tests were started in the background and inherited that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("is_json", [False, True])
 def test_an_interrupt_leaves_what_there_is(
     folder: Path, tmp_path: Path, is_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
