@@ -22,6 +22,8 @@ from ..protocol.wire.topics import Channel, topic
 __all__ = ["Rivals"]
 
 _log = logging.getLogger(__name__)
+_CLOCKS_APART_MS = 3_600_000
+"""Births are times in ms; one that is longer ago than clocks differ is that of a server that is gone."""
 
 
 class Rivals:
@@ -66,7 +68,7 @@ class Rivals:
             self._is_announced = True
         elif not self._is_announced:
             self._earlier = max(self._earlier, birth)
-        elif birth > self._earlier:
+        elif birth > max(self._earlier, self._birth - _CLOCKS_APART_MS):
             self._end()
         elif self.transport is not None:
             # The will of the one before, which came late, or what a broker remembers that lost power.

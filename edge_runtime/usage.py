@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if arguments is None else arguments)
         Parser.as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
         options, unknown = self.parse_known_args(words)
-        options.json = Parser.as_json  # also before the command
+        options.json = options.json or Parser.as_json  # also before the command
         for word in unknown:
             if word != "--json":
                 parser: Parser = getattr(options, "parser", self)

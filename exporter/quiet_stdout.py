@@ -50,4 +50,5 @@ def _flush(stream: object) -> None:
     for writer in (stream, sys.__stdout__):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # None, closed, or a pipe without a reader
             writer.flush()  # type: ignore[attr-defined]
-    ctypes.CDLL(None).fflush(None)
+    with contextlib.suppress(TypeError, OSError):  # no such library on Windows
+        ctypes.CDLL(None).fflush(None)

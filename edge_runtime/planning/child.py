@@ -45,7 +45,8 @@ def answer_of(module: str, arguments: Sequence[str], *, timeout_s: float = 600.0
         raise FedzoError(f"{module} failed: {line[:300]}") from None
     if "error" in answer:
         failure = answer["error"]
-        kinds = {kind.exit_code: kind for kind in FedzoError.__subclasses__()}
+        general = FedzoError.exit_code
+        kinds = {kind.exit_code: kind for kind in FedzoError.__subclasses__() if kind.exit_code != general}
         raise kinds.get(failure["exit_code"], FedzoError)(failure["message"], hint=failure["hint"])
     return answer
 

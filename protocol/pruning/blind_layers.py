@@ -22,9 +22,16 @@ from numpy.typing import NDArray
 from ..artifact.layout import Initialiser, Parameter
 from ..artifact.manifest import Manifest, UnitLayer
 
-__all__ = ["Visibility", "derivatives", "visibility"]
+__all__ = ["Visibility", "derivatives", "exact_sum", "visibility"]
 
 _NOISE = 1000.0 * 2.0**-46
+_PIECE = 1 << 16
+
+
+def exact_sum(values: NDArray[np.float64]) -> float:
+    """The correctly rounded sum of ``float64[n]``, the same in any order and on any machine; by the piece."""
+    starts = range(0, values.size, _PIECE)
+    return math.fsum(value for start in starts for value in values[start : start + _PIECE].tolist())
 
 
 def derivatives(
@@ -80,7 +87,7 @@ def visibility(
     totals = []
     for unit in manifest.units:
         theta = weights[layout.slice_of(layout.position_of(unit.parameter))].astype(np.float64)
-        totals.append(math.fsum((theta * theta * derivatives(unit, sensitivities, moments)).tolist()))
+        totals.append(exact_sum(theta * theta * derivatives(unit, sensitivities, moments)))
     level = _NOISE * math.fsum(totals) / shift**2
     largest = [
         float("inf") if unit.is_output else float(sensitivities[unit.shift_offset :][: unit.n_units].max())

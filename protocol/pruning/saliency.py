@@ -20,7 +20,7 @@ from ..errors import ArtifactError, ProtocolError
 from ..perturbation.directions import random_signs
 from ..perturbation.quantiles import gaussian_table
 from ..perturbation.streams import Purpose, uint16s
-from .blind_layers import Visibility, derivatives, visibility
+from .blind_layers import Visibility, derivatives, exact_sum, visibility
 
 __all__ = ["diagonal_scores", "gaussian_inputs", "kernel_scores", "layer_draw"]
 
@@ -126,7 +126,7 @@ def diagonal_scores(
             _scale(layer, float(layer_totals[number]))
         layers.append(layer)
     if unknown:
-        sums = [math.fsum(layer.tolist()) for number, layer in enumerate(layers) if number not in unknown]
+        sums = [exact_sum(layer) for number, layer in enumerate(layers) if number not in unknown]
         sums = sorted(total for total in sums if total > 0.0)
         for number in unknown:
             _scale(layers[number], sums[(len(sums) - 1) // 2] if sums else 1.0)
@@ -177,7 +177,7 @@ def kernel_scores(
         np.where(kept[part], derivatives(unit, sensitivities, moments), 0.0)
         for unit, part in zip(manifest.units, parts, strict=True)
     ]
-    traces = [math.fsum(values.tolist()) for values in gains]
+    traces = [exact_sum(values) for values in gains]
     trace = math.fsum(traces)
     scores = np.zeros(layout.size, dtype=np.float32)
     for number, (unit, part) in enumerate(zip(manifest.units, parts, strict=True)):
@@ -217,7 +217,7 @@ def _shares(
 
 def _scale(layer: NDArray[np.float64], total: float) -> None:
     """Bring the sum to ``total``, unless all are 0."""
-    now = math.fsum(layer.tolist())
+    now = exact_sum(layer)
     if now > 0.0:
         np.multiply(layer, total / now, out=layer)
 

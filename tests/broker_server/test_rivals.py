@@ -19,6 +19,7 @@ from fedzo.edge_runtime.connection.transport import Arrived, Connected, Disconne
 from fedzo.protocol.errors import BrokerError
 from fedzo.protocol.settings import RunSettings
 from fedzo.protocol.wire.documents import ServerPresence
+from fedzo.protocol.wire.topics import Channel, topic
 from tests.broker_fixtures import Client, Proxy, RunningBroker, wait_until
 from tests.edge_runtime.conftest import write_artifact
 
@@ -146,3 +147,18 @@ def test_a_link_that_breaks_again_and_again_has_a_cause_to_look_for(caplog: pyte
     assert [record.message for record in caplog.records] == [
         "the link breaks again and again: does another fedzo serve the federation default at this broker?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [(500, False), (10_000_000, True), (10_002_000, True), (9_000_000, True)],  # long gone; later; clocks may differ
+)
+def test_what_a_broker_remembers_of_long_ago_is_no_rival(found: int, ends: bool) -> None:
+    """Another node of a cluster may have kept the presence of a server that ended before this one began."""
+    events: list[object] = []
+    rivals = Rivals("farm", 10_001_000, events.append)
+    for birth in (10_001_000, found):
+        payload = ServerPresence(birth != 500, birth).encode()
+        rivals.hear(Arrived(topic("farm", Channel.SERVER), payload, True, None))
+    assert (rivals.error is not None) is ends
+    assert len(events) == 2 + ends
