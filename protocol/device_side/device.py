@@ -180,7 +180,7 @@ class Device:
             self._delivery.hear_server(message.online)
             if message.online and message.birth != self._server_birth:
                 self._server_birth = message.birth
-                self._forget_requests()
+                self._forget_requests(reports=False)  # those wait at the broker
                 self._say(self._presence.status, detail=self._presence.detail)
         elif isinstance(message, Order):
             self._obey(message)
@@ -366,10 +366,10 @@ class Device:
             self._is_cancelled = True
             self._out.append(Cancel())
 
-    def _forget_requests(self) -> None:
+    def _forget_requests(self, *, reports: bool = True) -> None:
         """Whatever was asked for may never come; what this machine itself works on will."""
         self._greeting.forget()
-        for part in (self._delivery, self._files, self._follower):
+        for part in (self._delivery if reports else None, self._files, self._follower):
             if part is not None:
                 part.forget_requests()
 
